@@ -1,0 +1,32 @@
+"""hypercontrast: supervised learning on the unit hypersphere, fast and exact.
+
+Importing it needs torch alone: no Triton, no compiled extension, no GPU, no torchvision.
+"""
+
+from hypercontrast.blockwise import memory_budget, set_memory_budget
+from hypercontrast.functional import nonl_loss, normface_loss, ntce_loss, resolve_backend
+from hypercontrast.losses import CELoss, ETFDRLoss, NONLLoss, NormFaceLoss, NTCELoss
+from hypercontrast.metrics import NeuralCollapse, neural_collapse
+from hypercontrast.prototypes import ClassMeans, PrototypeClassifier, PrototypeHead, simplex_etf
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CELoss",
+    "ClassMeans",
+    "ETFDRLoss",
+    "NONLLoss",
+    "NTCELoss",
+    "NeuralCollapse",
+    "NormFaceLoss",
+    "PrototypeClassifier",
+    "PrototypeHead",
+    "memory_budget",
+    "neural_collapse",
+    "nonl_loss",
+    "normface_loss",
+    "ntce_loss",
+    "resolve_backend",
+    "set_memory_budget",
+    "simplex_etf",
+]

@@ -1,0 +1,166 @@
+"""From the statistics of the `lse` primitive to a loss over the global batch: O(N + K) work, and the only collectives.
+
+With s_j the positive of sample j, a its class's weight, n_c the samples of class c and M = Σ_j a_j over all ranks,
+
+    prototype anchor:  L = (1/M) [Σ_c a_c n_c ℓ_c - Σ_j a_j s_j]      (depends on the batch through one ℓ_c a class)
+    sample anchor:     L = (1/M) Σ_j a_j (ℓ_j - s_j).
+
+Over R ranks the value is the global one on every rank, and local gradients carry a factor R, which DDP's average
+removes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hypercontrast import _checks, _ops, blockwise
+from hypercontrast.distributed import all_sum, global_lse, world_size
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which logits a loss sums: along rows (a prototype against the samples), columns (a sample against the
+    prototypes) or both, with or without those of the anchor's own class, and what to do when nothing is left.
+    """
+
+    rows: bool
+    cols: bool
+    exclude_own: bool
+    empty: str = "align"
+
+
+class _ClassGather(torch.autograd.Function):
+    """values [K] at each sample's class → [N] (zero for ignored samples); the backward adds up in a fixed order."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, labels: Tensor, in_range: Tensor, ignore_index: int, backend: str) -> Tensor:
+        ctx.save_for_backward(labels)
+        ctx.options = (len(values), ignore_index, backend)
+        return torch.where(in_range, values[torch.where(in_range, labels, 0)], 0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (labels,) = ctx.saved_tensors
+        return _ops.segment_sum(grad.contiguous(), labels, *ctx.options), None, None, None, None
+
+
+def prototype_loss(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    rule: Rule,
+    *,
+    temperature: float | Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    normalize: bool,
+    group: dist.ProcessGroup | None,
+    class_means,
+    backend: str,
+) -> Tensor:
+    num_classes = len(prototypes)
+    in_range = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
+    class_of = torch.where(in_range, labels, 0)
+    counts = labels.new_zeros(num_classes).index_add_(0, class_of, in_range.long())
+    counts = all_sum(counts, group if rule.rows else None)  # only a row's sum needs to know who else has its class
+
+    learned, inv_temperature = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, 1.0 / temperature)
+    needs_grad = torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in (features, prototypes, temperature)
+    )
+    row_lse, col_lse, positives, inv_norms, _, _ = _ops.lse(
+        features, prototypes, labels, counts, learned, inv_temperature, ignore_index,
+        rule.rows, rule.cols, rule.exclude_own, normalize, blockwise.memory_budget() if needs_grad else 0, backend,
+    )  # fmt: skip
+    dtype = positives.dtype  # what the O(N + K) arithmetic below runs in
+    a_N = in_range.to(dtype) if weight is None else weight.to(dtype)[class_of] * in_range
+    if class_means is not None:
+        class_means.add(*_ops.class_sums(features.detach(), inv_norms, labels, num_classes, ignore_index, backend))
+    batch = _Batch(labels, in_range, a_N, counts, weight, group, reduction)
+    bounded = blockwise.is_bounded(learned, inv_temperature, normalize)
+    if rule.rows and not rule.cols and reduction != "none":
+        lse_K = global_lse(row_lse, group, bounded=bounded, sum_gradients=False)
+        loss = _over_classes(rule, lse_K, positives, batch)
+    else:
+        lse_N = col_lse
+        if rule.rows:
+            lse_K = global_lse(row_lse, group, bounded=bounded, sum_gradients=True)
+            own_N = _ClassGather.apply(lse_K, labels, in_range, ignore_index, backend)
+            lse_N = _logaddexp(col_lse, own_N) if rule.cols else own_N
+        loss = _over_samples(rule, lse_N, positives, batch)
+    return loss.to(_checks.accumulator(features))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The samples and what they weigh: a_N is zero for ignored ones; counts [K], see `Rule.rows`, are over all
+    ranks.
+    """
+
+    labels: Tensor
+    in_range: Tensor
+    a_N: Tensor
+    counts: Tensor
+    weight: Tensor | None
+    group: dist.ProcessGroup | None
+    reduction: str
+
+    def divisor(self, total: Tensor) -> Tensor | float:
+        """What the reduction divides by; a batch without weight has a loss of zero, not NaN."""
+        return torch.where(total > 0, total, 1) if self.reduction == "mean" else 1.0
+
+
+def _over_classes(rule: Rule, lse_K: Tensor, positives: Tensor, batch: _Batch) -> Tensor:
+    """(1/M) [Σ_c a_c n_c ℓ_c - Σ_j a_j s_j]: every rank knows the whole first sum, so only positives are exchanged."""
+    a_K = batch.counts.to(lse_K.dtype) if batch.weight is None else batch.counts * batch.weight.to(lse_K.dtype)
+    present, empty = batch.counts > 0, lse_K == -torch.inf
+    _refuse_empty(rule, present & empty)
+    lse_total = (a_K * torch.where(present & ~empty, lse_K, 0)).sum()
+    positive_total = (batch.a_N * positives).sum()
+    if rule.empty == "zero":  # a class without negatives is the only one there is: all samples drop out, or none
+        positive_total = torch.where((present & empty).any(), 0, positive_total)
+    divisor = batch.divisor(a_K.sum())
+    loss = (lse_total - positive_total) / divisor
+    if batch.group is None:
+        return loss
+    value = (lse_total - all_sum(positive_total, batch.group)) / divisor
+    return _with_value(world_size(batch.group) * loss, value)
+
+
+def _over_samples(rule: Rule, lse_N: Tensor, positives: Tensor, batch: _Batch) -> Tensor:
+    """(1/M) Σ_j a_j (ℓ_j - s_j), or its terms."""
+    empty = lse_N == -torch.inf
+    _refuse_empty(rule, empty & batch.in_range)
+    loss_N = torch.where(empty, 0, lse_N) - positives
+    if rule.empty == "zero":
+        loss_N = torch.where(empty, 0, loss_N)
+    loss_N = batch.a_N * loss_N
+    if batch.reduction == "none":
+        return loss_N
+    totals = torch.stack([loss_N.sum(), batch.a_N.sum()])
+    if batch.group is None:
+        return totals[0] / batch.divisor(totals[1])
+    value, weight = all_sum(totals, batch.group)
+    divisor = batch.divisor(weight)
+    return _with_value(world_size(batch.group) * totals[0] / divisor, value / divisor)
+
+
+def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
+    """logaddexp with a zero gradient, not NaN, where both are -inf."""
+    nothing = (a == -torch.inf) & (b == -torch.inf)
+    return torch.where(nothing, -torch.inf, torch.logaddexp(torch.where(nothing, 0, a), torch.where(nothing, 0, b)))
+
+
+def _with_value(surrogate: Tensor, value: Tensor) -> Tensor:
+    """`value` with the gradient of `surrogate`."""
+    return surrogate + (value - surrogate).detach()
+
+
+def _refuse_empty(rule: Rule, empty: Tensor) -> None:
+    if rule.empty == "error" and empty.any():
+        raise ValueError("labels must hold at least two classes for a loss over negatives (empty='error'), got one")

@@ -1,0 +1,163 @@
+"""Argument checks shared by the public functions: each error names the argument, the rule and the value.
+
+Checks of shape, type and option run everywhere. Checks that read values (label range, finite norms) run inside the
+ops (`_ops.py`) on the CPU, where reading is free; on a GPU the labels are watched without stalling (`watch_labels`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_option(name: str, value: str, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+
+
+def check_matrix(name: str, x: Tensor, shape: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.dim() != 2:
+        raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
+    if x.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one dimension, got {list(x.shape)}")
+
+
+def check_labels(labels: Tensor, num_samples: int, device: torch.device) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if labels.shape != (num_samples,):
+        raise ValueError(f"labels must have shape [{num_samples}] to match features, got {list(labels.shape)}")
+    if labels.device != device:
+        raise ValueError(f"labels must be on the features' device {device}, got {labels.device}")
+
+
+def check_temperature(temperature: float | Tensor, device: torch.device) -> None:
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1 or not temperature.is_floating_point():
+            got = f"{temperature.dtype} {list(temperature.shape)}"
+            raise ValueError(f"temperature must be a number or a tensor of one float, got {got}")
+        if temperature.device != device:
+            raise ValueError(f"temperature must be on the features' device {device}, got {temperature.device}")
+    elif isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a number or a tensor of one float, got {type(temperature).__name__}")
+    elif not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+
+
+def check_weight(weight: Tensor | None, num_classes: int, device: torch.device) -> None:
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor of class weights, got {type(weight).__name__}")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be a floating-point tensor, got {weight.dtype}")
+    if weight.shape != (num_classes,):
+        raise ValueError(f"weight must have shape [{num_classes}], one class each, got {list(weight.shape)}")
+    if weight.device != device:
+        raise ValueError(f"weight must be on the features' device {device}, got {weight.device}")
+    if weight.requires_grad:
+        raise ValueError("weight must not require a gradient: class weights are constants of the loss")
+    if weight.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = ~(torch.isfinite(weight) & (weight >= 0))
+        if bad.any():
+            c = int(bad.nonzero()[0])
+            raise ValueError(f"weight must be finite and not negative, got {weight[c].item()} for class {c}")
+
+
+def check_prototype_inputs(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    normalize: bool,
+) -> None:
+    """Everything a prototype loss can check without reading a value from the device."""
+    check_matrix("features", features, "[N, D]")
+    check_matrix("prototypes", prototypes, "[K, D]")
+    if prototypes.shape[0] == 0:
+        raise ValueError(f"prototypes must hold at least one class, got {list(prototypes.shape)}")
+    if prototypes.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"prototypes must have the features' dimension {features.shape[1]}, got {list(prototypes.shape)}"
+        )
+    if prototypes.device != features.device:
+        raise ValueError(f"prototypes must be on the features' device {features.device}, got {prototypes.device}")
+    if (features.dtype == torch.float64) != (prototypes.dtype == torch.float64):
+        raise TypeError(f"prototypes must be float64 exactly when features are, got {prototypes.dtype}")
+    check_labels(labels, features.shape[0], features.device)
+    check_temperature(temperature, features.device)
+    check_weight(weight, prototypes.shape[0], features.device)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an integer, got {type(ignore_index).__name__}")
+    check_option("reduction", reduction, ("mean", "sum", "none"))
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize must be True or False, got {normalize!r}")
+
+
+def check_label_range(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Read the labels (so: off-GPU only) and name the first that is neither a class nor ignored."""
+    bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    if bad.any():
+        raise ValueError(f"labels must lie in [0, {num_classes}), got {labels[bad][0].item()}")
+
+
+def check_finite_norms(name: str, norms: Tensor) -> None:
+    """Read the norms (so: off-GPU only) and name the first row whose norm is NaN or infinite."""
+    if not torch.isfinite(norms).all():
+        row = int((~torch.isfinite(norms)).nonzero()[0])
+        raise ValueError(f"{name} must have finite norms, got {norms[row].item()} in row {row}")
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """What sums over x run in: float32, or float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def check_temperature_value(temperature: float | Tensor | None) -> None:
+    """Read a tensor temperature (so: off-GPU only)."""
+    if isinstance(temperature, Tensor) and not (temperature > 0 and torch.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite, got {temperature.item()}")
+
+
+class LabelWatch:
+    """Notices out-of-range labels on a GPU without a host sync.
+
+    Every call copies the smallest and largest label to pinned memory behind the kernels; the next call reads the copy
+    if it has arrived. So an error is raised a step late, and the kernels, which only compare labels, stay in bounds.
+    """
+
+    def __init__(self) -> None:
+        self._pending: dict[torch.device, tuple[torch.cuda.Event, Tensor, int]] = {}
+
+    def __call__(self, labels: Tensor, num_classes: int, ignore_index: int) -> None:
+        if labels.numel() == 0 or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+            return
+        pending = self._pending.get(labels.device)
+        if pending is not None:
+            arrived, extremes, limit = pending
+            if not arrived.query():
+                return
+            del self._pending[labels.device]
+            check_label_range(extremes, limit, ignore_index=0)
+        seen = torch.stack(torch.aminmax(torch.where(labels == ignore_index, 0, labels)))
+        extremes = torch.empty(2, dtype=torch.int64, pin_memory=True).copy_(seen, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._pending[labels.device] = (arrived, extremes, num_classes)
+
+
+watch_labels = LabelWatch()

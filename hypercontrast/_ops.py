@@ -1,0 +1,236 @@
+"""The operators, registered with torch.library: schema, fake, autograd, and the choice of backend.
+
+Everything rests on one primitive, `hypercontrast::lse`: log-sum-exps of s[c, j] = w_c·u_j/τ along its rows and columns
+under the label rule, and the positives s[y_j, j]. Its gradient for any upstream gradients of the three is one formula,
+
+    G[c, j] = m[c, j] (g_row[c] exp(s - row_lse[c]) + g_col[j] exp(s - col_lse[j])) + [y_j = c] g_pos[j],
+
+pushed through the normalisation. m is zero at a sample's own class when `exclude_own`, and for ignored samples.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+
+import torch
+from torch import Tensor
+
+from hypercontrast import _checks, blockwise
+
+BACKENDS = ("auto", "reference", "blockwise", "triton")
+
+
+def resolve_backend(backend: str, features: Tensor) -> str:
+    """The backend that will run: "reference", "blockwise" or "triton".
+
+    "auto" takes the environment variable HYPERCONTRAST_BACKEND when set, else Triton for float32, bfloat16 and
+    float16 on a GPU and the blockwise PyTorch backend everywhere else. An explicit backend that cannot run raises
+    ValueError saying why.
+    """
+    _checks.check_option("backend", backend, BACKENDS)
+    if backend == "auto":
+        backend = os.environ.get("HYPERCONTRAST_BACKEND", "auto")
+        _checks.check_option("HYPERCONTRAST_BACKEND", backend, BACKENDS)
+    if backend == "auto":
+        usable = features.is_cuda and features.dtype != torch.float64 and _triton_is_installed()
+        return "triton" if usable else "blockwise"
+    if backend == "triton":
+        if not _triton_is_installed():
+            raise ValueError("backend='triton' needs the triton package, which cannot be imported")
+        if features.dtype == torch.float64:
+            raise ValueError("backend='triton' computes in float32, bfloat16 or float16, got float64 features")
+        if not features.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"backend='triton' needs features on a GPU, got {features.device}")
+    return backend
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    try:
+        importlib.import_module("triton")
+    except ImportError:
+        return False
+    return True
+
+
+def _kernels():
+    from hypercontrast.kernels import prototype_lse  # Triton is imported on first use, not with the package
+
+    return prototype_lse
+
+
+@torch.library.custom_op("hypercontrast::lse", mutates_args=())
+def lse(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    counts: Tensor | None,
+    temperature: Tensor | None,
+    inv_temperature: float,
+    ignore_index: int,
+    rows: bool,
+    cols: bool,
+    exclude_own: bool,
+    normalize: bool,
+    keep_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Row and column log-sum-exps and positives of the K x N logits.
+
+    Args:
+        features [N, D], prototypes [K, D], labels [N].
+        counts: [K] samples of each class in the (global) batch; rows of absent classes may then be skipped.
+        temperature: one float on the device, or None to use `inv_temperature`.
+        rows, cols: which log-sum-exps to compute; the other is returned empty.
+        keep_bytes: how much may be kept to spare the backward the exponentials (blockwise only).
+
+    Returns:
+        row_lse [K] or [0], -inf where nothing was summed; col_lse [N] or [0]; positives [N], zero for ignored samples
+        (float32 from Triton, float64 from the blockwise backend: see there); inverse norms [N] and [K] and the kept
+        exponentials, or an empty tensor, in the accumulator's dtype.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        if features.device.type == "cpu":
+            _checks.check_label_range(labels, len(prototypes), ignore_index)
+            _checks.check_temperature_value(temperature)
+        shared = {
+            "counts": counts, "temperature": temperature, "inv_temperature": inv_temperature,
+            "ignore_index": ignore_index, "rows": rows, "cols": cols, "exclude_own": exclude_own,
+            "normalize": normalize,
+        }  # fmt: skip
+        if backend == "triton":
+            kept = features.new_empty((0, 0), dtype=torch.float32)
+            return *_kernels().launch_fwd(features, prototypes, labels, **shared), kept
+        return blockwise.lse_forward(features, prototypes, labels, **shared, keep_bytes=keep_bytes)
+
+
+@lse.register_fake
+def _lse_fake(
+    features, prototypes, labels, counts, temperature, inv_temperature, ignore_index, rows, cols, exclude_own,
+    normalize, keep_bytes, backend,
+):  # fmt: skip
+    n, k, dtype = len(features), len(prototypes), _checks.accumulator(features)
+    wide = torch.float32 if backend == "triton" else blockwise.statistics_dtype(features.device)
+    statistics = [features.new_empty(size, dtype=wide) for size in (k if rows else 0, n if cols else 0, n)]
+    bounded = blockwise.is_bounded(temperature, inv_temperature, normalize)
+    keeps = backend == "blockwise" and bounded and blockwise.keeps(n, k, dtype, keep_bytes)
+    rest = [features.new_empty(shape, dtype=dtype) for shape in ((n,), (k,), (n, k) if keeps else (0, 0))]
+    return *statistics, *rest
+
+
+@torch.library.custom_op("hypercontrast::lse_backward", mutates_args=())
+def lse_backward(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    inv_norm_features: Tensor,
+    inv_norm_prototypes: Tensor,
+    kept: Tensor,
+    grad_row: Tensor,
+    grad_col: Tensor,
+    grad_pos: Tensor,
+    counts: Tensor | None,
+    temperature: Tensor | None,
+    inv_temperature: float,
+    ignore_index: int,
+    rows: bool,
+    cols: bool,
+    exclude_own: bool,
+    normalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `lse`: of the features, of the prototypes, and Σ G∘s, from which d/dτ = -Σ G∘s / τ."""
+    with torch.autocast(features.device.type, enabled=False):
+        shared = {
+            "counts": counts, "temperature": temperature, "inv_temperature": inv_temperature,
+            "ignore_index": ignore_index, "rows": rows, "cols": cols, "exclude_own": exclude_own,
+            "normalize": normalize,
+        }  # fmt: skip
+        saved = (features, prototypes, labels, row_lse, col_lse, inv_norm_features, inv_norm_prototypes)
+        upstream = (grad_row.contiguous(), grad_col.contiguous(), grad_pos.contiguous())
+        if backend == "triton":
+            return _kernels().launch_bwd(*saved, *upstream, **shared)
+        return blockwise.lse_backward(*saved, kept, *upstream, **shared)
+
+
+@lse_backward.register_fake
+def _lse_backward_fake(features, prototypes, *args):
+    return (
+        torch.empty_like(features, memory_format=torch.contiguous_format),
+        torch.empty_like(prototypes, memory_format=torch.contiguous_format),
+        features.new_empty((), dtype=_checks.accumulator(features)),
+    )
+
+
+def _lse_setup_context(ctx, inputs, output) -> None:
+    features, prototypes, labels, counts, temperature, *options = inputs
+    row_lse, col_lse, _, inv_features, inv_prototypes, kept = output
+    ctx.mark_non_differentiable(inv_features, inv_prototypes, kept)
+    ctx.save_for_backward(
+        features,
+        prototypes,
+        labels,
+        row_lse,
+        col_lse,
+        inv_features,
+        inv_prototypes,
+        kept,
+        counts,
+        temperature,
+    )
+    ctx.options = options
+
+
+def _lse_autograd(ctx, grad_row, grad_col, grad_pos, *_unused):
+    *tensors, counts, temperature = ctx.saved_tensors
+    inv_temperature, ignore_index, rows, cols, exclude_own, normalize, _, backend = ctx.options
+    grad_features, grad_prototypes, logit_grad_sum = lse_backward(
+        *tensors, grad_row, grad_col, grad_pos, counts, temperature, inv_temperature, ignore_index, rows, cols,
+        exclude_own, normalize, backend,
+    )  # fmt: skip
+    grad_temperature = None
+    if temperature is not None:
+        grad_temperature = (-logit_grad_sum / temperature).to(temperature.dtype).reshape(temperature.shape)
+    return grad_features, grad_prototypes, None, None, grad_temperature, *[None] * len(ctx.options)
+
+
+lse.register_autograd(_lse_autograd, setup_context=_lse_setup_context)
+
+
+@torch.library.custom_op("hypercontrast::segment_sum", mutates_args=())
+def segment_sum(values: Tensor, labels: Tensor, num_classes: int, ignore_index: int, backend: str) -> Tensor:
+    """Sum of values [N] within each class → [K], in an order that never changes; ignored samples are left out."""
+    if backend == "triton":
+        return _kernels().segment_sum(values, labels, num_classes, ignore_index)
+    in_range = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
+    sums = values.new_zeros(num_classes)
+    return sums.index_add_(0, torch.where(in_range, labels, 0), torch.where(in_range, values, 0))
+
+
+@segment_sum.register_fake
+def _segment_sum_fake(values, labels, num_classes, ignore_index, backend):
+    return values.new_empty(num_classes)
+
+
+@torch.library.custom_op("hypercontrast::class_sums", mutates_args=())
+def class_sums(
+    features: Tensor, inv_norms: Tensor, labels: Tensor, num_classes: int, ignore_index: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Per-class sums of the unit features [K, D] and counts [K] int64: the class-mean prototype update."""
+    if backend == "triton":
+        return _kernels().class_sums(features, inv_norms, labels, num_classes, ignore_index)
+    in_range = labels != ignore_index
+    y = torch.where(in_range, labels, 0)
+    units = features.to(inv_norms.dtype) * torch.where(in_range, inv_norms, 0)[:, None]
+    sums = units.new_zeros(num_classes, features.shape[1]).index_add_(0, y, units)
+    return sums, labels.new_zeros(num_classes).index_add_(0, y, in_range.long())
+
+
+@class_sums.register_fake
+def _class_sums_fake(features, inv_norms, labels, num_classes, ignore_index, backend):
+    sums = features.new_empty((num_classes, features.shape[1]), dtype=inv_norms.dtype)
+    return sums, labels.new_empty(num_classes)

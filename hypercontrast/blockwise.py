@@ -1,0 +1,280 @@
+"""Memory-linear PyTorch backend of the `lse` primitive, for the CPU and any device without Triton.
+
+Samples pass in blocks, so that a tile of logits stays in cache and no more than a tile exists, unless the exponentials
+are kept: the backward needs exp(s) again, and while K x N of them fit the memory budget keeping them is cheaper than
+recomputing the product. Cost in matrix products (F1 = 2NKD): forward F1, backward 2 F1 when kept, else 3 F1.
+
+Half-precision inputs are widened a block at a time: sums and products run in float32 (float64 for float64). The K + N
+log-sum-exps travel in float64, so that exp(s - lse) near 1 keeps the accuracy of the sum it came from: rounding a
+log-sum-exp of 20 to float32 would cost a gradient near collapse a factor of 20 in accuracy.
+
+Shapes: N samples, K classes, D dimensions, B samples in a block, P classes in a panel.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from hypercontrast import _checks
+from hypercontrast.reference import MIN_NORM
+
+# Largest 1/τ at which exp(s) needs no running maximum: |s| <= 1/τ, so sums over up to 1e10 samples stay below the
+# float32 overflow (e^88) and single terms stay normal numbers (e^-64 = 2e-28).
+BOUNDED_INV_TEMPERATURE = 64.0
+
+TILE_ELEMENTS = 1 << 19  # logits in a tile: 2 MiB of float32 stay in a core's L2 cache
+PANEL_CLASSES = 4096  # classes in a tile
+MIN_BLOCK = 128  # samples in a tile at least, so that the products stay products of matrices
+
+_budget_bytes = int(float(os.environ.get("HYPERCONTRAST_MEMORY_BUDGET_MIB", "64")) * 2**20)
+
+
+def set_memory_budget(num_bytes: int) -> None:
+    """How much a CPU loss may keep from forward to backward to save time: 64 MiB at first.
+
+    The environment variable HYPERCONTRAST_MEMORY_BUDGET_MIB sets the initial value. 0 always recomputes.
+    """
+    global _budget_bytes
+    if num_bytes < 0:
+        raise ValueError(f"num_bytes must not be negative, got {num_bytes}")
+    _budget_bytes = int(num_bytes)
+
+
+def memory_budget() -> int:
+    """The current budget in bytes; see `set_memory_budget`."""
+    return _budget_bytes
+
+
+def is_bounded(temperature: Tensor | None, inv_temperature: float, normalize: bool) -> bool:
+    """Whether logits are known, without reading the device, to be small enough for sums without a running maximum."""
+    return normalize and temperature is None and inv_temperature <= BOUNDED_INV_TEMPERATURE
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """What log-sum-exps and positives are returned in."""
+    return torch.float32 if device.type == "mps" else torch.float64  # no float64 there
+
+
+def keeps(num_samples: int, num_classes: int, dtype: torch.dtype, keep_bytes: int) -> bool:
+    """Whether the exponentials [N, K] fit the budget."""
+    return 0 < num_samples * num_classes * dtype.itemsize <= keep_bytes
+
+
+def _inverse_norms(name: str, x: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
+    """1/|x| of each row, zero where |x| <= MIN_NORM; ones when the rows are taken as they are."""
+    norms = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
+    if x.device.type == "cpu":
+        _checks.check_finite_norms(name, norms)
+    return torch.where(norms <= MIN_NORM, 0, 1 / norms) if normalize else torch.ones_like(norms)
+
+
+def _scaled(x: Tensor, factors: Tensor) -> Tensor:
+    """Rows of x times their factors, in the factors' precision."""
+    return x.to(factors.dtype) * factors[:, None]
+
+
+def _spans(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+class _Tiling:
+    """What forward and backward share: the samples and classes that count, the walk over tiles, and a tile's logits.
+
+    `classes` holds the class of each row that is computed, `labels` each kept sample's row among them (-1: not there).
+    """
+
+    def __init__(
+        self, features, prototypes, labels, inv_features, inv_prototypes, *,
+        counts, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize,
+    ):  # fmt: skip
+        self.rows, self.cols, self.exclude_own = rows, cols, exclude_own
+        self.bounded = is_bounded(temperature, inv_temperature, normalize)
+        self.scale = inv_temperature if temperature is None else 1 / temperature.to(inv_features.dtype)
+        self.num_classes = len(prototypes)
+
+        valid = labels != ignore_index
+        self.samples = None if valid.all() else valid.nonzero()[:, 0]
+        self.classes = None
+        if rows and not cols and counts is not None and not counts.all():
+            self.classes = counts.nonzero()[:, 0]
+            row_of_class = torch.full_like(counts, -1)
+            row_of_class[self.classes] = torch.arange(len(self.classes), device=counts.device)
+
+        self.features, self.inv_features = self.of_samples(features), self.of_samples(inv_features)
+        self.prototypes, self.inv_prototypes = self.of_classes(prototypes), self.of_classes(inv_prototypes)
+        self.labels = self.of_samples(labels)
+        if self.classes is not None:
+            self.labels = row_of_class[self.labels]
+        self.n, self.k = len(self.features), len(self.prototypes)
+        self.dtype = inv_features.dtype
+
+    def of_samples(self, x: Tensor) -> Tensor:
+        return x if self.samples is None else x[self.samples]
+
+    def of_classes(self, x: Tensor) -> Tensor:
+        return x if self.classes is None else x[self.classes]
+
+    def panels(self):
+        """(classes, unit prototypes / τ [P, D]) panel by panel."""
+        for panel in _spans(self.k, PANEL_CLASSES):
+            yield panel, _scaled(self.prototypes[panel], self.inv_prototypes[panel] * self.scale)
+
+    def blocks(self, panel: slice):
+        """(samples, unit features [B, D], own [B'] rows and columns of the tile's positives) block by block."""
+        width = panel.stop - panel.start
+        step = max(MIN_BLOCK, TILE_ELEMENTS // width)
+        for block in _spans(self.n, step):
+            own = self.labels[block] - panel.start
+            if width < self.k:  # other panels hold some of the positives
+                here = ((own >= 0) & (own < width)).nonzero()[:, 0]
+                own = (here, own[here])
+            else:
+                own = (torch.arange(len(own), device=own.device), own)
+            yield block, _scaled(self.features[block], self.inv_features[block]), own
+
+    def tile_buffer(self) -> Tensor:
+        width = min(self.k, PANEL_CLASSES)
+        height = min(self.n, max(MIN_BLOCK, TILE_ELEMENTS // max(width, 1)))
+        return self.features.new_empty(height * width, dtype=self.dtype)
+
+
+def lse_forward(features, prototypes, labels, *, keep_bytes, **options):
+    """See `hypercontrast._ops.lse`."""
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    n_all, k_all = len(features), len(prototypes)
+    inv_features = _inverse_norms("features", features, dtype, options["normalize"])
+    inv_prototypes = _inverse_norms("prototypes", prototypes, dtype, options["normalize"])
+    t = _Tiling(features, prototypes, labels, inv_features, inv_prototypes, **options)
+
+    positives = inv_features.new_zeros(t.n)
+    row_sum, row_max = inv_features.new_zeros(t.k), inv_features.new_full((t.k,), -torch.inf)
+    col_sum, col_max = inv_features.new_zeros(t.n), inv_features.new_full((t.n,), -torch.inf)
+    kept_shape = (n_all, k_all) if t.bounded and keeps(n_all, k_all, dtype, keep_bytes) else (0, 0)
+    kept = inv_features.new_empty(kept_shape)
+    kept[t.n :].zero_()  # ignored samples and absent classes leave the end unused
+    kept[:, t.k :].zero_()
+    buffer = t.tile_buffer()
+
+    for panel, w_PD in t.panels():
+        for block, u_BD, (at, own) in t.blocks(panel):
+            shape = (len(u_BD), len(w_PD))
+            s_BP = kept[block, panel] if kept.numel() else buffer[: shape[0] * shape[1]].view(shape)
+            torch.mm(u_BD, w_PD.T, out=s_BP)
+            positives[block][at] = s_BP[at, own]
+            if t.exclude_own:
+                s_BP[at, own] = -torch.inf
+            if t.bounded:
+                s_BP.exp_()
+                if t.rows:
+                    row_sum[panel] += s_BP.sum(0)
+                if t.cols:
+                    col_sum[block] += s_BP.sum(1)
+            else:
+                if t.rows:
+                    _accumulate(row_max[panel], row_sum[panel], s_BP.T)
+                if t.cols:
+                    _accumulate(col_max[block], col_sum[block], s_BP)
+
+    wide = statistics_dtype(features.device)
+    row_lse, col_lse = row_sum.to(wide).log(), col_sum.to(wide).log()
+    if not t.bounded:
+        row_lse, col_lse = row_max + row_lse, col_max + col_lse
+    return (
+        _spread(row_lse, t.classes, k_all, -torch.inf) if t.rows else row_lse.new_empty(0),
+        _spread(col_lse, t.samples, n_all, -torch.inf) if t.cols else col_lse.new_empty(0),
+        _spread(positives.to(wide), t.samples, n_all, 0.0),
+        inv_features,
+        inv_prototypes,
+        kept,
+    )
+
+
+def _accumulate(peak: Tensor, total: Tensor, s: Tensor) -> None:
+    """Online log-sum-exp along the last dimension of s: total counts in units of exp(peak); both updated in place."""
+    new_peak = torch.maximum(peak, s.amax(1))
+    shift = torch.where(new_peak == -torch.inf, 0, new_peak)
+    total.mul_((peak - shift).exp()).add_((s - shift[:, None]).exp().sum(1))
+    peak.copy_(new_peak)
+
+
+def _spread(x: Tensor, index: Tensor | None, length: int, fill: float) -> Tensor:
+    """Rows of x put back at `index` among `length` rows of `fill`."""
+    if index is None:
+        return x
+    return x.new_full((length, *x.shape[1:]), fill).index_copy_(0, index, x)
+
+
+def lse_backward(
+    features, prototypes, labels, row_lse, col_lse, inv_features, inv_prototypes, kept, grad_row, grad_col, grad_pos,
+    **options,
+):  # fmt: skip
+    """See `hypercontrast._ops.lse_backward`."""
+    t = _Tiling(features, prototypes, labels, inv_features, inv_prototypes, **options)
+    pos = t.of_samples(grad_pos).to(t.dtype)
+    if t.rows:
+        row_shift, row_factor = _exponent(t.of_classes(row_lse), t.of_classes(grad_row), t)
+    if t.cols:
+        col_shift, col_factor = _exponent(t.of_samples(col_lse), t.of_samples(grad_col), t)
+
+    grad_u = inv_features.new_zeros(t.n, features.shape[1])
+    grad_w = inv_features.new_zeros(t.k, features.shape[1])
+    buffer = t.tile_buffer()
+    for panel, w_PD in t.panels():
+        for block, u_BD, (at, own) in t.blocks(panel):
+            g_BP = buffer[: len(u_BD) * len(w_PD)].view(len(u_BD), len(w_PD))
+            if not kept.numel():
+                torch.mm(u_BD, w_PD.T, out=g_BP)
+            if t.bounded:  # both shifts are zero: one exponential serves rows and columns
+                e_BP = kept[block, panel] if kept.numel() else g_BP.exp_()
+                factor = row_factor[panel] if t.rows else 0
+                factor = factor + col_factor[block, None] if t.cols else factor
+                torch.mul(e_BP, factor, out=g_BP)
+            elif t.rows and t.cols:
+                along_rows = (g_BP - row_shift[panel]).exp_().mul_(row_factor[panel])
+                g_BP.sub_(col_shift[block, None]).exp_().mul_(col_factor[block, None]).add_(along_rows)
+            elif t.rows:
+                g_BP.sub_(row_shift[panel]).exp_().mul_(row_factor[panel])
+            else:
+                g_BP.sub_(col_shift[block, None]).exp_().mul_(col_factor[block, None])
+            # Positives join in before the products: added to the products they would leave the rounding of both behind.
+            if t.exclude_own:
+                g_BP[at, own] = pos[block][at]
+            else:
+                g_BP[at, own] += pos[block][at]
+            grad_u[block].addmm_(g_BP, w_PD)
+            grad_w[panel].addmm_(g_BP.T, u_BD)
+    grad_w *= t.scale
+
+    logit_grad_sum = _through_norm_(grad_u, t.features, t.inv_features, options["normalize"])
+    _through_norm_(grad_w, t.prototypes, t.inv_prototypes, options["normalize"])
+    return (
+        _spread(grad_u, t.samples, len(features), 0.0).to(features.dtype),
+        _spread(grad_w, t.classes, len(prototypes), 0.0).to(prototypes.dtype),
+        logit_grad_sum,
+    )
+
+
+def _exponent(lse: Tensor, grad: Tensor, t: _Tiling) -> tuple[Tensor, Tensor]:
+    """(shift, factor) such that grad·exp(s - lse) = factor·exp(s - shift) in the tile's precision.
+
+    The shift is zero where exp(s) cannot overflow, else the log-sum-exp rounded, with what was rounded off in the
+    factor.
+    """
+    shift = torch.zeros_like(lse) if t.bounded else lse.to(t.dtype).to(lse.dtype)
+    factor = torch.where(lse == -torch.inf, 0, grad * (shift - lse).exp())  # a sum over nothing has no gradient
+    return torch.where(lse == -torch.inf, torch.inf, shift).to(t.dtype), factor.to(t.dtype)
+
+
+def _through_norm_(grad: Tensor, x: Tensor, inv_norms: Tensor, normalize: bool) -> Tensor:
+    """Turn dL/du in place into dL/dx = (dL/du - (u·dL/du) u)/|x|; return Σ u·dL/du."""
+    radial_total = grad.new_zeros(())
+    for block in _spans(len(x), max(1, TILE_ELEMENTS // max(x.shape[1], 1))):
+        u = _scaled(x[block], inv_norms[block])
+        radial = (u * grad[block]).sum(1)
+        radial_total += radial.sum()
+        if normalize:
+            grad[block].addcmul_(u, radial[:, None], value=-1).mul_(inv_norms[block][:, None])
+    return radial_total

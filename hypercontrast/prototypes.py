@@ -1,0 +1,154 @@
+"""Prototypes on the hypersphere: learned ones (a head), class means, and the classifier either makes.
+
+Shapes: N samples, K classes, D dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hypercontrast import _checks
+from hypercontrast.reference import unit_rows
+
+
+def simplex_etf(num_classes: int, dim: int, *, generator: torch.Generator | None = None) -> Tensor:
+    """K unit vectors [K, D] in float64 with pairwise cosine -1/(K-1), in a random orientation; needs D >= K - 1.
+
+    K = 1 gives one random unit vector. Raises ValueError when dim < num_classes - 1.
+    """
+    if dim < num_classes - 1:
+        raise ValueError(f"dim must be at least num_classes - 1 = {num_classes - 1} for a simplex ETF, got {dim}")
+    if num_classes == 1:
+        return unit_rows(torch.randn(1, dim, dtype=torch.float64, generator=generator))
+    centred = torch.eye(num_classes, dtype=torch.float64) - 1 / num_classes
+    # Coordinates of the centred corners in the K-1 dimensions they span, then a random isometry into D.
+    eigenvalues, vectors = torch.linalg.eigh(centred)
+    corners = vectors[:, 1:] * eigenvalues[1:].sqrt()
+    basis, _ = torch.linalg.qr(torch.randn(dim, num_classes - 1, dtype=torch.float64, generator=generator))
+    return unit_rows(corners @ basis.T)
+
+
+class PrototypeHead(nn.Module):
+    """Owns the prototypes [K, D] and an optional neck; gives cosine logits.
+
+    Args:
+        dim: feature dimension D.
+        num_classes: number of classes K.
+        neck: None, "linear" (D -> D) or "bn" (BatchNorm1d). Features after ReLU and pooling are non-negative and can
+            at best form an orthogonal frame; a signed neck lets them reach the simplex ETF.
+        fixed_etf: hold the prototypes fixed at a random simplex ETF (Yang et al. 2022) instead of learning them.
+
+    `forward(x)`: [N, D] -> cosines [N, K] in x's dtype. `embed(x)`: what the losses take as `features`.
+    """
+
+    prototypes: Tensor
+
+    def __init__(self, dim: int, num_classes: int, neck: str | None = None, *, fixed_etf: bool = False) -> None:
+        super().__init__()
+        if dim < 1 or num_classes < 1:
+            raise ValueError(f"dim and num_classes must be at least 1, got {dim} and {num_classes}")
+        if neck is None:
+            self.neck: nn.Module = nn.Identity()
+        elif neck == "linear":
+            self.neck = nn.Linear(dim, dim)
+        elif neck == "bn":
+            self.neck = nn.BatchNorm1d(dim)
+        else:
+            raise ValueError(f"neck must be None, 'linear' or 'bn', got {neck!r}")
+        if fixed_etf:
+            self.register_buffer("prototypes", simplex_etf(num_classes, dim).float())
+        else:
+            self.prototypes = nn.Parameter(torch.randn(num_classes, dim) / dim**0.5)
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.neck(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return PrototypeClassifier(self.prototypes)(self.embed(x))
+
+
+class ClassMeans(nn.Module):
+    """Running class means of unit features: w_c = normalised mean over all samples of class c of z/|z|.
+
+    Args:
+        num_classes, dim: K and D.
+        mode: "mean", the exact mean over everything since `reset` (the paper's definition), or "ema", the exponential
+            average over batches used by the paper's public code.
+        momentum: share of the old value in "ema".
+
+    Sums and counts are float64 buffers, so the order of the batches does not matter.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, num_classes: int, dim: int, *, mode: str = "mean", momentum: float = 0.9) -> None:
+        super().__init__()
+        _checks.check_option("mode", mode, ("mean", "ema"))
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
+        self.mode, self.momentum = mode, momentum
+        self.register_buffer("sums", torch.zeros(num_classes, dim, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+
+    @torch.no_grad()
+    def update(self, features: Tensor, labels: Tensor, *, ignore_index: int = -100) -> None:
+        """Add a batch: features [N, D] raw, labels [N] int64. Raises ValueError on a wrong shape or label."""
+        num_classes, dim = self.sums.shape
+        _checks.check_matrix("features", features, "[N, D]")
+        if features.shape[1] != dim:
+            raise ValueError(f"features must have dimension {dim}, got {list(features.shape)}")
+        _checks.check_labels(labels, len(features), features.device)
+        if not labels.is_cuda:
+            _checks.check_label_range(labels, num_classes, ignore_index)
+        in_range = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
+        y = torch.where(in_range, labels, 0)
+        units = unit_rows(features.double()) * in_range[:, None]
+        self.add(
+            torch.zeros_like(self.sums).index_add_(0, y, units),
+            torch.zeros_like(self.counts).index_add_(0, y, in_range.long()),
+        )
+
+    @torch.no_grad()
+    def add(self, sums: Tensor, counts: Tensor) -> None:
+        """Add per-class sums [K, D] of unit features and their counts [K], as the losses compute them on the way."""
+        if self.mode == "ema":
+            mean = unit_rows(sums.double())
+            started = (self.counts > 0)[:, None]
+            blended = torch.where(started, self.momentum * self.sums + (1 - self.momentum) * mean, mean)
+            self.sums.copy_(torch.where((counts > 0)[:, None], blended, self.sums))
+        else:
+            self.sums += sums
+        self.counts += counts
+
+    @torch.no_grad()
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Make every rank hold the sum over the ranks of `group` (the average of directions in "ema" mode)."""
+        dist.all_reduce(self.sums, group=group)
+        dist.all_reduce(self.counts, group=group)
+
+    def prototypes(self) -> Tensor:
+        """[K, D] float32 unit class means; zero for a class never seen."""
+        return unit_rows(self.sums).float()
+
+    def reset(self) -> None:
+        self.sums.zero_()
+        self.counts.zero_()
+
+
+class PrototypeClassifier(nn.Module):
+    """Nearest prototype by cosine. `forward(x)`: [N, D] -> cosines [N, K]; `predict(x)` -> labels [N]."""
+
+    def __init__(self, prototypes: Tensor) -> None:
+        super().__init__()
+        _checks.check_matrix("prototypes", prototypes, "[K, D]")
+        self.prototypes = prototypes
+
+    def forward(self, features: Tensor) -> Tensor:
+        return unit_rows(features) @ unit_rows(self.prototypes).to(features.dtype).T
+
+    @torch.no_grad()
+    def predict(self, features: Tensor) -> Tensor:
+        return self(features).argmax(dim=1)

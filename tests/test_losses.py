@@ -1,0 +1,250 @@
+"""The prototype losses against closed forms, float64 truth and the edge policy, through the public functions."""
+
+import math
+
+import pytest
+import torch
+from oracle import LOSSES, assert_within, draws, laid_out, loss_and_gradients, truth_and_eager
+
+import hypercontrast as hc
+from hypercontrast import blockwise, functional, reference
+
+NAMES = list(LOSSES)
+BACKENDS = ["reference", "blockwise"]
+
+
+def call(name, *args, **options):
+    function, specific = LOSSES[name]
+    return getattr(functional, function)(*args, **specific, **options)
+
+
+@pytest.fixture(params=["kept", "recomputed", "tiny tiles"])
+def regime(request, monkeypatch):
+    """The ways through the blockwise backend: exponentials kept, recomputed, and several panels and blocks."""
+    if request.param != "kept":
+        monkeypatch.setattr(blockwise, "_budget_bytes", 0)
+    if request.param == "tiny tiles":
+        monkeypatch.setattr(blockwise, "PANEL_CLASSES", 7)
+        monkeypatch.setattr(blockwise, "MIN_BLOCK", 5)
+        monkeypatch.setattr(blockwise, "TILE_ELEMENTS", 35)
+
+
+def closed_form(name, k, n, tau):
+    delta = k / ((k - 1) * tau)
+    ce = math.log1p((k - 1) * math.exp(-delta))
+    return {
+        "normface": ce,
+        "ntce": ce + math.log(n),
+        "nonl": -delta + math.log(n * (k - 1)),
+        "nonl-sample": -delta + math.log(k - 1),
+        "nonl-both": -delta + math.log((n + 1) * (k - 1)),
+    }[name]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tau", [0.05, 1.0])
+def test_simplex_etf(name, backend, tau):
+    k, n = 6, 4
+    frame = hc.simplex_etf(k, 9)
+    labels = torch.arange(k).repeat(n)
+    loss = call(name, 5 * frame[labels], 0.3 * frame, labels, temperature=tau, backend=backend)
+    assert loss.item() == pytest.approx(closed_form(name, k, n, tau), abs=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_all_vectors_equal(name, backend):
+    k, labels = 5, torch.tensor([0, 0, 0, 1, 2, 2, 4])
+    m = len(labels)
+    n = torch.bincount(labels, minlength=k)[labels].double()
+    want = {
+        "normface": math.log(k),
+        "ntce": math.log(m),
+        "nonl": (m - n).log().mean().item(),
+        "nonl-sample": math.log(k - 1),
+        "nonl-both": (m - n + k - 1).log().mean().item(),
+    }[name]
+    same = torch.ones(m, 3, dtype=torch.float64)
+    assert call(name, same, same[:k], labels, backend=backend).item() == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fuzz(name, regime):
+    """At least 200 draws a loss over the three regimes: shape, dtype, strides, temperature, near collapse."""
+    for draw in draws(75, seed=NAMES.index(name), dtypes=(torch.float32, torch.float16, torch.bfloat16)):
+        tensors = draw.tensors()
+        options = {"temperature": draw.temperature}
+        truth, eager = truth_and_eager(name, *tensors, **options)
+        actual = loss_and_gradients(lambda *a, **o: call(name, *a, backend="blockwise", **o), *tensors, **options)
+        assert_within(actual, truth, eager, tensors, temperature=draw.temperature, context=draw)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("tau", [0.1, 0.01])
+def test_reductions_weights_and_upstream_layouts(name, reduction, tau, regime):
+    """Against the specification in float64, with class weights, ignored samples and every kind of upstream gradient."""
+    n, k, d = 37, 9, 5
+    features, prototypes = torch.randn(n, d).double().requires_grad_(), torch.randn(k, d).double().requires_grad_()
+    labels = torch.randint(0, 7, (n,))  # classes 7 and 8 are absent
+    labels[::6] = 3
+    options = {"temperature": tau, "weight": torch.rand(k).double(), "ignore_index": 3, "reduction": reduction}
+    shape = (n,) if reduction == "none" else ()
+    upstreams = [torch.randn(shape).double(), torch.ones(()).double().expand(shape)]
+    if shape:
+        upstreams += [torch.randn(n, 2).double()[:, 0], torch.randn(2 * n).double()[::2]]
+    for upstream in upstreams:
+        function, specific = LOSSES[name]
+        want = loss_and_gradients(
+            getattr(reference, function), features, prototypes, labels, upstream, **options, **specific
+        )
+        got = loss_and_gradients(
+            getattr(functional, function), features, prototypes, labels, upstream, **options, **specific
+        )
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    if name in ("ntce", "nonl"):
+        assert (got[2][7:] == 0).all(), "prototypes of absent classes must not move"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_learned_temperature(name, regime):
+    features, prototypes = torch.randn(20, 4).double(), torch.randn(6, 4).double()
+    labels = torch.randint(0, 6, (20,))
+    grads = []
+    for backend in BACKENDS:
+        tau = torch.tensor(0.2).double().requires_grad_()
+        call(name, features, prototypes, labels, temperature=tau, backend=backend).backward()
+        grads.append(tau.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_normalisation(name, regime):
+    """Long vectors make logits far beyond 1/τ: the running maximum must carry them."""
+    features, prototypes = laid_out(30 * torch.randn(25, 6), "contiguous"), laid_out(torch.randn(8, 6), "contiguous")
+    labels = torch.randint(0, 8, (25,))
+    tensors, options = (features, prototypes, labels), {"temperature": 0.1, "normalize": False}
+    truth, eager = truth_and_eager(name, *tensors, **options)
+    actual = loss_and_gradients(lambda *a, **o: call(name, *a, **o), *tensors, **options)
+    assert_within(actual, truth, eager, tensors, temperature=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("empty", "want"), [("align", -8.0), ("zero", 0.0)])
+@pytest.mark.parametrize("anchor", ["prototype", "sample", "both"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("tau", [0.1, 0.01])
+def test_nothing_to_push_from(backend, empty, want, anchor, reduction, tau):
+    """One class in batch and prototypes: the policy decides, and loss and gradients are finite."""
+    features = torch.tensor([[0.8, 0.6], [1.6, 1.2]], requires_grad=True)
+    prototypes = torch.tensor([[2.0, 0.0]], requires_grad=True)
+    labels = torch.zeros(2, dtype=torch.int64)
+    options = {"anchor": anchor, "reduction": reduction, "backend": backend, "temperature": tau}
+    loss = hc.nonl_loss(features, prototypes, labels, empty=empty, **options)
+    assert loss.mean().item() == pytest.approx(want * 0.1 / tau, rel=1e-6)
+    for grad in torch.autograd.grad(loss.sum(), (features, prototypes)):
+        assert torch.isfinite(grad).all()
+        assert (grad == 0).all() == (empty == "zero")
+    with pytest.raises(ValueError, match="empty='error'"):
+        hc.nonl_loss(features, prototypes, labels, empty="error", **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_samples_and_all_ignored(name, backend, reduction):
+    prototypes = torch.randn(3, 4, requires_grad=True)
+    for n in (0, 5):
+        features = torch.randn(n, 4, requires_grad=True)
+        labels = torch.full((n,), -100)
+        loss = call(name, features, prototypes, labels, reduction=reduction, backend=backend)
+        assert loss.shape == ((n,) if reduction == "none" else ())
+        assert (loss == 0).all()
+        for grad in torch.autograd.grad(loss.sum(), (features, prototypes)):
+            assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_vectors_have_no_direction(name, backend):
+    features, prototypes = torch.randn(6, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    with torch.no_grad():
+        features[2], prototypes[1] = 0, 0
+    loss = call(name, features, prototypes, torch.tensor([0, 1, 2, 0, 1, 2]), backend=backend)
+    grads = torch.autograd.grad(loss, (features, prototypes))
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(g).all() for g in grads)
+    assert (grads[0][2] == 0).all()
+    assert (grads[1][1] == 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_block_sizes_do_not_matter(name, monkeypatch):
+    features, prototypes = torch.randn(50, 6).double(), torch.randn(20, 6).double()
+    labels = torch.randint(0, 20, (50,))
+    want = call(name, features, prototypes, labels)
+    monkeypatch.setattr(blockwise, "PANEL_CLASSES", 3)
+    monkeypatch.setattr(blockwise, "MIN_BLOCK", 7)
+    monkeypatch.setattr(blockwise, "TILE_ELEMENTS", 1)
+    torch.testing.assert_close(call(name, features, prototypes, labels), want, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mixed_precision_gradients_keep_their_dtype(name):
+    features = torch.randn(12, 8, dtype=torch.bfloat16, requires_grad=True)
+    prototypes = torch.randn(4, 8, requires_grad=True)
+    loss = call(name, features, prototypes, torch.randint(0, 4, (12,)))
+    grads = torch.autograd.grad(loss, (features, prototypes))
+    assert loss.dtype == torch.float32
+    assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_changes_nothing(name):
+    features, prototypes = torch.randn(12, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    labels = torch.randint(0, 4, (12,))
+    plain = loss_and_gradients(lambda *a: call(name, *a), features, prototypes, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = call(name, features, prototypes, labels)
+        grads = torch.autograd.grad(loss, (features, prototypes))
+    for a, b in zip(plain, (loss, *grads), strict=True):
+        assert torch.equal(a, b.double())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_class_means_ride_along(name, backend):
+    features, labels = torch.randn(30, 5), torch.randint(0, 4, (30,))
+    labels[::5] = -100
+    riding, direct = hc.ClassMeans(4, 5), hc.ClassMeans(4, 5)
+    call(name, features, torch.randn(4, 5), labels, class_means=riding, backend=backend)
+    direct.update(features, labels)
+    assert torch.equal(riding.counts, direct.counts)
+    torch.testing.assert_close(riding.sums, direct.sums, rtol=1e-5, atol=1e-6)
+
+
+def test_module_equals_function():
+    features, prototypes, labels = torch.randn(9, 4), torch.randn(3, 4), torch.randint(0, 3, (9,))
+    weight = torch.tensor([1.0, 2.0, 3.0])
+    pairs = [
+        (hc.NormFaceLoss(0.3, weight=weight), hc.normface_loss, {}),
+        (hc.NTCELoss(temperature=0.3, weight=weight), hc.ntce_loss, {}),
+        (hc.NONLLoss(0.3, weight=weight, anchor="both", empty="zero"), hc.nonl_loss, {"anchor": "both"}),
+    ]
+    for module, function, options in pairs:
+        want = function(features, prototypes, labels, temperature=0.3, weight=weight, **options)
+        assert torch.equal(module(features, prototypes, labels), want)
+        assert not module.state_dict(), "a loss has no state"
+    learned = hc.NTCELoss(torch.nn.Parameter(torch.tensor(0.2)))
+    learned(features, prototypes, labels).backward()
+    assert learned.temperature.grad.abs() > 0
+
+
+def test_driver_baselines():
+    logits, labels = torch.randn(7, 3), torch.randint(0, 3, (7,))
+    assert torch.equal(hc.CELoss()(logits, labels), torch.nn.functional.cross_entropy(logits, labels))
+    frame = hc.simplex_etf(3, 4)
+    assert hc.ETFDRLoss()(2 * frame[labels], frame, labels).item() == pytest.approx(0, abs=1e-12)
+    assert hc.ETFDRLoss()(-frame[labels], frame, labels).item() == pytest.approx(2)
