@@ -101,7 +101,7 @@ def lse(
             "normalize": normalize,
         }  # fmt: skip
         if backend == "triton":
-            kept = features.new_empty((0, 0), dtype=torch.float32)
+            kept = features.new_empty(0, dtype=torch.float32)
             return *_kernels().launch_fwd(features, prototypes, labels, **shared), kept
         return blockwise.lse_forward(features, prototypes, labels, **shared, keep_bytes=keep_bytes)
 
@@ -116,7 +116,7 @@ def _lse_fake(
     statistics = [features.new_empty(size, dtype=wide) for size in (k if rows else 0, n if cols else 0, n)]
     bounded = blockwise.is_bounded(temperature, inv_temperature, normalize)
     keeps = backend == "blockwise" and bounded and blockwise.keeps(n, k, dtype, keep_bytes)
-    rest = [features.new_empty(shape, dtype=dtype) for shape in ((n,), (k,), (n, k) if keeps else (0, 0))]
+    rest = [features.new_empty(shape, dtype=dtype) for shape in (n, k, n * k if keeps else 0)]
     return *statistics, *rest
 
 
@@ -170,6 +170,7 @@ def _lse_setup_context(ctx, inputs, output) -> None:
     features, prototypes, labels, counts, temperature, *options = inputs
     row_lse, col_lse, _, inv_features, inv_prototypes, kept = output
     ctx.mark_non_differentiable(inv_features, inv_prototypes, kept)
+    ctx.set_materialize_grads(False)  # else autograd would fill a gradient for the kept exponentials with zeros
     ctx.save_for_backward(
         features,
         prototypes,
@@ -187,6 +188,11 @@ def _lse_setup_context(ctx, inputs, output) -> None:
 
 def _lse_autograd(ctx, grad_row, grad_col, grad_pos, *_unused):
     *tensors, counts, temperature = ctx.saved_tensors
+    row_lse, col_lse = tensors[3:5]
+    grad_row = torch.zeros_like(row_lse) if grad_row is None else grad_row
+    grad_col = torch.zeros_like(col_lse) if grad_col is None else grad_col
+    if grad_pos is None:
+        grad_pos = row_lse.new_zeros(len(tensors[0]))
     inv_temperature, ignore_index, rows, cols, exclude_own, normalize, _, backend = ctx.options
     grad_features, grad_prototypes, logit_grad_sum = lse_backward(
         *tensors, grad_row, grad_col, grad_pos, counts, temperature, inv_temperature, ignore_index, rows, cols,

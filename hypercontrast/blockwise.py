@@ -122,23 +122,37 @@ class _Tiling:
         for panel in _spans(self.k, PANEL_CLASSES):
             yield panel, _scaled(self.prototypes[panel], self.inv_prototypes[panel] * self.scale)
 
-    def blocks(self, panel: slice):
-        """(samples, unit features [B, D], own [B'] rows and columns of the tile's positives) block by block."""
+    def tiles(self, panel: slice):
+        """Block by block of a panel: (samples, unit features [B, D], which of them have their positive in this tile,
+        and where in it, counted along its rows).
+        """
         width = panel.stop - panel.start
         step = max(MIN_BLOCK, TILE_ELEMENTS // width)
+        units = self.features.new_empty((min(step, self.n), self.features.shape[1]), dtype=self.dtype)
+        places = (self.labels - panel.start) + width * torch.arange(self.n, device=self.labels.device)
+        in_panel = None if width == self.k else (self.labels >= panel.start) & (self.labels < panel.stop)
         for block in _spans(self.n, step):
-            own = self.labels[block] - panel.start
-            if width < self.k:  # other panels hold some of the positives
-                here = ((own >= 0) & (own < width)).nonzero()[:, 0]
-                own = (here, own[here])
-            else:
-                own = (torch.arange(len(own), device=own.device), own)
-            yield block, _scaled(self.features[block], self.inv_features[block]), own
+            u_BD = units[: block.stop - block.start]
+            torch.mul(self.features[block], self.inv_features[block, None], out=u_BD)
+            samples, place = block, places[block] - width * block.start
+            if in_panel is not None:
+                here = in_panel[block].nonzero()[:, 0]
+                samples, place = here + block.start, place[here]
+            yield block, u_BD, samples, place
 
-    def tile_buffer(self) -> Tensor:
+    def start(self, panel: slice, block: slice) -> int:
+        """Where a tile starts when all tiles are kept one after the other."""
+        return self.n * panel.start + block.start * (panel.stop - panel.start)
+
+    def buffer(self) -> Tensor:
+        """Room for the largest tile; every tile is a contiguous view of it."""
         width = min(self.k, PANEL_CLASSES)
-        height = min(self.n, max(MIN_BLOCK, TILE_ELEMENTS // max(width, 1)))
+        height = min(self.n, max(MIN_BLOCK, TILE_ELEMENTS // width) if width else 0)
         return self.features.new_empty(height * width, dtype=self.dtype)
+
+
+def _tile(memory: Tensor, start: int, rows: int, cols: int) -> Tensor:
+    return memory[start : start + rows * cols].view(rows, cols)
 
 
 def lse_forward(features, prototypes, labels, *, keep_bytes, **options):
@@ -152,20 +166,19 @@ def lse_forward(features, prototypes, labels, *, keep_bytes, **options):
     positives = inv_features.new_zeros(t.n)
     row_sum, row_max = inv_features.new_zeros(t.k), inv_features.new_full((t.k,), -torch.inf)
     col_sum, col_max = inv_features.new_zeros(t.n), inv_features.new_full((t.n,), -torch.inf)
-    kept_shape = (n_all, k_all) if t.bounded and keeps(n_all, k_all, dtype, keep_bytes) else (0, 0)
-    kept = inv_features.new_empty(kept_shape)
-    kept[t.n :].zero_()  # ignored samples and absent classes leave the end unused
-    kept[:, t.k :].zero_()
-    buffer = t.tile_buffer()
+    keep = t.bounded and keeps(n_all, k_all, dtype, keep_bytes)
+    kept = inv_features.new_empty(n_all * k_all if keep else 0)
+    kept[t.n * t.k :].zero_()  # ignored samples and absent classes leave the end unused
+    buffer = None if keep else t.buffer()
 
     for panel, w_PD in t.panels():
-        for block, u_BD, (at, own) in t.blocks(panel):
+        for block, u_BD, samples, place in t.tiles(panel):
             shape = (len(u_BD), len(w_PD))
-            s_BP = kept[block, panel] if kept.numel() else buffer[: shape[0] * shape[1]].view(shape)
+            s_BP = _tile(buffer, 0, *shape) if buffer is not None else _tile(kept, t.start(panel, block), *shape)
             torch.mm(u_BD, w_PD.T, out=s_BP)
-            positives[block][at] = s_BP[at, own]
+            positives[samples] = s_BP.view(-1)[place]
             if t.exclude_own:
-                s_BP[at, own] = -torch.inf
+                s_BP.view(-1)[place] = -torch.inf
             if t.bounded:
                 s_BP.exp_()
                 if t.rows:
@@ -219,16 +232,17 @@ def lse_backward(
     if t.cols:
         col_shift, col_factor = _exponent(t.of_samples(col_lse), t.of_samples(grad_col), t)
 
-    grad_u = inv_features.new_zeros(t.n, features.shape[1])
+    grad_u = inv_features.new_empty(t.n, features.shape[1])
     grad_w = inv_features.new_zeros(t.k, features.shape[1])
-    buffer = t.tile_buffer()
+    buffer = t.buffer()
     for panel, w_PD in t.panels():
-        for block, u_BD, (at, own) in t.blocks(panel):
-            g_BP = buffer[: len(u_BD) * len(w_PD)].view(len(u_BD), len(w_PD))
+        for block, u_BD, samples, place in t.tiles(panel):
+            shape = (len(u_BD), len(w_PD))
+            g_BP = _tile(buffer, 0, *shape)
             if not kept.numel():
                 torch.mm(u_BD, w_PD.T, out=g_BP)
             if t.bounded:  # both shifts are zero: one exponential serves rows and columns
-                e_BP = kept[block, panel] if kept.numel() else g_BP.exp_()
+                e_BP = _tile(kept, t.start(panel, block), *shape) if kept.numel() else g_BP.exp_()
                 factor = row_factor[panel] if t.rows else 0
                 factor = factor + col_factor[block, None] if t.cols else factor
                 torch.mul(e_BP, factor, out=g_BP)
@@ -240,11 +254,12 @@ def lse_backward(
             else:
                 g_BP.sub_(col_shift[block, None]).exp_().mul_(col_factor[block, None])
             # Positives join in before the products: added to the products they would leave the rounding of both behind.
-            if t.exclude_own:
-                g_BP[at, own] = pos[block][at]
+            flat = g_BP.view(-1)
+            flat[place] = pos[samples] if t.exclude_own else flat[place] + pos[samples]
+            if panel.start == 0:
+                torch.mm(g_BP, w_PD, out=grad_u[block])
             else:
-                g_BP[at, own] += pos[block][at]
-            grad_u[block].addmm_(g_BP, w_PD)
+                grad_u[block].addmm_(g_BP, w_PD)
             grad_w[panel].addmm_(g_BP.T, u_BD)
     grad_w *= t.scale
 
@@ -271,10 +286,12 @@ def _exponent(lse: Tensor, grad: Tensor, t: _Tiling) -> tuple[Tensor, Tensor]:
 def _through_norm_(grad: Tensor, x: Tensor, inv_norms: Tensor, normalize: bool) -> Tensor:
     """Turn dL/du in place into dL/dx = (dL/du - (u·dL/du) u)/|x|; return Σ u·dL/du."""
     radial_total = grad.new_zeros(())
-    for block in _spans(len(x), max(1, TILE_ELEMENTS // max(x.shape[1], 1))):
-        u = _scaled(x[block], inv_norms[block])
-        radial = (u * grad[block]).sum(1)
+    height = min(len(x), max(1, TILE_ELEMENTS // (4 * x.shape[1])))
+    products = torch.empty_like(grad[:height])
+    for block in _spans(len(x), max(1, height)):
+        x_BD, g_BD, inv = x[block].to(grad.dtype), grad[block], inv_norms[block]
+        radial = torch.mul(x_BD, g_BD, out=products[: len(x_BD)]).sum(1) * inv
         radial_total += radial.sum()
         if normalize:
-            grad[block].addcmul_(u, radial[:, None], value=-1).mul_(inv_norms[block][:, None])
+            g_BD.addcmul_(x_BD, (radial * inv)[:, None], value=-1).mul_(inv[:, None])
     return radial_total

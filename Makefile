@@ -1,0 +1,47 @@
+# make demo    train cross-entropy and NONL on real digits, write runs/demo/report.html (about 2 minutes)
+# make test    lint, types and the test suite; make test-all adds the tests that take minutes
+# make check   lint and types alone
+# make bench   speed, memory and error of the losses on this machine's CPU
+#
+# The environment lives in .venv with the pinned versions of constraints.txt. To use a Python that already has torch and
+# the packages of the extras, name it: make test PYTHON=/path/to/python
+
+VENV := .venv
+ifeq ($(origin PYTHON),undefined)
+  RUN := $(VENV)/bin/python
+  READY := $(VENV)/ready
+else
+  RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
+  READY :=
+endif
+
+.PHONY: setup demo test test-all check bench clean
+
+setup: $(READY)
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): about 5 GB and a few minutes, once"
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hypercontrast needs Python 3.10 or newer, got " + sys.version.split()[0])'
+	@python3 -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,demo,test]'
+	@touch $@
+
+demo: $(READY)
+	@$(RUN) -m hypercontrast.demo
+
+check: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+test: check
+	$(RUN) -m pytest -n 2 --dist loadgroup
+
+test-all: check
+	$(RUN) -m pytest -n 2 --dist loadgroup -m ""
+
+bench: $(READY)
+	$(RUN) -m bench
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
