@@ -2,6 +2,7 @@
 # make test    lint, types and the test suite; make test-all adds the tests that take minutes
 # make check   lint and types alone
 # make bench   speed, memory and error of the losses on this machine's CPU
+# make gpu-check   correctness, sanitizer, large indices and speed of the kernels on a GPU
 #
 # The environment lives in .venv with the pinned versions of constraints.txt. To use a Python that already has torch and
 # the packages of the extras, name it: make test PYTHON=/path/to/python
@@ -15,7 +16,7 @@ else
   READY :=
 endif
 
-.PHONY: setup demo test test-all check bench clean
+.PHONY: setup demo test test-all check bench gpu-check clean
 
 setup: $(READY)
 
@@ -42,6 +43,9 @@ test-all: check
 
 bench: $(READY)
 	$(RUN) -m bench
+
+gpu-check: $(READY)
+	$(RUN) -m bench.gpu_check
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,12 @@
-"""Shared set-up: one thread (bitwise repeatability, and the machine is shared between workers), fixed seeds."""
+"""Shared set-up: Triton's interpreter where there is no GPU, one thread (bitwise repeatability), fixed seeds."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,206 @@
+"""What a training run is made of: one frozen dataclass, from which flags, recipes and config.yaml all come.
+
+Precedence: defaults < recipe < config.yaml of a run being resumed < flags given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class UsageError(ValueError):
+    """Something the person who started the run can put right; the message is one line that says what."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a classifier on the unit hypersphere and watch its classes collapse into a simplex."""
+
+    loss: Literal["ce", "normface", "ntce", "nonl", "etf-dr"] = "nonl"
+    """What to minimise: cross-entropy, one of the prototype losses, or dot regression to a fixed simplex ETF."""
+    dataset: str = "mnist5k"
+    """mnist5k, cifar10, cifar100, folder:PATH ({train,val}/CLASS/*.png) or parquet:PATH ({train,test}*.parquet)."""
+    data_root: str = "data"
+    """Folder that holds cifar10 and cifar100; nothing is ever downloaded."""
+    recipe: str = "none"
+    """Named settings that flags override; auto takes DATASET-LOSS where there is one, none takes no recipe."""
+    model: Literal["convnet", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "convnet"
+    """Backbone; the ResNets need torchvision and take a 3x3 stem for pictures up to 64 pixels."""
+    neck: Literal["none", "linear", "bn"] = "none"
+    """Layer after pooling; a signed one (linear, bn) puts the simplex ETF within the features' reach."""
+    epochs: int = 8
+    """Passes over the training set."""
+    warmup_epochs: int = 1
+    """Epochs over which the learning rate rises linearly to --lr; 0 starts there."""
+    batch_size: int = 128
+    """Largest global batch, over all ranks; every epoch is cut into equal batches of at most this many pictures."""
+    lr: float = 0.2
+    """Peak learning rate of SGD with momentum 0.9; a cosine takes it to a thousandth."""
+    weight_decay: float = 1e-4
+    """L2 penalty on every parameter; 0 for none."""
+    temperature: float = 0.2
+    """Temperature τ of the prototype losses; ce and etf-dr have none."""
+    seed: int = 42
+    """Fixes initial weights, batches and augmentation."""
+    gpus: int = 0
+    """GPUs of this machine to train on, one rank each; 0 takes one if there is one, else the CPU."""
+    cpu_ranks: int = 0
+    """Ranks on the CPU, over Gloo; 0 leaves the choice to --gpus."""
+    backend: Literal["auto", "reference", "blockwise", "triton"] = "auto"
+    """Implementation of the prototype losses."""
+    limit: int = 0
+    """Use at most this many training and this many validation pictures, evenly from every class; 0 for all."""
+    run_dir: str = ""
+    """Folder of the run; by default runs/DATASET-LOSS-TIME."""
+    resume: str = "none"
+    """auto continues the run in --run-dir if there is one, PATH the run in that folder, none starts a new one."""
+    dry_run: bool = False
+    """Print batch, negatives, steps, schedule and memory, then stop."""
+    quiet: bool = False
+    """Print the final line only."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _checked(name, getattr(self, name), hint))
+        for name in ("epochs", "batch_size"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("lr", "temperature"):
+            self._require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
+        self._require("weight_decay", 0 <= self.weight_decay < math.inf, "finite and not negative")
+        for name in ("gpus", "cpu_ranks", "limit", "seed"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, "between 0 and epochs")
+        if self.gpus and self.cpu_ranks:
+            raise UsageError(f"gpus must be 0 with cpu_ranks={self.cpu_ranks}, got {self.gpus}")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise UsageError(f"{name} must be {rule}, got {getattr(self, name)}")
+
+    @property
+    def ranks(self) -> int:
+        """Ranks to start on this machine."""
+        return max(self.gpus, self.cpu_ranks, 1)
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """The value in its field's type, for YAML and callers are as untyped as they like."""
+    if get_origin(hint) is Literal:
+        options = get_args(hint)
+        if value not in options:
+            raise UsageError(f"{name} must be one of {', '.join(options)}, got {value!r}")
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise UsageError(f"{name} must be {hint.__name__}, got {value!r}")
+    return value
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def configure(*, recipe: str = "auto", **flags: Any) -> Config:
+    """The config of a recipe with `flags` on top, as the command line makes it. Raises UsageError."""
+    return dataclasses.replace(_base(Config(**(flags | {"recipe": recipe}))), **flags)
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """The config that a command line asks for. Raises UsageError in one line; `--help` prints and exits."""
+    draft = _parse_flags(argv, Config(recipe="auto"))
+    base = _base(draft)
+    config = _parse_flags(argv, base)
+    return dataclasses.replace(config, recipe=base.recipe)
+
+
+def _base(draft: Config) -> Config:
+    """What flags start from: the run to resume, the draft's recipe, or the defaults."""
+    folder = resume_folder(draft)
+    if folder and (saved := Path(folder, "config.yaml")).is_file():
+        # How to run it is this call's business, not the run's.
+        return dataclasses.replace(read_config(saved), run_dir=str(saved.parent), quiet=False, dry_run=False)
+    name = draft.recipe
+    if name == "auto":
+        name = f"{draft.dataset}-{draft.loss}"
+        name = name if name in recipe_names() else "none"
+    return Config() if name == "none" else read_recipe(name)
+
+
+def resume_folder(config: Config) -> str:
+    """The folder that `--resume` means; empty where a new run is wanted or no folder was named."""
+    return {"none": "", "auto": config.run_dir}.get(config.resume, config.resume)
+
+
+def read_recipe(name: str) -> Config:
+    if name not in recipe_names():
+        raise UsageError(f"recipe must be auto, none or one of {', '.join(recipe_names())}, got {name!r}")
+    return dataclasses.replace(read_config(RECIPES / f"{name}.yaml"), recipe=name)
+
+
+def read_config(path: Path) -> Config:
+    """A config from a YAML mapping: plain scalars only, an unknown key is an error."""
+    yaml = _yaml()
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{path} must be readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
+    known = {field.name for field in dataclasses.fields(Config)}
+    if unknown := sorted(str(key) for key in values if key not in known):
+        raise UsageError(f"{path} must hold known settings only, got {', '.join(unknown)}")
+    try:
+        return Config(**values)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def to_yaml(config: Config) -> str:
+    return _yaml().safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise UsageError("recipes and config.yaml need PyYAML: pip install 'hypercontrast[train]'") from None
+    return yaml
+
+
+def _parse_flags(argv: Sequence[str], default: Config) -> Config:
+    try:
+        import tyro
+    except ImportError:
+        raise UsageError("the command line needs tyro: pip install 'hypercontrast[train]'") from None
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                Config,
+                prog="python -m hypercontrast.train",
+                args=list(argv),
+                default=default,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(_one_line(complaint.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """The sentence inside tyro's frame, drawn in Unicode or ASCII: title, rule, sentence, rule, a pointer to --help."""
+    blocks = re.split(r"[─-]{3,}|Argument helptext:", re.sub(r"[│╭╮╰╯|]", " ", box))
+    sentences = [" ".join(block.split()) for block in blocks if block.strip(" ─-\n")]
+    return sentences[min(1, len(sentences) - 1)].removeprefix("Error parsing Config: ")

@@ -1,0 +1,147 @@
+"""Ranks: started here through torch's elastic launcher, or joined where one such as torchrun set the environment."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hypercontrast.config import Config, UsageError
+
+T = TypeVar("T")
+
+
+class RankError(RuntimeError):
+    """A rank failed. The message is its own, `kind` the name of its exception ("" if it was killed), `trace` where."""
+
+    def __init__(self, message: str, kind: str = "", trace: str = "") -> None:
+        super().__init__(message)
+        self.kind, self.trace = kind, trace
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of x over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def agree(self, decide: Callable[[], T]) -> T:
+        """What `decide` returns on rank 0, on every rank; what it raises there is raised everywhere."""
+        if self.world == 1:
+            return decide()
+        outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+        if self.rank == 0:
+            try:
+                outcome = [(decide(), None)]
+            except Exception as failure:  # the other ranks must hear of it, whatever it is
+                outcome = [(None, failure)]
+        dist.broadcast_object_list(outcome, device=self.device)
+        value, error = outcome[0]
+        if error is not None:
+            raise error
+        return value  # type: ignore[return-value]
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give every rank rank 0's buffers: batch-norm statistics are each rank's own while training."""
+        if self.world > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
+
+def is_rank() -> bool:
+    """Whether a launcher has made this process one rank of several, or the only one."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def check_hardware(config: Config) -> None:
+    """Raise UsageError if this machine cannot start the ranks asked for."""
+    available = torch.cuda.device_count()
+    if config.gpus > available:
+        raise UsageError(f"gpus must be at most {available}, the GPUs of this machine, got {config.gpus}")
+    if config.ranks > 1 and not dist.is_available():
+        raise UsageError(f"a run of {config.ranks} ranks needs a torch built with distributed")
+
+
+def device_of(config: Config) -> torch.device:
+    if config.cpu_ranks or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+@contextmanager
+def joined(config: Config) -> Iterator[Ranks]:
+    """This process's place among the ranks; without a launcher, the only one."""
+    device = device_of(config)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not is_rank():
+        yield Ranks(0, 1, device)
+        return
+    if device.type == "cpu":
+        threads = torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(threads, 1))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def start_ranks(config: Config, run: Callable[[Config], object]) -> None:
+    """Call `run(config)` in `config.ranks` new processes and wait.
+
+    Raises RankError if one fails, KeyboardInterrupt on a signal to stop; none is left running.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+    )
+    # The launcher would log the failing rank's traceback line by line; RankError carries it.
+    logging.disable(logging.ERROR)
+    try:
+        elastic_launch(settings, run)(config)
+    except SignalException as signal:
+        raise KeyboardInterrupt(str(signal)) from None
+    except ChildFailedError as error:
+        raise _rank_error(*error.get_first_failure()) from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _rank_error(rank: int, failure: Any) -> RankError:
+    """From elastic's record of a failure: a dict where Python raised, plain text where a signal ended the process."""
+    if not isinstance(failure.message, dict):
+        return RankError(f"rank {rank} failed: {failure.message}")
+    kind, _, message = failure.message["message"].partition(": ")
+    return RankError(f"rank {rank}: {message}", kind, failure.message["extraInfo"]["py_callstack"])

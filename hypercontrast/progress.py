@@ -1,0 +1,65 @@
+"""What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+
+class Progress:
+    """One line an epoch, and on a terminal (with rich installed) a bar of its steps below them."""
+
+    def __init__(self, epochs: int, steps: int, *, silent: bool = False) -> None:
+        self.epochs, self.steps, self.silent = epochs, steps, silent
+        self._bar = None if silent or not sys.stdout.isatty() else _rich_bar()
+
+    def __enter__(self) -> Progress:
+        if self._bar:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=self.steps)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def start_epoch(self, epoch: int) -> None:
+        if self._bar:
+            self._bar.reset(self._task, description=f"epoch {epoch}/{self.epochs}", total=self.steps)
+
+    def step(self) -> None:
+        if self._bar:
+            self._bar.advance(self._task)
+
+    def end_epoch(self, record: Mapping[str, Any]) -> None:
+        self.say(epoch_line(record, self.epochs))
+
+    def say(self, line: str) -> None:
+        if self._bar:
+            self._bar.console.print(line, highlight=False, markup=False)
+        elif not self.silent:
+            print(line, flush=True)
+
+
+def epoch_line(record: Mapping[str, Any], epochs: int) -> str:
+    """Accuracy of the head and of the class means, and the distance to the simplex ETF, within 80 columns."""
+    width = len(str(epochs))
+    return (
+        f"epoch {record['epoch']:{width}d}/{epochs}  loss {record['loss']:7.4f}  acc {record['accuracy']:5.1%}"
+        f"  proto acc {record['prototype_accuracy']:5.1%}  to ETF {record['distance_etf']:.3f}"
+        f"  {record['seconds']:5.1f} s"
+    )
+
+
+def _rich_bar() -> Any:
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        return None
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), transient=True
+    )

@@ -1,0 +1,1 @@
+"""Named settings, one small YAML file each: `<dataset>-<loss>.yaml`. Read by `hypercontrast.config`."""

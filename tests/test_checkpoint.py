@@ -1,0 +1,233 @@
+"""Checkpoints: nothing is lost in a crash, damage is noticed, nothing is executed."""
+
+import hashlib
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+import torch
+
+from hypercontrast import checkpoint
+from hypercontrast.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+
+pytest.importorskip("safetensors")
+
+
+def made(epoch):
+    """A checkpoint whose every value tells the epoch, so that a mixture of two would show."""
+    tensors = {"weight": torch.full((40, 5), float(epoch)), "steps": torch.tensor(epoch)}
+    state = {
+        "optimizer": {"momentum": torch.full((40, 5), float(epoch))},
+        "history": [{"epoch": e} for e in range(epoch)],
+    }
+    return Checkpoint(epoch, tensors, state)
+
+
+def assert_intact(found):
+    expected = made(found.epoch)
+    assert all(found.tensors[name].equal(tensor) for name, tensor in expected.tensors.items())
+    assert found.state["history"] == expected.state["history"]
+    assert found.state["optimizer"]["momentum"].equal(expected.state["optimizer"]["momentum"])
+
+
+def test_round_trip_keeps_two(tmp_path):
+    assert load_checkpoint(tmp_path) is None
+    for epoch in (1, 2, 3, 10):
+        folder = save_checkpoint(tmp_path, made(epoch))
+        assert load_checkpoint(tmp_path).epoch == epoch
+        assert_intact(load_checkpoint(tmp_path))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["epoch-0003", "epoch-0010"]
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
+
+
+def test_channels_last_and_aliased_tensors_are_saved(tmp_path):
+    weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    save_checkpoint(tmp_path, Checkpoint(1, {"weight": weight}, {}))
+    assert load_checkpoint(tmp_path).tensors["weight"].equal(weight)
+
+
+class Crash(BaseException):
+    pass
+
+
+def crash_points(monkeypatch, crash_at):
+    """Make the crash_at-th change to the disk fail half-way; returns how many were made."""
+    made_changes = [0]
+
+    def counted(change, halfway=None):
+        def changed(*args, **kwargs):
+            made_changes[0] += 1
+            if made_changes[0] == crash_at:
+                if halfway:
+                    halfway(*args)
+                raise Crash
+            return change(*args, **kwargs)
+
+        return changed
+
+    def half_written(path, content):
+        path.write_bytes(content[: len(content) // 2])
+
+    def half_removed(folder):
+        next(iter(folder.iterdir())).unlink()
+
+    monkeypatch.setattr(checkpoint, "_write_synced", counted(checkpoint._write_synced, half_written))
+    monkeypatch.setattr(checkpoint, "_sync_folder", counted(checkpoint._sync_folder))
+    monkeypatch.setattr(checkpoint.os, "rename", counted(os.rename))
+    monkeypatch.setattr(checkpoint.os, "replace", counted(os.replace))
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", counted(checkpoint.shutil.rmtree, half_removed))
+    return made_changes
+
+
+def test_a_crash_at_any_step_of_a_save_loses_nothing(tmp_path):
+    crash_at, outcomes = 0, set()
+    while True:
+        crash_at += 1
+        run = tmp_path / str(crash_at)
+        for epoch in (1, 2):
+            save_checkpoint(run, made(epoch))
+        with pytest.MonkeyPatch.context() as patch:
+            changes = crash_points(patch, crash_at)
+            try:
+                save_checkpoint(run, made(3))
+            except Crash:
+                pass
+            else:
+                break
+        assert changes[0] == crash_at
+        found = load_checkpoint(run)  # a warning would be an error: nothing half-made may be visible
+        assert_intact(found)
+        outcomes.add(found.epoch)
+        save_checkpoint(run, made(3))
+        assert_intact(load_checkpoint(run))
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["epoch-0002", "epoch-0003"]
+    assert crash_at == 8  # 3 files, their folder, the rename, its folder, the removal, and the save that went through
+    assert outcomes == {2, 3}
+
+
+def test_an_atomic_file_is_old_or_new(tmp_path):
+    path = tmp_path / "config.yaml"
+    for crash_at in range(1, 4):
+        path.write_bytes(b"old")
+        with pytest.MonkeyPatch.context() as patch:
+            crash_points(patch, crash_at)
+            with pytest.raises(Crash):
+                checkpoint.write_atomic(path, b"new and longer")
+        assert path.read_bytes() == (b"old" if crash_at < 3 else b"new and longer")
+    checkpoint.write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "state.pt", "SHA256SUMS"])
+def test_every_flipped_bit_is_noticed(tmp_path, name):
+    save_checkpoint(tmp_path, made(1))
+    path = save_checkpoint(tmp_path, made(2)) / name
+    content = path.read_bytes()
+    draw = random.Random(0)
+    for _ in range(100):
+        position, bit = draw.randrange(len(content)), draw.randrange(8)
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << bit
+        path.write_bytes(damaged)
+        with pytest.warns(RuntimeWarning, match="epoch-0002 is damaged"):
+            found = load_checkpoint(tmp_path)
+        assert found.epoch == 1
+        assert_intact(found)
+
+
+def test_truncated_or_missing_files_are_noticed(tmp_path):
+    save_checkpoint(tmp_path, made(1))
+    folder = save_checkpoint(tmp_path, made(2))
+    (folder / "state.pt").write_bytes((folder / "state.pt").read_bytes()[:-1])
+    with pytest.warns(RuntimeWarning, match="damaged"):
+        assert load_checkpoint(tmp_path).epoch == 1
+    (folder / "state.pt").unlink()
+    with pytest.warns(RuntimeWarning, match="incomplete"):
+        assert load_checkpoint(tmp_path).epoch == 1
+    for path in (tmp_path / "checkpoints" / "epoch-0001").iterdir():
+        path.write_bytes(b"")
+    with (
+        pytest.warns(RuntimeWarning),
+        pytest.raises(CheckpointError, match="must hold an intact checkpoint, got 2 damaged"),
+    ):
+        load_checkpoint(tmp_path)
+
+
+def test_a_damaged_checkpoint_can_be_written_again(tmp_path):
+    save_checkpoint(tmp_path, made(1))
+    (save_checkpoint(tmp_path, made(2)) / "state.pt").write_bytes(b"")
+    save_checkpoint(tmp_path, made(2))
+    assert_intact(load_checkpoint(tmp_path))
+    assert load_checkpoint(tmp_path).epoch == 2
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    folder = save_checkpoint(tmp_path, made(1))
+    (folder / "state.pt").write_bytes(pickle.dumps(Payload(tmp_path / "executed"), protocol=2))
+    sums = [
+        f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in ("checkpoint.safetensors", "state.pt")
+    ]
+    (folder / "SHA256SUMS").write_text("".join(sums))
+    with pytest.warns(RuntimeWarning, match="cannot be read"), pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+SAVE_FOREVER = """
+import sys, torch
+from pathlib import Path
+from hypercontrast.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+run = Path(sys.argv[1])
+last = load_checkpoint(run)
+epoch = last.epoch if last else 0
+while True:
+    epoch += 1
+    tensors = {"weight": torch.full((40, 5), float(epoch)), "steps": torch.tensor(epoch)}
+    state = {"optimizer": {"momentum": torch.full((40, 5), float(epoch))}, "history": [{"epoch": e} for e in range(epoch)]}
+    save_checkpoint(run, Checkpoint(epoch, tensors, state))
+    print(epoch, flush=True)
+"""
+
+
+def kill_while_saving(run, kills):
+    draw = random.Random(1)
+    last = 0
+    for _ in range(kills):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", SAVE_FOREVER, str(run)], stdout=subprocess.PIPE, text=True, env=os.environ
+        )
+        writer.stdout.readline()
+        time.sleep(draw.random() * 0.05)
+        writer.send_signal(signal.SIGKILL)
+        saved = [int(line) for line in writer.stdout.read().split()]
+        writer.wait()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = load_checkpoint(run)
+        assert_intact(found)
+        assert found.epoch >= max([last, *saved])
+        last = found.epoch
+
+
+def test_killed_while_saving(tmp_path):
+    kill_while_saving(tmp_path, 3)
+
+
+@pytest.mark.slow
+def test_killed_two_hundred_times_while_saving(tmp_path):
+    kill_while_saving(tmp_path, 200)

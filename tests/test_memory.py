@@ -1,0 +1,47 @@
+"""The blockwise backend's memory: flat in batch x classes once past the budget. Peaks are read in fresh processes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import hypercontrast as hc
+
+PEAK = """
+import torch, bench.__main__ as bench, hypercontrast as hc
+hc.set_memory_budget({budget})
+bench.measure_peak({name!r}, "blockwise", 64, 8, {d})  # allocations that come once
+print(bench.measure_peak({name!r}, "blockwise", {m}, {k}, {d}))
+"""
+
+
+def peak_mib(name, m, k, d, budget):
+    code = PEAK.format(name=name, m=m, k=k, d=d, budget=budget)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return float(run.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", ["ntce", "nonl", "normface"])
+def test_peak_is_flat(name):
+    m, k, d = 16384, 2000, 64  # all logits would be 125 MiB
+    gradients = (m + k) * d * 4 / 2**20
+    tile = 4  # MiB; a few of them pass through the allocator
+    assert peak_mib(name, m, k, d, budget=0) < gradients + 4 * tile + 16
+    kept = m * k * 4 / 2**20
+    assert kept < peak_mib(name, m, k, d, budget=128 * 2**20) < kept + gradients + 4 * tile + 16
+
+
+@pytest.mark.parametrize("function", [hc.normface_loss, hc.ntce_loss, hc.nonl_loss])
+def test_a_million_classes(function):
+    """Panels of classes; NTCE and NONL touch the few that are present."""
+    k, d = 1_000_000, 8
+    prototypes = torch.randn(k, d, requires_grad=True)
+    features, labels = torch.randn(32, d, requires_grad=True), torch.randint(0, k, (32,))
+    loss = function(features, prototypes, labels)
+    loss.backward()
+    assert torch.isfinite(loss)
+    moved = prototypes.grad.abs().sum(1) > 0
+    assert moved.sum() == (k if function is hc.normface_loss else len(labels.unique()))

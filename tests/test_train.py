@@ -1,0 +1,533 @@
+"""The training driver: settings, errors, runs, resuming, ranks."""
+
+import builtins
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from hypercontrast import data
+from hypercontrast.checkpoint import load_checkpoint
+from hypercontrast.config import Config, UsageError, configure, parse, read_config, read_recipe, recipe_names, to_yaml
+from hypercontrast.launch import Ranks
+from hypercontrast.losses import CELoss
+from hypercontrast.metrics import DESCRIPTIONS
+from hypercontrast.train import LossRecord, TrainingError, learning_rate, main, plan, prepare, train
+
+for extra in ("mlxtend", "safetensors", "tyro", "yaml"):
+    pytest.importorskip(extra)
+
+SMALL = {"limit": 200, "batch_size": 50, "cpu_ranks": 1}
+SMALL_FLAGS = ["--limit", "200", "--batch-size", "50", "--cpu-ranks", "1"]
+CLOCK = ("seconds", "samples_per_second")
+
+
+def small(folder, **options):
+    return configure(**{"run_dir": str(folder), "epochs": 2, "quiet": True, **SMALL, **options})
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(folder):
+    return [{key: value for key, value in record.items() if key not in CLOCK} for record in records(folder)]
+
+
+def assert_same_run(left, right):
+    """Bitwise: weights, optimiser, history but for the clock, embeddings."""
+    a, b = load_checkpoint(left), load_checkpoint(right)
+    assert a.epoch == b.epoch
+    assert a.tensors.keys() == b.tensors.keys()
+    assert all(a.tensors[name].equal(b.tensors[name]) for name in a.tensors)
+    momenta = [c.state["optimizer"]["state"] for c in (a, b)]
+    assert momenta[0].keys() == momenta[1].keys()
+    assert all(momenta[0][k]["momentum_buffer"].equal(momenta[1][k]["momentum_buffer"]) for k in momenta[0])
+    assert timeless(left) == timeless(right)
+    assert (left / "embeddings.safetensors").read_bytes() == (right / "embeddings.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run of three epochs."""
+    torch.set_num_threads(1)
+    return train(small(tmp_path_factory.mktemp("finished") / "run", epochs=3))
+
+
+# Settings
+
+
+def test_recipes_are_complete_and_true_to_their_names():
+    datasets, losses = ("mnist5k", "cifar10", "cifar100"), ("ce", "normface", "ntce", "nonl", "etf-dr")
+    assert recipe_names() == sorted(f"{dataset}-{loss}" for dataset in datasets for loss in losses)
+    for name in recipe_names():
+        recipe = read_recipe(name)
+        assert f"{recipe.dataset}-{recipe.loss}" == name
+    assert read_recipe("cifar100-nonl").temperature == 0.1
+    assert read_recipe("cifar10-ntce").temperature == 0.6
+    # The defaults are the recipe of a first run.
+    assert dataclasses.replace(read_recipe("mnist5k-nonl"), recipe="none") == Config()
+
+
+def test_flags_beat_the_recipe_which_beats_the_defaults():
+    config = parse(["--recipe", "cifar100-ntce", "--lr", "0.3", "--neck", "bn"])
+    assert (config.loss, config.dataset, config.model) == ("ntce", "cifar100", "resnet18")
+    assert (config.lr, config.temperature, config.neck) == (0.3, 0.2, "bn")
+    assert config.weight_decay == Config().weight_decay
+    assert parse(["--loss", "ce", "--dataset", "cifar10"]).recipe == "cifar10-ce"
+    assert parse(["--dataset", "folder:somewhere"]).recipe == "none"
+    assert parse(["--recipe", "none", "--dataset", "cifar10"]).model == Config().model
+    assert configure(loss="ce", dataset="cifar10") == parse(["--loss", "ce", "--dataset", "cifar10"])
+
+
+def test_config_survives_its_file(tmp_path):
+    config = configure(loss="etf-dr", lr=0.25, dataset="folder:/a b/ü", weight_decay=0.0)
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert read_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("lr: 0.1\nlearning_rate: 0.2\n", "must hold known settings only, got learning_rate"),
+        ("epochs: many\n", "epochs must be int, got 'many'"),
+        ("epochs: 2.5\n", "epochs must be int, got 2.5"),
+        ("quiet: 1\n", "quiet must be bool, got 1"),
+        ("loss: hinge\n", "loss must be one of ce, normface, ntce, nonl, etf-dr, got 'hinge'"),
+        ("loss: [ce]\n", r"loss must be one of .*, got \['ce'\]"),
+        ("- ce\n", "must hold a mapping of settings, got list"),
+        ("lr: {", "must be readable YAML"),
+        ("run_dir: !!python/object/apply:os.mkdir [executed]\n", "must be readable YAML"),
+    ],
+)
+def test_bad_settings_in_a_file(tmp_path, monkeypatch, text, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UsageError, match=says) as error:
+        read_config(tmp_path / "config.yaml")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--dataset", "imagenet"], "dataset must be one of mnist5k"),
+        (["--dataset", "folder:/nowhere"], "/nowhere/train/CLASS/*"),
+        (["--dataset", "cifar10", "--data-root", "/nowhere"], "data_root must hold cifar10"),
+        (["--gpus", "99"], "gpus must be at most"),
+        (["--gpus", "1", "--cpu-ranks", "1"], "gpus must be 0 with cpu_ranks=1, got 1"),
+        (["--cpu-ranks", "-1"], "cpu_ranks must be at least 0, got -1"),
+        (["--loss", "hinge"], "invalid choice 'hinge'"),
+        (["--model", "vgg"], "invalid choice 'vgg'"),
+        (["--lr", "0"], "lr must be positive and finite, got 0.0"),
+        (["--lr", "nan"], "lr must be positive and finite, got nan"),
+        (["--lr", "fast"], "--lr"),
+        (["--temperature", "-1"], "temperature must be positive and finite, got -1.0"),
+        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--epochs"], "--epochs"),
+        (["--bogus"], "--bogus"),
+        (["--recipe", "secret"], "recipe must be auto, none or one of cifar10-ce"),
+        (["--resume", "auto"], "resume auto needs run_dir"),
+        (["--resume", "/nowhere"], "resume must be auto, none or the folder of a run, got /nowhere"),
+        (["--backend", "reference", "--cpu-ranks", "2"], "backend 'reference' must run on one rank, got 2"),
+        (["--backend", "triton", "--cpu-ranks", "1"], "backend='triton' needs features on a GPU"),
+        (["--batch-size", "1", "--limit", "20", "--dry-run"], "two pictures, got batches of 1"),
+    ],
+)
+def test_a_mistake_gives_one_line_and_code_2(argv, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert says in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_on_the_command_line_has_no_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "hypercontrast.train", "--gpus", "99"], capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("missing", ["tyro", "yaml"])
+def test_a_missing_extra_says_what_to_install(missing, monkeypatch, capsys):
+    real_import = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == missing:
+            raise ModuleNotFoundError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert main(["--dry-run"]) == 2
+    assert "pip install 'hypercontrast[train]'" in capsys.readouterr().err
+
+
+def test_importing_the_driver_needs_no_extra():
+    blocked = (
+        "tyro",
+        "yaml",
+        "rich",
+        "torchvision",
+        "safetensors",
+        "pyarrow",
+        "PIL",
+        "mlxtend",
+        "matplotlib",
+        "triton",
+    )
+    code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport hypercontrast.train"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_learning_rate_rises_and_falls():
+    config = Config(epochs=10, warmup_epochs=2, lr=0.5)
+    rates = [learning_rate(step, 5, config) for step in range(50)]
+    assert rates[:10] == pytest.approx([0.05 * (step + 1) for step in range(10)])
+    assert rates[10] == pytest.approx(0.5)
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert learning_rate(50, 5, config) == pytest.approx(5e-4)
+    assert learning_rate(0, 5, Config(warmup_epochs=0, lr=0.5)) == 0.5
+
+
+# Runs
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    from safetensors import safe_open
+
+    assert sorted(path.name for path in finished.iterdir()) == [
+        "checkpoints", "config.yaml", "embeddings.safetensors", "metrics.jsonl",
+    ]  # fmt: skip
+    config = read_config(finished / "config.yaml")
+    assert (config.loss, config.limit, config.resume, config.run_dir) == ("nonl", 200, "none", str(finished))
+
+    lines = records(finished)
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert {"loss", "accuracy", "prototype_accuracy", "lr", *CLOCK} <= line.keys()
+        assert set(DESCRIPTIONS) <= line.keys()
+        assert 0 <= line["accuracy"] <= 1
+        assert (line["samples"], line["classes_seen"]) == (200, 10)
+    assert lines[2]["loss"] < lines[0]["loss"]
+    assert lines[2]["lr"] == pytest.approx(learning_rate(11, 4, config))
+
+    with safe_open(finished / "embeddings.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["class_names"]) == [str(digit) for digit in range(10)]
+        features, labels, means, prototypes = map(file.get_tensor, ("features", "labels", "class_means", "prototypes"))
+    assert features.shape == (200, 128)
+    assert labels.shape == (200,)
+    assert means.shape == prototypes.shape == (10, 128)
+    accuracy = ((features @ means.T).argmax(1) == labels).float().mean().item()
+    assert accuracy == pytest.approx(lines[2]["prototype_accuracy"])
+
+
+@pytest.mark.parametrize("loss", ["ce", "normface", "ntce", "etf-dr"])
+def test_every_loss_trains(loss, tmp_path):
+    seen = []
+    folder = train(small(tmp_path / "run", loss=loss, neck="linear"), on_epoch=seen.append)
+    assert seen == records(folder)
+    assert seen[1]["loss"] < seen[0]["loss"]
+    prototypes = load_checkpoint(folder).tensors["head.prototypes"]
+    if loss == "etf-dr":
+        cosines = prototypes @ prototypes.T
+        torch.testing.assert_close(cosines, torch.eye(10) * 10 / 9 - 1 / 9)
+
+
+@pytest.mark.parametrize("model", ["resnet18"])
+def test_a_resnet_trains_on_a_folder_of_pictures(model, tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("torchvision")
+    for split in ("train", "val"):
+        for name, colour in (("red", (200, 20, 20)), ("blue", (20, 20, 200))):
+            (tmp_path / split / name).mkdir(parents=True)
+            for n in range(4):
+                Image.new("RGB", (8, 8), tuple(c + n for c in colour)).save(tmp_path / split / name / f"{n}.png")
+    folder = train(
+        small(tmp_path / "run", dataset=f"folder:{tmp_path}", model=model, batch_size=4, epochs=1, warmup_epochs=0)
+    )
+    assert records(folder)[0]["classes_seen"] == 2
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(finished, capsys):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    assert main([*SMALL_FLAGS, "--run-dir", str(finished)]) == 2
+    assert f"continue it with --resume {finished}, or name another" in capsys.readouterr().err
+    assert main(["--resume", str(finished)]) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_quiet_prints_the_final_line_only(tmp_path, capsys):
+    flags = [*SMALL_FLAGS, "--epochs", "1", "--loss", "ce"]
+    assert main([*flags, "--run-dir", str(tmp_path / "a"), "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert out.startswith(f"{tmp_path / 'a'}: accuracy ")
+    assert main([*flags, "--run-dir", str(tmp_path / "b")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("epoch 1/1  loss ")
+    assert "proto acc" in lines[0]
+    assert len(lines[0]) <= 80
+
+
+def test_dry_run_says_much_and_does_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--cpu-ranks", "3", "--batch-size", "300", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "global batch   286, at most 96 a rank" in out
+    assert "14 an epoch, 112 in 8 epochs" in out
+    assert "about 257 samples of other classes" in out
+    assert "MiB a rank" in out
+    assert list(tmp_path.iterdir()) == []
+    assert "9 prototypes of other classes" in plan(prepare(configure(loss="ce")))
+    assert "fixed prototypes" in plan(prepare(configure(loss="etf-dr")))
+
+
+@pytest.mark.parametrize("loss", ["ce", "nonl"])
+def test_a_loss_that_blows_up_stops_the_run(loss, tmp_path, capsys):
+    flags = ["--loss", loss, *SMALL_FLAGS, "--lr", "1e30", "--run-dir", str(tmp_path / "run")]
+    assert main(flags) == 1
+    err = capsys.readouterr().err
+    assert "epoch 1, step " in err
+    assert err.count("\n") == 1
+    assert load_checkpoint(tmp_path / "run") is None
+
+
+def test_the_first_bad_loss_is_named():
+    losses = LossRecord(7, epoch=3, ranks=Ranks(0, 1, torch.device("cpu")), every=5)
+    for step in range(4):
+        losses.add(torch.tensor(torch.inf if step >= 2 else 1.0), 10)
+    with pytest.raises(TrainingError, match="got inf at epoch 3, step 3"):
+        losses.add(torch.tensor(1.0), 10)
+
+
+def test_the_mean_loss_weighs_samples_alike():
+    losses = LossRecord(2, epoch=1, ranks=Ranks(0, 1, torch.device("cpu")))
+    losses.add(torch.tensor(1.0), 30)
+    losses.add(torch.tensor(5.0), 10)
+    assert losses.mean() == 2.0
+
+
+def test_shares_make_the_average_over_ranks_the_average_over_samples():
+    logits, labels = torch.randn(11, 4, requires_grad=True), torch.randint(4, (11,))
+    (expected,) = torch.autograd.grad(CELoss()(logits, labels), logits)
+    parts = torch.arange(11).tensor_split(3)
+    total = sum(CELoss()(logits[part], labels[part]) * len(part) * 3 / 11 for part in parts) / 3
+    (actual,) = torch.autograd.grad(total, logits)
+    torch.testing.assert_close(actual, expected)
+
+
+# Resuming
+
+
+class Interruption(Exception):
+    pass
+
+
+def interrupt_after(epoch):
+    def on_epoch(record):
+        if record["epoch"] == epoch:
+            raise Interruption
+
+    return on_epoch
+
+
+def test_a_resumed_run_ends_as_if_never_interrupted(finished, tmp_path):
+    config = small(tmp_path / "run", epochs=3, resume="auto")
+    for epoch in (1, 2):
+        with pytest.raises(Interruption):
+            train(config, on_epoch=interrupt_after(epoch))
+        assert [record["epoch"] for record in records(tmp_path / "run")] == list(range(1, epoch + 1))
+    assert_same_run(train(config), finished)
+
+
+def test_an_interruption_inside_an_epoch_or_before_the_metrics_line_leaves_no_trace(finished, tmp_path):
+    folder = tmp_path / "run"
+    config = small(folder, epochs=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hypercontrast.checkpoint.append_line", interrupt_after_lines(1))
+        with pytest.raises(Interruption):
+            train(config)
+    assert load_checkpoint(folder).epoch == 2
+    assert len(records(folder)) == 1
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "los')  # a torn line
+    steps = []
+
+    def stop_in_epoch_3(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == 3:
+            raise Interruption
+        return data.normalize(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hypercontrast.data.normalize", stop_in_epoch_3)
+        with pytest.raises(Interruption):
+            train(dataclasses.replace(config, resume=str(folder)))
+    assert_same_run(train(dataclasses.replace(config, resume=str(folder))), finished)
+
+
+def interrupt_after_lines(lines):
+    from hypercontrast import checkpoint
+
+    append, written = checkpoint.append_line, []
+
+    def append_line(path, line):
+        if len(written) == lines:
+            raise Interruption
+        written.append(line)
+        append(path, line)
+
+    return append_line
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path):
+    folder = tmp_path / "run"
+    config = small(folder, epochs=3, resume="auto")
+    with pytest.raises(Interruption):
+        train(config, on_epoch=interrupt_after(2))
+    path = folder / "checkpoints" / "epoch-0002" / "checkpoint.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(RuntimeWarning, match="epoch-0002 is damaged"):
+        train(config)
+    assert_same_run(folder, finished)
+
+
+def test_the_embeddings_are_written_if_only_they_are_missing(finished, tmp_path):
+    folder = tmp_path / "run"
+    config = small(folder, epochs=3, resume="auto")
+    with pytest.raises(Interruption):
+        train(config, on_epoch=interrupt_after(3))
+    assert not (folder / "embeddings.safetensors").exists()
+    train(config)
+    assert_same_run(folder, finished)
+
+
+def test_resuming_another_run_is_refused(tmp_path, capsys):
+    folder = tmp_path / "run"
+    with pytest.raises(Interruption):
+        train(small(folder), on_epoch=interrupt_after(1))
+    with pytest.raises(UsageError, match=r"lr must stay 0\.2 to resume the run in .*, got 0\.3"):
+        train(small(folder, resume="auto", lr=0.3))
+    with pytest.raises(UsageError, match="run_dir must be the folder to resume"):
+        prepare(Config(resume=str(folder), run_dir=str(tmp_path / "other")))
+    # The command line takes the run's own settings, so none have to be repeated.
+    assert main(["--resume", str(folder), "--quiet"]) == 0
+    assert [record["epoch"] for record in records(folder)] == [1, 2]
+
+
+def wait_for_checkpoint(folder):
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("checkpoints/epoch-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_a_killed_process_resumes(finished, tmp_path):
+    folder = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "hypercontrast.train", *SMALL_FLAGS, "--epochs", "3", "--run-dir", str(folder), "--resume", "auto",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+    wait_for_checkpoint(folder)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "embeddings.safetensors").exists()
+    subprocess.run(command, stdout=subprocess.DEVNULL, env=environment, check=True)
+    assert_same_run(folder, finished)
+
+
+# Ranks
+
+
+def test_two_ranks_train_together(tmp_path, capfd):
+    flags = [
+        "--limit",
+        "201",
+        "--batch-size",
+        "50",
+        "--cpu-ranks",
+        "2",
+        "--epochs",
+        "2",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
+    assert main(flags) == 0
+    lines = records(tmp_path / "run")
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert lines[1]["loss"] < lines[0]["loss"]
+    assert all(line["samples"] == 201 for line in lines)
+    out = capfd.readouterr().out.splitlines()
+    assert [line[:9] for line in out[:2]] == ["epoch 1/2", "epoch 2/2"]
+    assert out[2].startswith(str(tmp_path / "run"))
+    assert len(out) == 3
+
+
+def test_a_failing_rank_is_reported_in_one_line(tmp_path, capfd):
+    flags = [
+        "--limit",
+        "200",
+        "--batch-size",
+        "50",
+        "--cpu-ranks",
+        "2",
+        "--lr",
+        "1e30",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
+    assert main(flags) == 1
+    err = capfd.readouterr().err
+    assert "epoch 1, step " in err
+    assert "Traceback" not in err
+    assert err.startswith("error: rank ")
+
+
+def test_interrupted_ranks_end_together(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "hypercontrast.train", "--limit", "200", "--cpu-ranks", "2", "--epochs", "500"]
+    process = subprocess.Popen([*command, "--run-dir", str(folder)], stderr=subprocess.PIPE, text=True)
+    wait_for_checkpoint(folder)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)  # returns once no rank holds stderr open any more
+    assert process.returncode == 130
+    assert err == f"error: interrupted; to continue: python -m hypercontrast.train --resume {folder}\n"
+
+
+def test_a_run_of_several_ranks_takes_no_callback():
+    with pytest.raises(UsageError, match="on_epoch must be None for a run that starts 2 ranks"):
+        train(Config(cpu_ranks=2), on_epoch=print)
+
+
+@pytest.mark.slow
+def test_nonl_spreads_the_digits_at_most_half_as_unevenly_as_cross_entropy(tmp_path):
+    """The recipes as a newcomer runs them, over three seeds."""
+    spread = {loss: [] for loss in ("ce", "nonl")}
+    for loss, values in spread.items():
+        for seed in range(3):
+            folder = train(
+                configure(loss=loss, seed=seed, cpu_ranks=1, quiet=True, run_dir=str(tmp_path / f"{loss}{seed}"))
+            )
+            last = records(folder)[-1]
+            assert last["accuracy"] > 0.94
+            values.append(last["cos_std"])
+    assert sum(spread["nonl"]) <= sum(spread["ce"]) / 2
