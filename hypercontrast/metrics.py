@@ -76,7 +76,9 @@ DESCRIPTIONS: dict[str, Description] = {
     ),
     "nc2_norm_cv": Description("NC2, equal lengths", "Relative spread of the lengths of the centred class means.", "0"),
     "nc2_angle_std": Description("NC2, equal angles", "Spread of the cosines between the centred class means.", "0"),
-    "nc2_angle_mean": Description("NC2, widest angles", "Mean gap between those cosines and the ideal −1/(K−1).", "0"),
+    "nc2_angle_mean": Description(
+        "NC2, widest angles", "Mean gap between the cosines of the centred class means and −1/(K−1).", "0"
+    ),
     "nc2_weight_norm_cv": Description(
         "NC2 of prototypes, equal lengths", "Relative spread of the lengths of the centred prototypes.", "0"
     ),
@@ -84,7 +86,9 @@ DESCRIPTIONS: dict[str, Description] = {
         "NC2 of prototypes, equal angles", "Spread of the cosines between the centred prototypes.", "0"
     ),
     "nc2_weight_angle_mean": Description(
-        "NC2 of prototypes, widest angles", "Mean gap between those cosines and the ideal −1/(K−1).", "0"
+        "NC2 of prototypes, widest angles",
+        "Mean gap between the cosines of the centred prototypes and −1/(K−1).",
+        "0",
     ),
     "nc3": Description(
         "NC3, self-duality",
@@ -104,7 +108,7 @@ DESCRIPTIONS: dict[str, Description] = {
     ),
     "cos_std": Description(
         "Spread of class-mean cosines",
-        "How unequal the cosines between the class means are; 0 when all classes are equally far apart.",
+        "How unequal the cosines between the class means are, seen from the origin; small too when all crowd into a cone.",
         "0",
     ),
     "distance_etf": Description(
@@ -114,7 +118,7 @@ DESCRIPTIONS: dict[str, Description] = {
     ),
     "distance_frame": Description(
         "Distance to the orthogonal frame",
-        "The same against right angles, the best that non-negative features can reach.",
+        "Relative difference between the cosines of the class means and right angles, the best for non-negative features.",
         "1/√(K−1), and 0 at an orthogonal frame",
     ),
     "weight_distance_etf": Description(

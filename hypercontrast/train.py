@@ -501,7 +501,7 @@ def _summary(folder: Path) -> str:
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     return (
         f"{folder}: accuracy {last['accuracy']:.1%}, by class means {last['prototype_accuracy']:.1%},"
-        f" spread of class-mean cosines {last['cos_std']:.3f}; pictures: python -m hypercontrast.report {folder}"
+        f" distance to the simplex ETF {last['distance_etf']:.3f}; pictures: python -m hypercontrast.report {folder}"
     )
 
 
