@@ -108,7 +108,7 @@ DESCRIPTIONS: dict[str, Description] = {
     ),
     "cos_std": Description(
         "Spread of class-mean cosines",
-        "How unequal the cosines between the class means are, seen from the origin; small too when all crowd into a cone.",
+        "How unequal the cosines between the class means are; small too when all of them crowd into one cone.",
         "0",
     ),
     "distance_etf": Description(
@@ -118,7 +118,7 @@ DESCRIPTIONS: dict[str, Description] = {
     ),
     "distance_frame": Description(
         "Distance to the orthogonal frame",
-        "Relative difference between the cosines of the class means and right angles, the best for non-negative features.",
+        "Relative difference between the class means' cosines and right angles, the best for non-negative features.",
         "1/√(K−1), and 0 at an orthogonal frame",
     ),
     "weight_distance_etf": Description(
