@@ -51,7 +51,7 @@ def check_temperature(temperature: float | Tensor, device: torch.device) -> None
             raise ValueError(f"temperature must be on the features' device {device}, got {temperature.device}")
     elif isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature must be a number or a tensor of one float, got {type(temperature).__name__}")
-    elif not (temperature > 0 and math.isfinite(temperature)):
+    elif not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
 

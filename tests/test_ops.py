@@ -93,6 +93,15 @@ def test_compile_fullgraph(name, reduction):
         torch.testing.assert_close(actual, want)
 
 
+def test_compile_with_dynamic_shapes():
+    torch._dynamo.reset()
+    prototypes = torch.randn(5, 6)
+    compiled = torch.compile(hc.nonl_loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (7, 9, 33):
+        features, labels = torch.randn(n, 6), torch.randint(0, 5, (n,))
+        torch.testing.assert_close(compiled(features, prototypes, labels), hc.nonl_loss(features, prototypes, labels))
+
+
 def test_values_are_still_checked_when_compiled():
     torch._dynamo.reset()
     compiled = torch.compile(hc.ntce_loss, fullgraph=True, backend="aot_eager")

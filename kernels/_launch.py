@@ -1,0 +1,182 @@
+"""What every launcher needs: pinned block sizes, the split rule, and where to launch.
+
+Block sizes are pinned by operand type and width, never tuned at run time, so results repeat from run to run and every
+shipped configuration can be compiled and inspected ahead of time (`aot.aot_configurations`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Two programs for each of the 132 multiprocessors of an H100. A constant, not the device's own count: the order of
+# summation follows from it, so the same input gives the same bits on every GPU.
+TARGET_PROGRAMS = 264
+SCRATCH_BYTES = 64 * 2**20
+COMPACT_FLOP = 2**33
+COMBINE_BLOCKS = {"BLOCK_R": 256, "num_warps": 4}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One tile: rows owned by a program, columns streamed past them, depth of one step of the product."""
+
+    block_r: int
+    block_c: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None  # 255 where ptxas would else spill to fit one more program on a multiprocessor
+
+    def launch_options(self) -> dict[str, int | None]:
+        return {
+            "BLOCK_R": self.block_r,
+            "BLOCK_C": self.block_c,
+            "BLOCK_D": self.block_d,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
+        }
+
+
+# Narrow (half types): a whole vector fits the tile, so the owned rows stay on chip. Keyed by block_d >= D.
+FORWARD_NARROW = {
+    16: Config(128, 64, 16, 8, 3),
+    32: Config(128, 64, 32, 8, 3),
+    64: Config(128, 64, 64, 8, 3),
+    128: Config(128, 64, 128, 8, 3),
+}
+BACKWARD_NARROW = {
+    16: Config(128, 64, 16, 8, 3),
+    32: Config(128, 64, 32, 8, 3),
+    64: Config(128, 64, 64, 8, 3),
+    128: Config(128, 64, 128, 8, 3),
+}
+# TIGHT tables need fewer registers: for other GPUs than Hopper, and for backwards of column sums, which bring two more
+# vectors of each sample into a tile.
+BACKWARD_NARROW_TIGHT = {
+    **BACKWARD_NARROW,
+    64: Config(128, 32, 64, 8, 3),
+    128: Config(64, 64, 128, 8, 3, max_registers=255),
+}
+# Wide: the product runs over D in steps. Keyed by (bytes an element, whether large tiles would leave a GPU idle).
+FORWARD_WIDE = {
+    (2, False): Config(128, 128, 64, 8, 3),
+    (2, True): Config(64, 64, 64, 4, 4, max_registers=255),
+    (4, False): Config(64, 64, 16, 4, 3, max_registers=255),
+    (4, True): Config(64, 64, 16, 4, 3, max_registers=255),
+}
+FORWARD_WIDE_TIGHT = {**FORWARD_WIDE, (2, False): Config(128, 64, 64, 8, 3)}
+BACKWARD_WIDE = {
+    (2, False): Config(128, 128, 64, 8, 3),
+    (2, True): Config(64, 64, 64, 4, 4),
+    (4, False): Config(64, 64, 16, 4, 3, max_registers=255),
+    (4, True): Config(64, 64, 16, 4, 3, max_registers=255),
+}
+BACKWARD_WIDE_TIGHT = {**BACKWARD_WIDE, (2, False): Config(128, 64, 64, 8, 3)}
+
+
+def is_narrow(dtype: torch.dtype, dim: int) -> bool:
+    """Where recomputing logits from rows kept on chip beats passing H through memory.
+
+    float32 is wide at any D: its exact products are three, which leaves no registers for a second accumulator.
+    """
+    return dtype.itemsize == 2 and dim <= max(FORWARD_NARROW)
+
+
+def padded_width(dim: int) -> int:
+    """The smallest power of two that holds `dim` and that a tensor core accepts."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def narrow_config(table: dict[int, Config], dim: int) -> Config:
+    return table[padded_width(dim)]
+
+
+def wide_config(table: dict, dtype: torch.dtype, rows: int, columns: int) -> Config:
+    large = table[dtype.itemsize, False]
+    tiles = cdiv(rows, large.block_r) * cdiv(columns, large.block_c)
+    return table[dtype.itemsize, tiles < TARGET_PROGRAMS // 4]
+
+
+def row_blocks(dim: int) -> dict[str, int]:
+    """About 2048 elements a program, for kernels that go over rows and keep only a number of each."""
+    depth = min(padded_width(dim), 1024)
+    return {"BLOCK_R": 2048 // depth, "BLOCK_D": depth, "num_warps": 4}
+
+
+def segment_blocks(num_classes: int) -> dict[str, int]:
+    """16,384 comparisons a step; few classes a program when there are few, so that all multiprocessors work."""
+    classes = 4 if num_classes <= 4 * TARGET_PROGRAMS else 16
+    return {"BLOCK_K": classes, "BLOCK_N": 16384 // classes, "num_warps": 8}
+
+
+def class_sum_blocks(dim: int) -> dict[str, int]:
+    depth = min(padded_width(dim), 256)
+    return {"BLOCK_N": 4096 // depth, "BLOCK_D": depth, "num_warps": 4}
+
+
+def skips_absent_classes(num_samples: int, num_classes: int, dim: int) -> bool:
+    """Whether listing the present classes costs less than computing rows for all: a rule of shapes alone."""
+    return num_classes > num_samples and 2 * num_classes * num_samples * dim > COMPACT_FLOP
+
+
+def chunks(num_rows: int, num_columns: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
+    """(rows, columns) of matrices that hold at most SCRATCH_BYTES (one strip of 128 at the least), cut along the longer
+    side: the shorter side's sum is the smaller one to keep between chunks."""
+    longer, shorter = max(num_rows, num_columns), min(num_rows, num_columns)
+    length = max(128, SCRATCH_BYTES // (itemsize * shorter) // 128 * 128)
+    for start in range(0, longer, length):
+        part = slice(start, min(start + length, longer))
+        yield (part, slice(0, num_columns)) if num_rows > num_columns else (slice(0, num_rows), part)
+
+
+def is_tight(samples_summed: bool, device: torch.device) -> bool:
+    """Whether a launch takes the TIGHT tables."""
+    return samples_summed or (device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0))
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def split_count(row_blocks: int, column_tiles: int, bytes_a_split: int) -> int:
+    """How many programs share a block of rows: enough to fill a GPU, few enough that the partial results stay small."""
+    wanted = min(cdiv(TARGET_PROGRAMS, max(row_blocks, 1)), SCRATCH_BYTES // max(bytes_a_split, 1), column_tiles)
+    return cdiv(column_tiles, cdiv(column_tiles, max(wanted, 1))) if column_tiles else 1
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """Of float32 products: TF32 when PyTorch's own matmul may use it, else three TF32 products, exact to about 1e-6."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def row_major(x: Tensor) -> Tensor:
+    """x itself whenever its last dimension is contiguous: the kernels take any row stride."""
+    return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x [rows, D] with D rounded up to a multiple of 16 by zeros, and rows that begin on 16 bytes.
+
+    x itself when that already holds, as it does for the usual widths. Otherwise a padded copy: it is read once, while
+    unaligned tiles would be read two bytes at a time in every pass. Zeros change neither products nor norms.
+    """
+    x = row_major(x)
+    rows, dim = x.shape
+    if dim % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    padded = x.new_zeros(rows, cdiv(dim, 16) * 16)
+    padded[:, :dim] = x
+    return padded

@@ -1,0 +1,116 @@
+"""Sums within classes: of numbers [N] and of unit features [N, D]. Both in an order that never changes: no atomics.
+
+`segment_sum` compares every label with every class, for it has only numbers to read. `class_sums` reads vectors, so it
+first brings the samples of a class together with a stable sort, after which each class reads its own rows and nothing
+else; a scan of all labels by every class would cost K·N reads, far more than the features themselves at K = 10^5.
+
+Shapes: N samples, K classes, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch
+from ._launch import cdiv
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _segment_sum_kernel(
+    values_ptr,  # [N] fp32
+    labels_ptr,  # [N] int64
+    sums_ptr,  # [K] fp32
+    N,
+    K,
+    ignore_index,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    classes = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    sums = tl.zeros((BLOCK_K,), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        samples = start + tl.arange(0, BLOCK_N)
+        inside = samples < N
+        labels = tl.load(labels_ptr + samples, mask=inside, other=-1)
+        values = tl.load(values_ptr + samples, mask=inside & (labels != ignore_index), other=0.0)
+        sums += tl.sum(tl.where(classes[:, None] == labels[None, :], values[None, :], 0.0), axis=1)
+    tl.store(sums_ptr + classes, sums, mask=classes < K)
+
+
+@triton.jit
+def _class_sums_kernel(
+    features_ptr,  # [N, D]
+    inv_norms_ptr,  # [N] fp32
+    order_ptr,  # [N] int64: samples sorted by class
+    bounds_ptr,  # [K + 1] int64: where each class begins in `order`
+    sums_ptr,  # [K, D] fp32
+    D,
+    stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    label = tl.program_id(0)
+    depth = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    first = tl.load(bounds_ptr + label)
+    last = tl.load(bounds_ptr + label + 1)
+    sums_D = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(first, last, BLOCK_N):
+        position = start + tl.arange(0, BLOCK_N)
+        inside = position < last
+        sample = tl.load(order_ptr + position, mask=inside, other=0)
+        inv_N = tl.load(inv_norms_ptr + sample, mask=inside, other=0.0)
+        x_ND = tl.load(
+            features_ptr + sample[:, None] * stride + depth[None, :],
+            mask=inside[:, None] & (depth < D)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        sums_D += tl.sum(x_ND * inv_N[:, None], axis=0)
+    tl.store(sums_ptr + label.to(tl.int64) * D + depth, sums_D, mask=depth < D)
+
+
+def segment_sum(values: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Σ of values [N] fp32 over each class → [K] fp32, without ignore_index and labels outside [0, K)."""
+    sums = values.new_empty(num_classes)
+    blocks = _launch.segment_blocks(num_classes)
+    with _launch.on_device(values):
+        _segment_sum_kernel[(cdiv(num_classes, blocks["BLOCK_K"]),)](
+            values_ptr=values.contiguous(),
+            labels_ptr=labels.contiguous(),
+            sums_ptr=sums,
+            N=len(values),
+            K=num_classes,
+            ignore_index=ignore_index,
+            **blocks,
+        )
+    return sums
+
+
+def class_sums(
+    features: Tensor, inv_norms: Tensor, labels: Tensor, num_classes: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Σ of features [N, D] times inv_norms [N] over the samples of each class → [K, D] fp32, and counts [K] int64.
+
+    Labels outside [0, K) and ignore_index are left out.
+    """
+    valid = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
+    sorted_labels, order = torch.where(valid, labels, num_classes).sort(stable=True)
+    bounds = torch.searchsorted(sorted_labels, torch.arange(num_classes + 1, device=labels.device))
+    features = _launch.row_major(features)
+    dim = features.shape[1]
+    sums = torch.empty(num_classes, dim, device=features.device)
+    blocks = _launch.class_sum_blocks(dim)
+    with _launch.on_device(features):
+        _class_sums_kernel[(num_classes, cdiv(dim, blocks["BLOCK_D"]))](
+            features_ptr=features,
+            inv_norms_ptr=inv_norms,
+            order_ptr=order,
+            bounds_ptr=bounds,
+            sums_ptr=sums,
+            D=dim,
+            stride=features.stride(0),
+            **blocks,
+        )
+    return sums, bounds.diff()

@@ -1,0 +1,141 @@
+"""Every shipped kernel configuration compiles for sm_80, sm_90 and sm_100 without spills, within shared memory.
+
+No GPU is needed. Triton must be imported without its interpreter, so each test runs this file as a script in a process of its
+own, which compiles on as many processes as there are cores and prints one line of JSON for each configuration.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ("lse_fwd", "lse_bwd", "lse_bwd_tile", "finish", "inverse_norms", "class_sums", "segment_sum", "combine")
+SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+HALF_PRODUCTS = re.compile("^lse_(fwd|bwd|bwd_tile)-(bf16|fp16)-")
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_hardest_configurations_compile_cleanly(architecture):
+    """The tile shapes of every table, each with the flags that cost most, aligned and unaligned."""
+    check_all(compile_in_subprocess("hardest", "all", architecture))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "architecture"), list(itertools.product(KERNELS, [80, 90, 100])))
+def test_every_configuration_compiles_cleanly(kernel, architecture):
+    check_all(compile_in_subprocess("every", kernel, architecture))
+
+
+def check_all(reports: list[dict]) -> None:
+    assert reports
+    faults = [f"{report['name']}: {fault}" for report in reports for fault in faults_of(report)]
+    assert not faults, "\n".join(faults)
+
+
+def faults_of(report: dict) -> list[str]:
+    faults = []
+    if report["stack"] or report["local"] or report["spills"]:
+        faults.append(f"{report['stack']} bytes of stack, {report['local']} local accesses, {report['spills']} spills")
+    if report["shared"] > SHARED_MEMORY_LIMIT[report["architecture"]]:
+        faults.append(f"{report['shared']} bytes of shared memory")
+    if report["architecture"] == 90 and HALF_PRODUCTS.match(report["name"]) and not report["wgmma"]:
+        faults.append("no wgmma")
+    return faults
+
+
+def compile_in_subprocess(selection: str, kernel: str, architecture: int) -> list[dict]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, __file__, selection, kernel, str(architecture)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+# ---- from here on: the script
+
+
+def select(selection: str, kernel: str, architecture: int) -> list[tuple[str, int, bool]]:
+    """(name of the configuration, architecture, aligned) to compile."""
+    from hypercontrast.kernels.aot import aot_configurations
+
+    configurations = [c for c in aot_configurations() if architecture in c.architectures]
+    if selection == "every":
+        # Aligned and unaligned in turn: neighbours in the list differ in one flag only.
+        names = [c.name for c in configurations if c.name.split("-")[0] == kernel]
+        return [(name, architecture, position % 2 == 0) for position, name in enumerate(names)]
+    hardest = {}
+    for c in configurations:
+        # Of the half types, fp16 does all that bf16 does and scales its range besides.
+        if "bf16" not in c.name:
+            blocks = tuple(value for key, value in c.constexprs.items() if key.startswith("BLOCK_"))
+            group = (
+                c.kernel,
+                c.signature.get("a_ptr"),
+                blocks,
+                c.options["num_warps"],
+                c.constexprs.get("A_IS_CLASSES"),
+            )
+            hardest[group] = max(hardest.get(group, c), c, key=lambda c: sum(v is True for v in c.constexprs.values()))
+    return [(c.name, architecture, aligned) for c in hardest.values() for aligned in (True, False)]
+
+
+def compile_one(job: tuple[str, int, bool]) -> dict:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hypercontrast.kernels.aot import aot_configurations
+
+    name, architecture, aligned = job
+    c = next(c for c in aot_configurations() if c.name == name)
+    attributes = {
+        (c.kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in c.aligned_arguments(aligned)
+    }
+    compiled = triton.compile(
+        ASTSource(c.kernel, c.signature, c.constexprs, attributes),
+        target=GPUTarget("cuda", architecture, 32),
+        options=c.options,
+    )
+    usage, sass = disassemble(compiled.asm["cubin"])
+    return {
+        "name": f"{name}-{'aligned' if aligned else 'unaligned'}-sm_{architecture}",
+        "architecture": architecture,
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "local": int(re.search(r"LOCAL:(\d+)", usage)[1]),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "shared": compiled.metadata.shared,
+        "wgmma": len(re.findall("HGMMA", sass)),
+    }
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and SASS, by the disassembler that comes with Triton."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = knobs.nvidia.cuobjdump.path
+        return tuple(
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+
+
+if __name__ == "__main__":
+    jobs = select(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        for report in pool.map(compile_one, jobs, chunksize=4):
+            print(json.dumps(report), flush=True)
