@@ -80,7 +80,9 @@ def test_repeats_bitwise(name):
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-@pytest.mark.parametrize(("rows", "cols", "exclude_own"), [(True, False, True), (False, True, False), (True, True, True)])
+@pytest.mark.parametrize(
+    ("rows", "cols", "exclude_own"), [(True, False, True), (False, True, False), (True, True, True)]
+)
 def test_opcheck(rows, cols, exclude_own):
     features = torch.randn(9, 6, device=DEVICE, requires_grad=True)
     prototypes = torch.randn(4, 6, device=DEVICE, requires_grad=True)
