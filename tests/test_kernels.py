@@ -117,7 +117,7 @@ def eager(case: Case, upstream: Upstream, dtype: torch.dtype) -> dict[str, Tenso
     rows, cols, exclude_own = RULES[case.rule]
     z = case.features.to(dtype).detach().requires_grad_()
     w = case.prototypes.to(case.features.dtype).to(dtype).detach().requires_grad_()
-    tau = torch.tensor(case.tau, dtype=torch.float32).to(z).to(wide).requires_grad_()
+    tau = torch.tensor(case.tau, dtype=wide, device=DEVICE, requires_grad=True)
     u, v = (z, w)
     if case.normalize:
         u, v = (unit_rows(x) for x in (z, w))
@@ -153,6 +153,8 @@ def check(case: Case, upstream: Upstream) -> dict[str, Tensor]:
     actual = run_kernels(case, upstream)
     truth = eager(case, upstream, torch.float64)
     same = eager(case, upstream, case.features.dtype)
+    # Kernels multiply by 1/τ in float32: they may answer for a temperature one unit of its rounding away.
+    nudged = eager(replace(case, tau=case.tau * (1 + torch.finfo(torch.float32).eps)), upstream, torch.float64)
     norms = [case.features.double().norm(dim=1), case.prototypes.double().norm(dim=1)]
     largest = max([1.0, *(n.max().item() for n in norms if n.numel())])
     reach = 1.0 / case.tau if case.normalize else largest**2 / case.tau
@@ -167,7 +169,9 @@ def check(case: Case, upstream: Upstream) -> dict[str, Tensor]:
         "pos": 8e-7 * reach + 1e-6,
         "grad_features": 2 * rounding * strength / (case.tau * shortest[0]),
         "grad_prototypes": 2 * rounding * strength / (case.tau * shortest[1]),
-        "logit_grad_sum": 4 * rounding * strength * reach * max(1.0, math.sqrt(len(case.features))),
+        # The last term: log-sum-exps are kept in float32, whose rounding (rms .29 units) scales a whole row of exp(s - lse).
+        "logit_grad_sum": 4 * rounding * strength * reach * max(1.0, math.sqrt(len(case.features)))
+        + 0.29 * torch.finfo(torch.float32).eps * strength * reach**2,
     }
     for name, value in actual.items():
         finite = truth[name].isfinite()
@@ -177,7 +181,8 @@ def check(case: Case, upstream: Upstream) -> dict[str, Tensor]:
             error = (value.double() - truth[name])[finite].abs().max().item()
             reference = (same[name].double() - truth[name])[finite].abs().max().item()
             if math.isfinite(reference):
-                assert error <= 2 * reference + floor[name], f"{name}: {error:.3g} against {reference:.3g} of eager"
+                allowed = 2 * reference + floor[name] + (nudged[name] - truth[name])[finite].abs().max().item()
+                assert error <= allowed, f"{name}: {error:.3g} against {reference:.3g} of eager"
     assert actual["grad_features"].dtype == case.features.dtype
     assert actual["grad_prototypes"].dtype == case.prototypes.dtype
     return actual
@@ -207,7 +212,7 @@ def make_case(seed: int, shape=None, dtype=None, rule=None) -> tuple[Case, torch
     dtype = dtype or pick(DTYPES)
     spread = pick([1.0, 0.05])
     normalize = pick([True, True, True, False])
-    tau = 0.005 * 200 ** torch.rand((), generator=generator).item() if normalize else 1.0
+    tau = (0.005 * 200 ** torch.rand((), generator=generator)).item() if normalize else 1.0
     prototypes = torch.randn(k, d, generator=generator) * pick([1.0, 20.0]) * (1.0 if normalize else d**-0.5 / 4)
     labels = torch.randint(k, (n,), generator=generator)
     features = prototypes[labels] + prototypes.std(correction=0) * torch.randn(n, d, generator=generator) * spread
