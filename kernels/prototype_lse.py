@@ -191,25 +191,23 @@ def _product(
 
 
 @triton.jit
-def _logits(dots_RC, inv_R, inv_C, inv_temp, ROWS_ARE_CLASSES: tl.constexpr, NATURAL: tl.constexpr):
-    """s, or s log2(e) when not `NATURAL`, so that exp2 needs no multiplication of its own.
+def _logits(dots_RC, inv_R, inv_C, inv_temp, ROWS_ARE_CLASSES: tl.constexpr):
+    """s from the bare products.
 
-    The temperature joins the classes, and the factors meet before the product: a logit then has the same bits whichever
-    operand owns the rows, and exp(s - lse) in the backward suffers only the rounding of lse. float32 operands are
-    NATURAL: at small temperatures the conversion of lse, and back, would be the largest error of their gradients.
+    The temperature joins the classes, and the factors meet before the product: a logit then has the same bits
+    whichever operand owns the rows, and exp(s - lse) in the backward suffers only the rounding of lse. That is also why
+    logits are kept in nats, not in units of log 2: converting lse, and back, would be the largest error at small τ.
     """
-    scale = inv_temp if NATURAL else inv_temp * _LOG2E
     if ROWS_ARE_CLASSES:
-        inv_R = inv_R * scale
+        inv_R = inv_R * inv_temp
     else:
-        inv_C = inv_C * scale
+        inv_C = inv_C * inv_temp
     return dots_RC * (inv_R[:, None] * inv_C[None, :])
 
 
 @triton.jit
-def _exp(x, NATURAL: tl.constexpr):
-    """exp of a difference of logits, in the unit they are kept in."""
-    return tl.exp2(x * _LOG2E if NATURAL else x)
+def _exp(x):
+    return tl.exp2(x * _LOG2E)
 
 
 @triton.jit
@@ -250,7 +248,6 @@ def _lse_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     rows = R
-    NATURAL: tl.constexpr = a_ptr.dtype.element_ty == tl.float32
     if COMPACT:
         R = tl.load(num_present_ptr)
     if tl.program_id(0) * BLOCK_R >= R:
@@ -279,23 +276,21 @@ def _lse_fwd_kernel(
                 BLOCK_R, BLOCK_C, BLOCK_D, INPUT_PRECISION,
             )  # fmt: skip
         inv_b_C = tl.load(inv_b_ptr + row_C, mask=inside_C, other=0.0)
-        logits_RC = _logits(dots_RC, inv_a_R, inv_b_C, inv_temp, A_IS_CLASSES, NATURAL)
+        logits_RC = _logits(dots_RC, inv_a_R, inv_b_C, inv_temp, A_IS_CLASSES)
 
         summed_RC = (class_C >= 0)[None, :]
         if EXCLUDE_OWN:
             summed_RC = summed_RC & (class_R[:, None] != class_C[None, :])
         logits_RC = tl.where(summed_RC, logits_RC, float("-inf"))
         if FIXED_SHIFT:
-            total_R += tl.sum(_exp(logits_RC, NATURAL), axis=1)
+            total_R += tl.sum(_exp(logits_RC), axis=1)
         else:
             higher_R = tl.maximum(maximum_R, tl.max(logits_RC, axis=1))
             shift_R = tl.where(higher_R == float("-inf"), 0.0, higher_R)  # nothing summed so far: no inf - inf
-            total_R = total_R * _exp(maximum_R - shift_R, NATURAL)
-            total_R += tl.sum(_exp(logits_RC - shift_R[:, None], NATURAL), axis=1)
+            total_R = total_R * _exp(maximum_R - shift_R)
+            total_R += tl.sum(_exp(logits_RC - shift_R[:, None]), axis=1)
             maximum_R = higher_R
 
-    if not NATURAL:
-        maximum_R *= _LN2
     lse_R = maximum_R + tl.log2(total_R) * _LN2
     tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * rows + row_R, lse_R, mask=inside_R)
 
@@ -331,15 +326,13 @@ def _combine_kernel(
 
 
 @triton.jit
-def _load_side(lse_ptr, grad_ptr, row, inside, USED: tl.constexpr, NATURAL: tl.constexpr):
-    """Log-sum-exp, in the unit of the logits, and its upstream gradient, of one side of a tile.
+def _load_side(lse_ptr, grad_ptr, row, inside, USED: tl.constexpr):
+    """Log-sum-exp and its upstream gradient, of one side of a tile.
 
     Where nothing was summed (-inf), and outside, +inf stands in: exp(s - inf) = 0 for every logit, with no NaN.
     """
     if USED:
         lse = tl.load(lse_ptr + row, mask=inside, other=float("inf"))
-        if not NATURAL:
-            lse *= _LOG2E
         grad = tl.load(grad_ptr + row, mask=inside, other=0.0)
         return tl.where(lse == float("-inf"), float("inf"), lse), grad
     else:
@@ -359,14 +352,13 @@ def _logit_grads(
     HAS_A: tl.constexpr,
     HAS_B: tl.constexpr,
     EXCLUDE_OWN: tl.constexpr,
-    NATURAL: tl.constexpr,
 ):
     """G of one tile in fp32, positives included."""
     grads_RC = tl.zeros_like(logits_RC)
     if HAS_A:
-        grads_RC += grad_R[:, None] * _exp(logits_RC - lse_R[:, None], NATURAL)
+        grads_RC += grad_R[:, None] * _exp(logits_RC - lse_R[:, None])
     if HAS_B:
-        grads_RC += grad_C[None, :] * _exp(logits_RC - lse_C[None, :], NATURAL)
+        grads_RC += grad_C[None, :] * _exp(logits_RC - lse_C[None, :])
     own_RC = class_R[:, None] == class_C[None, :]
     if EXCLUDE_OWN:
         grads_RC = tl.where(own_RC, positive_RC, grads_RC)
@@ -417,7 +409,6 @@ def _lse_bwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    NATURAL: tl.constexpr = a_ptr.dtype.element_ty == tl.float32
     if COMPACT:
         if A_IS_CLASSES:
             R = tl.load(num_present_ptr)
@@ -430,7 +421,7 @@ def _lse_bwd_kernel(
     class_R = _classes(row_R, R, labels_ptr, present_ptr, num_classes, ignore_index, A_IS_CLASSES, COMPACT)
     inv_temp = _inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
     inv_a_R = tl.load(inv_a_ptr + row_R, mask=inside_R, other=0.0)
-    lse_R, grad_R = _load_side(lse_a_ptr, grad_a_ptr, row_R, inside_R, HAS_A, NATURAL)
+    lse_R, grad_R = _load_side(lse_a_ptr, grad_a_ptr, row_R, inside_R, HAS_A)
     a_RD = _load_rows(a_ptr, row_R, inside_R, stride_a, 0, D, BLOCK_D)
     if not A_IS_CLASSES:
         positive_R = tl.load(grad_pos_ptr + row_R, mask=inside_R, other=0.0)
@@ -446,15 +437,15 @@ def _lse_bwd_kernel(
         class_C = _classes(row_C, C, labels_ptr, present_ptr, num_classes, ignore_index, not A_IS_CLASSES, COMPACT)
         b_CD = _load_rows(b_ptr, row_C, inside_C, stride_b, 0, D, BLOCK_D)
         inv_b_C = tl.load(inv_b_ptr + row_C, mask=inside_C, other=0.0)
-        lse_C, grad_C = _load_side(lse_b_ptr, grad_b_ptr, row_C, inside_C, HAS_B, NATURAL)
+        lse_C, grad_C = _load_side(lse_b_ptr, grad_b_ptr, row_C, inside_C, HAS_B)
         if A_IS_CLASSES:
             positive_RC = tl.load(grad_pos_ptr + row_C, mask=inside_C, other=0.0)[None, :]
         else:
             positive_RC = positive_R[:, None]
         dots_RC = tl.dot(a_RD, b_CD.T, input_precision=INPUT_PRECISION)
-        logits_RC = _logits(dots_RC, inv_a_R, inv_b_C, inv_temp, A_IS_CLASSES, NATURAL)
+        logits_RC = _logits(dots_RC, inv_a_R, inv_b_C, inv_temp, A_IS_CLASSES)
         grads_RC = _logit_grads(
-            logits_RC, class_R, class_C, lse_R, grad_R, lse_C, grad_C, positive_RC, HAS_A, HAS_B, EXCLUDE_OWN, NATURAL
+            logits_RC, class_R, class_C, lse_R, grad_R, lse_C, grad_C, positive_RC, HAS_A, HAS_B, EXCLUDE_OWN
         )
         weights_RC = (grads_RC * (inv_b_C * fp16_range)[None, :]).to(b_CD.dtype)
         sum_RD = tl.dot(weights_RC, b_CD, sum_RD, input_precision=INPUT_PRECISION)
@@ -575,7 +566,6 @@ def _lse_bwd_tile_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """H of one tile. Rows past the present classes are written as zeros: the library products read them."""
-    NATURAL: tl.constexpr = w_ptr.dtype.element_ty == tl.float32
     row_blocks = tl.cdiv(R, BLOCK_R)
     row_R = tl.program_id(0) % row_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     row_C = tl.program_id(0) // row_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -597,12 +587,12 @@ def _lse_bwd_tile_kernel(
     )  # fmt: skip
     inv_w_R = tl.load(inv_w_ptr + row_R, mask=inside_R, other=0.0)
     inv_z_C = tl.load(inv_z_ptr + row_C, mask=inside_C, other=0.0)
-    lse_R, grad_R = _load_side(row_lse_ptr, grad_row_ptr, row_R, inside_R, HAS_ROWS, NATURAL)
-    lse_C, grad_C = _load_side(col_lse_ptr, grad_col_ptr, row_C, inside_C, HAS_COLS, NATURAL)
+    lse_R, grad_R = _load_side(row_lse_ptr, grad_row_ptr, row_R, inside_R, HAS_ROWS)
+    lse_C, grad_C = _load_side(col_lse_ptr, grad_col_ptr, row_C, inside_C, HAS_COLS)
     positive_RC = tl.load(grad_pos_ptr + row_C, mask=inside_C, other=0.0)[None, :]
-    logits_RC = _logits(dots_RC, inv_w_R, inv_z_C, inv_temp, True, NATURAL)
+    logits_RC = _logits(dots_RC, inv_w_R, inv_z_C, inv_temp, True)
     grads_RC = _logit_grads(
-        logits_RC, class_R, class_C, lse_R, grad_R, lse_C, grad_C, positive_RC, HAS_ROWS, HAS_COLS, EXCLUDE_OWN, NATURAL
+        logits_RC, class_R, class_C, lse_R, grad_R, lse_C, grad_C, positive_RC, HAS_ROWS, HAS_COLS, EXCLUDE_OWN
     )
     if HAS_RANGE:
         inv_w_R *= tl.load(range_ptr)
