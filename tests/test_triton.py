@@ -70,6 +70,20 @@ def test_equals_blockwise_with_every_option(name, reduction):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * max(1, want.abs().max().item()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_learned_temperature_of_any_float_type(dtype):
+    """The kernels read float32; the gradient comes back in the parameter's own type."""
+    features, prototypes = torch.randn(20, 8, device=DEVICE), torch.randn(5, 8, device=DEVICE)
+    labels = torch.randint(0, 5, (20,), device=DEVICE)
+    taus = [torch.tensor(0.25, dtype=d, device=DEVICE, requires_grad=True) for d in (dtype, torch.float32)]
+    losses = [call("nonl", features, prototypes, labels, temperature=tau) for tau in taus]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses)
+    assert taus[0].grad.dtype == dtype
+    torch.testing.assert_close(taus[0].grad.float(), taus[1].grad, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_repeats_bitwise(name):
     features = torch.randn(300, 40, device=DEVICE, requires_grad=True)
