@@ -18,6 +18,7 @@ from typing import Any
 
 from hypercontrast.checkpoint import CheckpointError
 from hypercontrast.config import UsageError, configure
+from hypercontrast.progress import python
 from hypercontrast.report import LOSS_TITLES, load_runs, outcome, write_report
 from hypercontrast.train import TrainingError, train
 
@@ -40,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TrainingError, CheckpointError) as error:
         return _fail(1, str(error))
     except KeyboardInterrupt:
-        return _fail(130, "interrupted; start again with: python -m hypercontrast.demo")
+        return _fail(130, f"interrupted; start again with: {python()} -m hypercontrast.demo")
     print(f"\nReport with pictures: {report}")
-    print("Next, your own run:   python -m hypercontrast.train --loss nonl --dataset mnist5k --neck linear")
+    print(f"Next, your own run:   {python()} -m hypercontrast.train --loss nonl --dataset mnist5k --neck linear")
     return 0
 
 

@@ -1,11 +1,21 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere."""
+"""What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere; and commands to copy."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
+
+
+def python() -> str:
+    """What to type for the Python that runs now: plain `python` only where that is the one."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    relative = os.path.relpath(sys.executable)
+    return sys.executable if relative.startswith("..") else relative
 
 
 class Progress:

@@ -38,7 +38,7 @@ from hypercontrast.launch import RankError, Ranks, check_hardware, device_of, is
 from hypercontrast.losses import CELoss, ETFDRLoss, NONLLoss, NormFaceLoss, NTCELoss
 from hypercontrast.metrics import NeuralCollapse
 from hypercontrast.models import LinearHead, Network, build_model, check_model
-from hypercontrast.progress import Progress
+from hypercontrast.progress import Progress, python
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier, PrototypeHead
 
 PROTOTYPE_LOSSES = {"normface": NormFaceLoss, "ntce": NTCELoss, "nonl": NONLLoss}
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             result = plan(config) if config.dry_run else _summary(train(config))
         except KeyboardInterrupt:
-            return _fail(130, f"interrupted; to continue: python -m hypercontrast.train --resume {config.run_dir}")
+            return _fail(130, f"interrupted; to continue: {python()} -m hypercontrast.train --resume {config.run_dir}")
     except UsageError as error:
         return _fail(2, str(error))
     except (TrainingError, CheckpointError) as error:
@@ -501,7 +501,8 @@ def _summary(folder: Path) -> str:
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     return (
         f"{folder}: accuracy {last['accuracy']:.1%}, by class means {last['prototype_accuracy']:.1%},"
-        f" distance to the simplex ETF {last['distance_etf']:.3f}; pictures: python -m hypercontrast.report {folder}"
+        f" distance to the simplex ETF {last['distance_etf']:.3f};"
+        f" pictures: {python()} -m hypercontrast.report {folder}"
     )
 
 
