@@ -70,7 +70,7 @@ FORWARD_WIDE = {
     (4, False): Config(64, 64, 16, 4, 3, max_registers=255),
     (4, True): Config(64, 64, 16, 4, 3, max_registers=255),
 }
-FORWARD_WIDE_TIGHT = {**FORWARD_WIDE, (2, False): Config(128, 64, 64, 8, 3)}
+FORWARD_WIDE_TIGHT = {**FORWARD_WIDE, (2, False): Config(128, 64, 64, 8, 3, max_registers=255)}
 BACKWARD_WIDE = {
     (2, False): Config(128, 128, 64, 8, 3),
     (2, True): Config(64, 64, 64, 4, 4),
