@@ -127,11 +127,11 @@ class _Tiling:
         and where in it, counted along its rows).
         """
         width = panel.stop - panel.start
-        step = max(MIN_BLOCK, TILE_ELEMENTS // width)
-        units = self.features.new_empty((min(step, self.n), self.features.shape[1]), dtype=self.dtype)
+        height = self.height(width)
+        units = self.features.new_empty((height, self.features.shape[1]), dtype=self.dtype)
         places = (self.labels - panel.start) + width * torch.arange(self.n, device=self.labels.device)
         in_panel = None if width == self.k else (self.labels >= panel.start) & (self.labels < panel.stop)
-        for block in _spans(self.n, step):
+        for block in _spans(self.n, max(height, 1)):
             u_BD = units[: block.stop - block.start]
             torch.mul(self.features[block], self.inv_features[block, None], out=u_BD)
             samples, place = block, places[block] - width * block.start
@@ -144,11 +144,14 @@ class _Tiling:
         """Where a tile starts when all tiles are kept one after the other."""
         return self.n * panel.start + block.start * (panel.stop - panel.start)
 
+    def height(self, width: int) -> int:
+        """Samples in a tile of `width` classes."""
+        return min(self.n, max(MIN_BLOCK, TILE_ELEMENTS // max(width, 1)))
+
     def buffer(self) -> Tensor:
         """Room for the largest tile; every tile is a contiguous view of it."""
         width = min(self.k, PANEL_CLASSES)
-        height = min(self.n, max(MIN_BLOCK, TILE_ELEMENTS // width) if width else 0)
-        return self.features.new_empty(height * width, dtype=self.dtype)
+        return self.features.new_empty(self.height(width) * width, dtype=self.dtype)
 
 
 def _tile(memory: Tensor, start: int, rows: int, cols: int) -> Tensor:
@@ -157,7 +160,7 @@ def _tile(memory: Tensor, start: int, rows: int, cols: int) -> Tensor:
 
 def lse_forward(features, prototypes, labels, *, keep_bytes, **options):
     """See `hypercontrast._ops.lse`."""
-    dtype = torch.promote_types(features.dtype, torch.float32)
+    dtype = _checks.accumulator(features)
     n_all, k_all = len(features), len(prototypes)
     inv_features = _inverse_norms("features", features, dtype, options["normalize"])
     inv_prototypes = _inverse_norms("prototypes", prototypes, dtype, options["normalize"])

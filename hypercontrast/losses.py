@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hypercontrast import functional
+from hypercontrast import _checks, functional
 from hypercontrast.functional import GroupLike
 from hypercontrast.prototypes import ClassMeans
 from hypercontrast.reference import unit_rows
@@ -89,13 +88,13 @@ class CELoss(nn.Module):
     """
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+        return F.cross_entropy(logits.to(_checks.accumulator(logits)), labels)
 
 
 class ETFDRLoss(nn.Module):
     """Dot regression to fixed prototypes, mean_i (w_{y_i}·u_i - 1)²/2 (Yang et al. 2022), the ETF+DR baseline."""
 
     def forward(self, features: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
-        dtype = torch.promote_types(features.dtype, torch.float32)
+        dtype = _checks.accumulator(features)
         cosines = (unit_rows(features.to(dtype)) * unit_rows(prototypes.to(dtype))[labels]).sum(dim=1)
         return 0.5 * (cosines - 1).square().mean()
