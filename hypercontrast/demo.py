@@ -18,7 +18,7 @@ from typing import Any
 
 from hypercontrast.checkpoint import CheckpointError
 from hypercontrast.config import UsageError, configure
-from hypercontrast.progress import python
+from hypercontrast.progress import fail, python
 from hypercontrast.report import LOSS_TITLES, load_runs, outcome, write_report
 from hypercontrast.train import TrainingError, train
 
@@ -37,11 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         report = run(Path(args.output), args.epochs, args.limit)
     except (UsageError, ImportError, OSError) as error:
-        return _fail(2, str(error))
+        return fail(2, str(error))
     except (TrainingError, CheckpointError) as error:
-        return _fail(1, str(error))
+        return fail(1, str(error))
     except KeyboardInterrupt:
-        return _fail(130, f"interrupted; start again with: {python()} -m hypercontrast.demo")
+        return fail(130, f"interrupted; start again with: {python()} -m hypercontrast.demo")
     print(f"\nReport with pictures: {report}")
     print(f"Next, your own run:   {python()} -m hypercontrast.train --loss nonl --dataset mnist5k --neck linear")
     return 0
@@ -143,11 +143,6 @@ def _table() -> _PlainTable | _LiveTable:
         except ImportError:
             pass  # without rich the plain lines say the same
     return _PlainTable()
-
-
-def _fail(code: int, message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

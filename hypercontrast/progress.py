@@ -18,6 +18,12 @@ def python() -> str:
     return sys.executable if relative.startswith("..") else relative
 
 
+def fail(code: int, message: str) -> int:
+    """Say in one line on stderr why a command failed; returns its exit code."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
 class Progress:
     """One line an epoch, and on a terminal (with rich installed) a bar of its steps below them."""
 

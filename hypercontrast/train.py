@@ -38,7 +38,7 @@ from hypercontrast.launch import RankError, Ranks, check_hardware, device_of, is
 from hypercontrast.losses import CELoss, ETFDRLoss, NONLLoss, NormFaceLoss, NTCELoss
 from hypercontrast.metrics import NeuralCollapse
 from hypercontrast.models import LinearHead, Network, build_model, check_model
-from hypercontrast.progress import Progress, python
+from hypercontrast.progress import Progress, fail, python
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier, PrototypeHead
 
 PROTOTYPE_LOSSES = {"normface": NormFaceLoss, "ntce": NTCELoss, "nonl": NONLLoss}
@@ -62,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             result = plan(config) if config.dry_run else _summary(train(config))
         except KeyboardInterrupt:
-            return _fail(130, f"interrupted; to continue: {python()} -m hypercontrast.train --resume {config.run_dir}")
+            return fail(130, f"interrupted; to continue: {python()} -m hypercontrast.train --resume {config.run_dir}")
     except UsageError as error:
-        return _fail(2, str(error))
+        return fail(2, str(error))
     except (TrainingError, CheckpointError) as error:
-        return _fail(1, str(error))
+        return fail(1, str(error))
     except RankError as error:
         return _fail_for(error)
     if is_main():
@@ -509,15 +509,10 @@ def _summary(folder: Path) -> str:
 def _fail_for(error: RankError) -> int:
     """As if the rank's error were this process's own: a traceback only where it was not foreseen."""
     if error.kind == "UsageError":
-        return _fail(2, str(error))
+        return fail(2, str(error))
     if error.kind not in ("TrainingError", "CheckpointError"):
         print(error.trace, file=sys.stderr)
-    return _fail(1, str(error))
-
-
-def _fail(code: int, message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return code
+    return fail(1, str(error))
 
 
 if __name__ == "__main__":
