@@ -4,8 +4,10 @@ Importing it needs torch alone: no Triton, no compiled extension, no GPU, no tor
 """
 
 from hypercontrast.blockwise import memory_budget, set_memory_budget
-from hypercontrast.functional import nonl_loss, normface_loss, ntce_loss, resolve_backend
-from hypercontrast.losses import CELoss, ETFDRLoss, NONLLoss, NormFaceLoss, NTCELoss
+from hypercontrast.buffer import NegativeBuffer
+from hypercontrast.distributed import gather_with_grad
+from hypercontrast.functional import nonl_loss, normface_loss, ntce_loss, resolve_backend, supcon_loss
+from hypercontrast.losses import CELoss, ETFDRLoss, NONLLoss, NormFaceLoss, NTCELoss, SupConLoss
 from hypercontrast.metrics import NeuralCollapse, neural_collapse
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier, PrototypeHead, simplex_etf
 
@@ -17,10 +19,13 @@ __all__ = [
     "ETFDRLoss",
     "NONLLoss",
     "NTCELoss",
+    "NegativeBuffer",
     "NeuralCollapse",
     "NormFaceLoss",
     "PrototypeClassifier",
     "PrototypeHead",
+    "SupConLoss",
+    "gather_with_grad",
     "memory_budget",
     "neural_collapse",
     "nonl_loss",
@@ -29,4 +34,5 @@ __all__ = [
     "resolve_backend",
     "set_memory_budget",
     "simplex_etf",
+    "supcon_loss",
 ]

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hypercontrast import _checks, _ops, blockwise
-from hypercontrast.distributed import all_sum, global_lse, world_size
+from hypercontrast.distributed import ABSENT, all_sum, global_lse, world_size
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def prototype_loss(
     ignore_index: int,
     reduction: str,
     normalize: bool,
+    queue: tuple[Tensor, Tensor] | None,
     group: dist.ProcessGroup | None,
     class_means,
     backend: str,
@@ -69,14 +70,22 @@ def prototype_loss(
     counts = labels.new_zeros(num_classes).index_add_(0, class_of, in_range.long())
     counts = all_sum(counts, group if rule.rows else None)  # only a row's sum needs to know who else has its class
 
-    learned, inv_temperature = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, 1.0 / temperature)
+    learned, inv_temperature = _checks.split_temperature(temperature)
     needs_grad = torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in (features, prototypes, temperature)
     )
+    keep_bytes = blockwise.memory_budget() if needs_grad else 0
     row_lse, col_lse, positives, inv_norms, _, _ = _ops.lse(
-        features, prototypes, labels, counts, learned, inv_temperature, ignore_index,
-        rule.rows, rule.cols, rule.exclude_own, normalize, blockwise.memory_budget() if needs_grad else 0, backend,
+        features, prototypes, labels, counts, learned, inv_temperature, ignore_index, rule.rows, rule.cols,
+        rule.exclude_own, normalize, keep_bytes, backend,
     )  # fmt: skip
+    if queue is not None:
+        past, past_labels = queue
+        past_lse, *_ = _ops.lse(
+            past.to(features.dtype), prototypes, torch.where(past_labels == ABSENT, ignore_index, past_labels), counts,
+            learned, inv_temperature, ignore_index, True, False, rule.exclude_own, normalize, keep_bytes, backend,
+        )  # fmt: skip
+        row_lse = logaddexp(row_lse, past_lse)
     dtype = positives.dtype  # what the O(N + K) arithmetic below runs in
     a_N = in_range.to(dtype) if weight is None else weight.to(dtype)[class_of] * in_range
     if class_means is not None:
@@ -91,7 +100,7 @@ def prototype_loss(
         if rule.rows:
             lse_K = global_lse(row_lse, group, bounded=bounded, sum_gradients=True)
             own_N = _ClassGather.apply(lse_K, labels, in_range, ignore_index, backend)
-            lse_N = _logaddexp(col_lse, own_N) if rule.cols else own_N
+            lse_N = logaddexp(col_lse, own_N) if rule.cols else own_N
         loss = _over_samples(rule, lse_N, positives, batch)
     return loss.to(_checks.accumulator(features))
 
@@ -110,10 +119,6 @@ class _Batch:
     group: dist.ProcessGroup | None
     reduction: str
 
-    def divisor(self, total: Tensor) -> Tensor | float:
-        """What the reduction divides by; a batch without weight has a loss of zero, not NaN."""
-        return torch.where(total > 0, total, 1) if self.reduction == "mean" else 1.0
-
 
 def _over_classes(rule: Rule, lse_K: Tensor, positives: Tensor, batch: _Batch) -> Tensor:
     """(1/M) [Σ_c a_c n_c ℓ_c - Σ_j a_j s_j]: every rank knows the whole first sum, so only positives are exchanged."""
@@ -124,7 +129,7 @@ def _over_classes(rule: Rule, lse_K: Tensor, positives: Tensor, batch: _Batch) -
     positive_total = (batch.a_N * positives).sum()
     if rule.empty == "zero":  # a class without negatives is the only one there is: all samples drop out, or none
         positive_total = torch.where((present & empty).any(), 0, positive_total)
-    divisor = batch.divisor(a_K.sum())
+    divisor = _divisor(a_K.sum(), batch.reduction)
     loss = (lse_total - positive_total) / divisor
     if batch.group is None:
         return loss
@@ -139,18 +144,27 @@ def _over_samples(rule: Rule, lse_N: Tensor, positives: Tensor, batch: _Batch) -
     loss_N = torch.where(empty, 0, lse_N) - positives
     if rule.empty == "zero":
         loss_N = torch.where(empty, 0, loss_N)
-    loss_N = batch.a_N * loss_N
-    if batch.reduction == "none":
+    return reduce_samples(loss_N, batch.a_N, batch.reduction, batch.group)
+
+
+def reduce_samples(loss_N: Tensor, weight_N: Tensor, reduction: str, group: dist.ProcessGroup | None) -> Tensor:
+    """Σ_j a_j loss_j over all ranks, by Σ_j a_j for the mean, or this rank's terms. Nothing to average over is zero."""
+    loss_N = weight_N * loss_N
+    if reduction == "none":
         return loss_N
-    totals = torch.stack([loss_N.sum(), batch.a_N.sum()])
-    if batch.group is None:
-        return totals[0] / batch.divisor(totals[1])
-    value, weight = all_sum(totals, batch.group)
-    divisor = batch.divisor(weight)
-    return _with_value(world_size(batch.group) * totals[0] / divisor, value / divisor)
+    totals = torch.stack([loss_N.sum(), weight_N.sum()])
+    if group is None:
+        return totals[0] / _divisor(totals[1], reduction)
+    value, weight = all_sum(totals, group)
+    divisor = _divisor(weight, reduction)
+    return _with_value(world_size(group) * totals[0] / divisor, value / divisor)
 
 
-def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
+def _divisor(total: Tensor, reduction: str) -> Tensor | float:
+    return torch.where(total > 0, total, 1) if reduction == "mean" else 1.0
+
+
+def logaddexp(a: Tensor, b: Tensor) -> Tensor:
     """logaddexp with a zero gradient, not NaN, where both are -inf."""
     nothing = (a == -torch.inf) & (b == -torch.inf)
     return torch.where(nothing, -torch.inf, torch.logaddexp(torch.where(nothing, 0, a), torch.where(nothing, 0, b)))

@@ -31,15 +31,15 @@ def check_matrix(name: str, x: Tensor, shape: str) -> None:
         raise ValueError(f"{name} must have at least one dimension, got {list(x.shape)}")
 
 
-def check_labels(labels: Tensor, num_samples: int, device: torch.device) -> None:
+def check_labels(labels: Tensor, num_samples: int, device: torch.device, name: str = "labels") -> None:
     if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(labels).__name__}")
     if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {labels.dtype}")
+        raise TypeError(f"{name} must be int64, got {labels.dtype}")
     if labels.shape != (num_samples,):
-        raise ValueError(f"labels must have shape [{num_samples}] to match features, got {list(labels.shape)}")
+        raise ValueError(f"{name} must have shape [{num_samples}] to match features, got {list(labels.shape)}")
     if labels.device != device:
-        raise ValueError(f"labels must be on the features' device {device}, got {labels.device}")
+        raise ValueError(f"{name} must be on the features' device {device}, got {labels.device}")
 
 
 def check_temperature(temperature: float | Tensor, device: torch.device) -> None:
@@ -53,6 +53,11 @@ def check_temperature(temperature: float | Tensor, device: torch.device) -> None
         raise TypeError(f"temperature must be a number or a tensor of one float, got {type(temperature).__name__}")
     elif not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
+
+
+def split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    """(the tensor to read and to learn, or None; the 1/τ that stands for it)."""
+    return (temperature, 1.0) if isinstance(temperature, Tensor) else (None, 1.0 / temperature)
 
 
 def check_weight(weight: Tensor | None, num_classes: int, device: torch.device) -> None:
@@ -106,6 +111,84 @@ def check_prototype_inputs(
     check_option("reduction", reduction, ("mean", "sum", "none"))
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize must be True or False, got {normalize!r}")
+
+
+def check_supcon_inputs(
+    features: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    ref_features: Tensor | None,
+    ref_labels: Tensor | None,
+    temperature: float | Tensor,
+    base_temperature: float | None,
+    variant: str,
+    singletons: str,
+    reduction: str,
+    normalize: bool,
+) -> None:
+    """Everything SupCon can check without reading a value from the device."""
+    if isinstance(features, Tensor) and features.dim() == 3:
+        check_matrix("features", features.flatten(0, 1), "[N, D] or [B, V, D]")
+    else:
+        check_matrix("features", features, "[N, D] or [B, V, D]")
+    samples, device = features.shape[0], features.device
+    if labels is not None and mask is not None:
+        raise ValueError("labels and mask must not both be given: each says which pairs are positive")
+    if labels is not None:
+        check_labels(labels, samples, device)
+    elif mask is None and features.dim() == 2:
+        raise ValueError(f"labels or mask must be given for features [N, D], got neither for {list(features.shape)}")
+    others = samples
+    if ref_features is not None:
+        check_matrix("ref_features", ref_features, "[R, D]")
+        others = len(ref_features)
+        if ref_features.shape[1] != features.shape[-1]:
+            raise ValueError(
+                f"ref_features must have the features' dimension {features.shape[-1]}, got {list(ref_features.shape)}"
+            )
+        if ref_features.device != device:
+            raise ValueError(f"ref_features must be on the features' device {device}, got {ref_features.device}")
+        if (features.dtype == torch.float64) != (ref_features.dtype == torch.float64):
+            raise TypeError(f"ref_features must be float64 exactly when features are, got {ref_features.dtype}")
+        if (ref_labels is None) != (labels is None):
+            raise ValueError("ref_labels must be given exactly when ref_features are contrasted by labels")
+    if ref_labels is not None:
+        if ref_features is None:
+            raise ValueError("ref_labels must come with ref_features, got labels alone")
+        check_labels(ref_labels, others, device, name="ref_labels")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        if mask.shape != (samples, others):
+            raise ValueError(f"mask must have shape [{samples}, {others}], got {list(mask.shape)}")
+        if mask.device != device:
+            raise ValueError(f"mask must be on the features' device {device}, got {mask.device}")
+    elif ref_features is not None and labels is None:
+        raise ValueError("labels and ref_labels, or mask, must be given with ref_features, got neither")
+    check_temperature(temperature, device)
+    if base_temperature is not None:
+        if isinstance(base_temperature, bool) or not isinstance(base_temperature, (int, float)):
+            raise TypeError(f"base_temperature must be a number or None, got {type(base_temperature).__name__}")
+        if not 0 < base_temperature < math.inf:
+            raise ValueError(f"base_temperature must be positive and finite, got {base_temperature}")
+    check_option("variant", variant, ("out", "in"))
+    check_option("singletons", singletons, ("exclude", "zero", "error"))
+    check_option("reduction", reduction, ("mean", "sum", "none"))
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize must be True or False, got {normalize!r}")
+
+
+def check_queue(queue: tuple[Tensor, Tensor], features: Tensor) -> None:
+    """(features [Q, D], labels [Q]) of past samples against the present ones."""
+    past, labels = queue
+    check_matrix("queue features", past, "[Q, D]")
+    if past.shape[1] != features.shape[-1]:
+        raise ValueError(f"queue must hold features of dimension {features.shape[-1]}, got {list(past.shape)}")
+    if past.device != features.device:
+        raise ValueError(f"queue must be on the features' device {features.device}, got {past.device}")
+    if past.requires_grad:
+        raise ValueError("queue must not require a gradient: past features are constants of the loss")
+    check_labels(labels, len(past), past.device, name="queue labels")
 
 
 def check_label_range(labels: Tensor, num_classes: int, ignore_index: int) -> None:

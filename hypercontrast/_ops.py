@@ -61,7 +61,7 @@ def _kernels():
     return prototype_lse
 
 
-def _widened(temperature: Tensor | None, features: Tensor) -> Tensor | None:
+def widened(temperature: Tensor | None, features: Tensor) -> Tensor | None:
     return None if temperature is None else temperature.to(_checks.accumulator(features))
 
 
@@ -100,7 +100,7 @@ def lse(
             _checks.check_label_range(labels, len(prototypes), ignore_index)
             _checks.check_temperature_value(temperature)
         shared = {
-            "counts": counts, "temperature": _widened(temperature, features), "inv_temperature": inv_temperature,
+            "counts": counts, "temperature": widened(temperature, features), "inv_temperature": inv_temperature,
             "ignore_index": ignore_index, "rows": rows, "cols": cols, "exclude_own": exclude_own,
             "normalize": normalize,
         }  # fmt: skip
@@ -150,7 +150,7 @@ def lse_backward(
     """Gradients of `lse`: of the features, of the prototypes, and Σ G∘s, from which d/dτ = -Σ G∘s / τ."""
     with torch.autocast(features.device.type, enabled=False):
         shared = {
-            "counts": counts, "temperature": _widened(temperature, features), "inv_temperature": inv_temperature,
+            "counts": counts, "temperature": widened(temperature, features), "inv_temperature": inv_temperature,
             "ignore_index": ignore_index, "rows": rows, "cols": cols, "exclude_own": exclude_own,
             "normalize": normalize,
         }  # fmt: skip

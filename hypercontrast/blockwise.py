@@ -63,7 +63,7 @@ def keeps(num_samples: int, num_classes: int, dtype: torch.dtype, keep_bytes: in
     return 0 < num_samples * num_classes * dtype.itemsize <= keep_bytes
 
 
-def _inverse_norms(name: str, x: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
+def inverse_norms(name: str, x: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
     """1/|x| of each row, zero where |x| <= MIN_NORM; ones when the rows are taken as they are."""
     norms = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
     if x.device.type == "cpu":
@@ -71,12 +71,12 @@ def _inverse_norms(name: str, x: Tensor, dtype: torch.dtype, normalize: bool) ->
     return torch.where(norms <= MIN_NORM, 0, 1 / norms) if normalize else torch.ones_like(norms)
 
 
-def _scaled(x: Tensor, factors: Tensor) -> Tensor:
+def scaled(x: Tensor, factors: Tensor) -> Tensor:
     """Rows of x times their factors, in the factors' precision."""
     return x.to(factors.dtype) * factors[:, None]
 
 
-def _spans(length: int, step: int) -> list[slice]:
+def spans(length: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
@@ -119,8 +119,8 @@ class _Tiling:
 
     def panels(self):
         """(classes, unit prototypes / τ [P, D]) panel by panel."""
-        for panel in _spans(self.k, PANEL_CLASSES):
-            yield panel, _scaled(self.prototypes[panel], self.inv_prototypes[panel] * self.scale)
+        for panel in spans(self.k, PANEL_CLASSES):
+            yield panel, scaled(self.prototypes[panel], self.inv_prototypes[panel] * self.scale)
 
     def tiles(self, panel: slice):
         """Block by block of a panel: (samples, unit features [B, D], which of them have their positive in this tile,
@@ -131,7 +131,7 @@ class _Tiling:
         units = self.features.new_empty((height, self.features.shape[1]), dtype=self.dtype)
         places = (self.labels - panel.start) + width * torch.arange(self.n, device=self.labels.device)
         in_panel = None if width == self.k else (self.labels >= panel.start) & (self.labels < panel.stop)
-        for block in _spans(self.n, max(height, 1)):
+        for block in spans(self.n, max(height, 1)):
             u_BD = units[: block.stop - block.start]
             torch.mul(self.features[block], self.inv_features[block, None], out=u_BD)
             samples, place = block, places[block] - width * block.start
@@ -162,8 +162,8 @@ def lse_forward(features, prototypes, labels, *, keep_bytes, **options):
     """See `hypercontrast._ops.lse`."""
     dtype = _checks.accumulator(features)
     n_all, k_all = len(features), len(prototypes)
-    inv_features = _inverse_norms("features", features, dtype, options["normalize"])
-    inv_prototypes = _inverse_norms("prototypes", prototypes, dtype, options["normalize"])
+    inv_features = inverse_norms("features", features, dtype, options["normalize"])
+    inv_prototypes = inverse_norms("prototypes", prototypes, dtype, options["normalize"])
     t = _Tiling(features, prototypes, labels, inv_features, inv_prototypes, **options)
 
     positives = inv_features.new_zeros(t.n)
@@ -190,25 +190,25 @@ def lse_forward(features, prototypes, labels, *, keep_bytes, **options):
                     col_sum[block] += s_BP.sum(1)
             else:
                 if t.rows:
-                    _accumulate(row_max[panel], row_sum[panel], s_BP.T)
+                    accumulate(row_max[panel], row_sum[panel], s_BP.T)
                 if t.cols:
-                    _accumulate(col_max[block], col_sum[block], s_BP)
+                    accumulate(col_max[block], col_sum[block], s_BP)
 
     wide = statistics_dtype(features.device)
     row_lse, col_lse = row_sum.to(wide).log(), col_sum.to(wide).log()
     if not t.bounded:
         row_lse, col_lse = row_max + row_lse, col_max + col_lse
     return (
-        _spread(row_lse, t.classes, k_all, -torch.inf) if t.rows else row_lse.new_empty(0),
-        _spread(col_lse, t.samples, n_all, -torch.inf) if t.cols else col_lse.new_empty(0),
-        _spread(positives.to(wide), t.samples, n_all, 0.0),
+        spread(row_lse, t.classes, k_all, -torch.inf) if t.rows else row_lse.new_empty(0),
+        spread(col_lse, t.samples, n_all, -torch.inf) if t.cols else col_lse.new_empty(0),
+        spread(positives.to(wide), t.samples, n_all, 0.0),
         inv_features,
         inv_prototypes,
         kept,
     )
 
 
-def _accumulate(peak: Tensor, total: Tensor, s: Tensor) -> None:
+def accumulate(peak: Tensor, total: Tensor, s: Tensor) -> None:
     """Online log-sum-exp along the last dimension of s: total counts in units of exp(peak); both updated in place."""
     new_peak = torch.maximum(peak, s.amax(1))
     shift = torch.where(new_peak == -torch.inf, 0, new_peak)
@@ -216,7 +216,7 @@ def _accumulate(peak: Tensor, total: Tensor, s: Tensor) -> None:
     peak.copy_(new_peak)
 
 
-def _spread(x: Tensor, index: Tensor | None, length: int, fill: float) -> Tensor:
+def spread(x: Tensor, index: Tensor | None, length: int, fill: float) -> Tensor:
     """Rows of x put back at `index` among `length` rows of `fill`."""
     if index is None:
         return x
@@ -231,9 +231,9 @@ def lse_backward(
     t = _Tiling(features, prototypes, labels, inv_features, inv_prototypes, **options)
     pos = t.of_samples(grad_pos).to(t.dtype)
     if t.rows:
-        row_shift, row_factor = _exponent(t.of_classes(row_lse), t.of_classes(grad_row), t)
+        row_shift, row_factor = exponent(t.of_classes(row_lse), t.of_classes(grad_row), t.dtype, t.bounded)
     if t.cols:
-        col_shift, col_factor = _exponent(t.of_samples(col_lse), t.of_samples(grad_col), t)
+        col_shift, col_factor = exponent(t.of_samples(col_lse), t.of_samples(grad_col), t.dtype, t.bounded)
 
     grad_u = inv_features.new_empty(t.n, features.shape[1])
     grad_w = inv_features.new_zeros(t.k, features.shape[1])
@@ -266,32 +266,32 @@ def lse_backward(
             grad_w[panel].addmm_(g_BP.T, u_BD)
     grad_w *= t.scale
 
-    logit_grad_sum = _through_norm_(grad_u, t.features, t.inv_features, options["normalize"])
-    _through_norm_(grad_w, t.prototypes, t.inv_prototypes, options["normalize"])
+    logit_grad_sum = through_norm_(grad_u, t.features, t.inv_features, options["normalize"])
+    through_norm_(grad_w, t.prototypes, t.inv_prototypes, options["normalize"])
     return (
-        _spread(grad_u, t.samples, len(features), 0.0).to(features.dtype),
-        _spread(grad_w, t.classes, len(prototypes), 0.0).to(prototypes.dtype),
+        spread(grad_u, t.samples, len(features), 0.0).to(features.dtype),
+        spread(grad_w, t.classes, len(prototypes), 0.0).to(prototypes.dtype),
         logit_grad_sum,
     )
 
 
-def _exponent(lse: Tensor, grad: Tensor, t: _Tiling) -> tuple[Tensor, Tensor]:
+def exponent(lse: Tensor, grad: Tensor, dtype: torch.dtype, bounded: bool) -> tuple[Tensor, Tensor]:
     """(shift, factor) such that grad·exp(s - lse) = factor·exp(s - shift) in the tile's precision.
 
     The shift is zero where exp(s) cannot overflow, else the log-sum-exp rounded, with what was rounded off in the
     factor.
     """
-    shift = torch.zeros_like(lse) if t.bounded else lse.to(t.dtype).to(lse.dtype)
+    shift = torch.zeros_like(lse) if bounded else lse.to(dtype).to(lse.dtype)
     factor = torch.where(lse == -torch.inf, 0, grad * (shift - lse).exp())  # a sum over nothing has no gradient
-    return torch.where(lse == -torch.inf, torch.inf, shift).to(t.dtype), factor.to(t.dtype)
+    return torch.where(lse == -torch.inf, torch.inf, shift).to(dtype), factor.to(dtype)
 
 
-def _through_norm_(grad: Tensor, x: Tensor, inv_norms: Tensor, normalize: bool) -> Tensor:
+def through_norm_(grad: Tensor, x: Tensor, inv_norms: Tensor, normalize: bool) -> Tensor:
     """Turn dL/du in place into dL/dx = (dL/du - (u·dL/du) u)/|x|; return Σ u·dL/du."""
     radial_total = grad.new_zeros(())
     height = min(len(x), max(1, TILE_ELEMENTS // (4 * x.shape[1])))
     products = torch.empty_like(grad[:height])
-    for block in _spans(len(x), max(1, height)):
+    for block in spans(len(x), max(1, height)):
         x_BD, g_BD, inv = x[block].to(grad.dtype), grad[block], inv_norms[block]
         radial = torch.mul(x_BD, g_BD, out=products[: len(x_BD)]).sum(1) * inv
         radial_total += radial.sum()

@@ -1,7 +1,8 @@
 """The losses as functions: documentation, validation and dispatch, nothing else.
 
 Notation of every docstring: N samples, K classes, D dimensions; u_j = z_j/|z_j| the unit features, ŵ_c = w_c/|w_c| the
-unit prototypes, s_cj = ŵ_c·u_j/τ the logits, n_c the samples of class c in the batch.
+unit prototypes, s_cj = ŵ_c·u_j/τ (of samples with each other s_ij = u_i·u_j/τ) the logits, n_c the samples of class c
+in the batch.
 
 What holds for every loss here
 - Arguments. `features` [N, D] and `prototypes` [K, D] are raw; both are normalised inside unless `normalize=False`,
@@ -12,13 +13,15 @@ What holds for every loss here
   (float64 for float64), and so is the loss. Gradients come back in each argument's own dtype.
 - Global batch. With `group="auto"` and torch.distributed initialised, the loss is over all ranks' samples and the
   value is the same on every rank; gradients are scaled so that DDP's average is exact. Ranks may hold different
-  numbers of samples, none included. Exchanged are per-class sums and counts, 2K numbers, never features. With
-  reduction="none" each rank gets its own samples' losses, and the gradient is exact for the average over ranks of
-  whatever each makes of them.
+  numbers of samples, none included. The prototype losses exchange per-class sums and counts, 2K numbers, never
+  features; SupCon gathers features. With reduction="none" each rank gets its own samples' losses, and the gradient is
+  exact for the average over ranks of whatever each makes of them.
 - Backends. "reference" (eager, K x N or larger, one process), "blockwise" (PyTorch, memory-linear), "triton" (GPU).
   "auto" picks by device; `resolve_backend` tells which. The environment variable HYPERCONTRAST_BACKEND overrides
   "auto".
 - `class_means`: a `ClassMeans` to update with this rank's batch from the norms computed anyway.
+- `queue`: past features as further columns of the log-sum-exps: a `NegativeBuffer`, or a pair (features [Q, D], labels
+  [Q]). They are constants and no anchors, count in no n_c and no mean. The loss only reads it; push after the backward.
 - Special cases. A feature or prototype no longer than 1e-12 has no direction: its logits are zero, its gradient is
   zero. A batch with nothing to average has a loss of zero.
 - Errors. ValueError or TypeError naming argument, rule and value. Label range and finite norms are read on the CPU;
@@ -30,16 +33,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
-from hypercontrast import _autograd, _checks, reference
+from hypercontrast import _autograd, _checks, _supcon, reference
 from hypercontrast._autograd import Rule
 from hypercontrast._ops import resolve_backend
-from hypercontrast.distributed import GroupLike, resolve_group
+from hypercontrast.buffer import NegativeBuffer
+from hypercontrast.distributed import ABSENT, GroupLike, resolve_group
 from hypercontrast.prototypes import ClassMeans
 
-__all__ = ["nonl_loss", "normface_loss", "ntce_loss", "resolve_backend"]
+__all__ = ["nonl_loss", "normface_loss", "ntce_loss", "resolve_backend", "supcon_loss"]
+
+Queue = NegativeBuffer | tuple[Tensor, Tensor] | None
 
 
 def normface_loss(
@@ -83,6 +90,7 @@ def ntce_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     normalize: bool = True,
+    queue: Queue = None,
     group: GroupLike = "auto",
     class_means: ClassMeans | None = None,
     backend: str = "auto",
@@ -90,12 +98,12 @@ def ntce_loss(
     """NTCE: each sample's prototype against the whole batch, mean_i [ log Σ_j exp(s_{y_i j}) - s_{y_i i} ].
 
     The sum runs over all samples j, those of the same class and i itself included, so there are as many terms as
-    samples in the global batch. Arguments, dtypes, errors: see the module's docstring.
+    samples in the global batch. A `queue` holds this rank's own past samples: the sum runs over those of all ranks.
+    Arguments, dtypes, errors: see the module's docstring.
 
     Returns:
         Scalar, or [N] with reduction="none". At a simplex ETF: NormFace's value + log n for n samples a class; all
-        vectors
-        equal: log N. The prototype gradient of a class absent from the batch is exactly zero.
+        vectors equal: log N. The prototype gradient of a class absent from the batch is exactly zero.
 
     Source: arXiv 2605.20302, eq. 4.
     """
@@ -103,6 +111,7 @@ def ntce_loss(
     return _prototype_loss(
         reference.ntce_loss, rule, features, prototypes, labels, class_means, group, backend,
         temperature=temperature, weight=weight, ignore_index=ignore_index, reduction=reduction, normalize=normalize,
+        queue=queue,
     )  # fmt: skip
 
 
@@ -118,6 +127,7 @@ def nonl_loss(
     normalize: bool = True,
     anchor: str = "prototype",
     empty: str = "align",
+    queue: Queue = None,
     group: GroupLike = "auto",
     class_means: ClassMeans | None = None,
     backend: str = "auto",
@@ -129,6 +139,7 @@ def nonl_loss(
             the log of the two sums together.
         empty: what a sample without negatives contributes (a batch of one class): "align" its positive term -s alone,
             "zero" nothing, "error" a ValueError (on a GPU this reads the device).
+        queue: this rank's own past samples, further negatives of prototypes: not for anchor="sample".
         The others, dtypes, errors: see the module's docstring.
 
     Returns:
@@ -139,11 +150,13 @@ def nonl_loss(
     """
     _checks.check_option("anchor", anchor, ("prototype", "sample", "both"))
     _checks.check_option("empty", empty, ("align", "zero", "error"))
+    if queue is not None and anchor == "sample":
+        raise ValueError("queue must be None for anchor='sample': only prototypes are contrasted with past samples")
     rule = Rule(rows=anchor != "sample", cols=anchor != "prototype", exclude_own=True, empty=empty)
     return _prototype_loss(
         partial(reference.nonl_loss, anchor=anchor, empty=empty), rule, features, prototypes, labels, class_means,
         group, backend, temperature=temperature, weight=weight, ignore_index=ignore_index, reduction=reduction,
-        normalize=normalize,
+        normalize=normalize, queue=queue,
     )  # fmt: skip
 
 
@@ -156,6 +169,7 @@ def _prototype_loss(
     class_means: ClassMeans | None,
     group: GroupLike,
     backend: str,
+    queue: Queue = None,
     **options,
 ) -> Tensor:
     """Validate and dispatch: to the specification for backend="reference", else to the primitive under its rule."""
@@ -165,9 +179,11 @@ def _prototype_loss(
             f"class_means must hold {list(prototypes.shape)} like prototypes, got {list(class_means.sums.shape)}"
         )
     process_group, backend = resolve_group(group), resolve_backend(backend, features)
+    past = _queued(queue, features)
+    if isinstance(queue, NegativeBuffer) and queue.group is not None and process_group is not None:
+        raise ValueError("queue must hold this rank's samples alone, got one of all ranks: make it with group=None")
     if backend == "reference":
-        if process_group is not None:
-            raise ValueError("backend='reference' computes over one process, got a group of several: pass group=None")
+        _refuse_group(process_group)
         if features.device.type == "cpu":
             _checks.check_label_range(labels, len(prototypes), options["ignore_index"])
             _checks.check_finite_norms("features", features.detach().norm(dim=1, dtype=_checks.accumulator(features)))
@@ -177,6 +193,8 @@ def _prototype_loss(
             _checks.check_temperature_value(options["temperature"])
         if class_means is not None:
             class_means.update(features.detach(), labels, ignore_index=options["ignore_index"])
+        if past is not None:
+            options["queue"] = _present(past)
         return specification(features, prototypes, labels, **options)
     if labels.is_cuda:
         _checks.watch_labels(labels, len(prototypes), options["ignore_index"])
@@ -186,7 +204,115 @@ def _prototype_loss(
         labels,
         rule,
         **options,
+        queue=past,
         group=process_group,
         class_means=class_means,
         backend=backend,
     )
+
+
+def supcon_loss(
+    features: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    ref_features: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    base_temperature: float | None = None,
+    variant: str = "out",
+    singletons: str = "exclude",
+    reduction: str = "mean",
+    normalize: bool = True,
+    return_singletons: bool = False,
+    queue: Queue = None,
+    group: GroupLike = "auto",
+    backend: str = "auto",
+) -> Any:
+    """Supervised contrastive loss: each sample against all others, its P_i positives those of its class.
+
+        "out":  mean_i [ log Σ_{j≠i} exp(s_ij) - (1/P_i) Σ_p s_ip ]
+        "in":   mean_i [ log Σ_{j≠i} exp(s_ij) - log (1/P_i) Σ_p exp(s_ip) ]
+
+    Time N²D, memory N·D: the logits never exist, in the forward or in the backward.
+
+    Args:
+        features: [N, D], or [B, V, D] for V views of B samples, which are N = B·V anchors.
+        labels: [N] or [B] int64, any values. Without labels and mask, [B, V, D] is contrasted as NT-Xent: a sample's
+            other views are its positives.
+        mask: [N, N], [B, B], or [N, R] with references; bool, instead of labels: mask[i, j] makes j a positive of i.
+            The diagonal is not read for [N, N]; for [B, B] it makes a sample's views positives of each other. For one
+            process.
+        ref_features, ref_labels: [R, D] and [R], contrasted instead of the samples themselves: an anchor's columns are
+            all references and no sample. They may require a gradient. Every rank has its own.
+        base_temperature: multiplies the loss by temperature/base_temperature, as SupCon's published code does.
+        variant: where the mean over positives stands, outside the log or inside; see above.
+        singletons: anchors without positives: "exclude" leaves them out of the mean, "zero" counts them with a loss of
+            zero, "error" raises ValueError (on a GPU this reads the device).
+        queue: past samples of any rank, columns of every anchor and positives of those of their class. A
+            `NegativeBuffer` over the loss's group carries the gather of the batch as well.
+        return_singletons: return (loss, how many of this rank's anchors had no positive) instead of the loss.
+        The others, dtypes, errors: see the module's docstring.
+
+    Returns:
+        Scalar, or with reduction="none" [N] or [B, V], zero for singletons. At a simplex ETF with n samples a class:
+        log(n - 1 + n(K-1) exp(-K/((K-1)τ))); all vectors equal: log(N - 1).
+
+    Source: Khosla et al. 2020, eqs. 2 and 3; arXiv 2605.20302, eq. 2.
+    """
+    _checks.check_supcon_inputs(
+        features, labels, mask, ref_features, ref_labels, temperature, base_temperature, variant, singletons, reduction,
+        normalize,
+    )  # fmt: skip
+    process_group, backend = resolve_group(group), resolve_backend(backend, features)
+    past = _queued(queue, features)
+    if mask is not None and (process_group is not None or queue is not None):
+        raise ValueError("mask must be None with a queue or over several ranks: it says nothing of their samples")
+    buffer = queue if isinstance(queue, NegativeBuffer) and queue.group is not None else None
+    options: dict[str, Any] = {
+        "temperature": temperature, "base_temperature": base_temperature, "variant": variant, "singletons": singletons,
+        "reduction": reduction, "normalize": normalize,
+    }  # fmt: skip
+    shape = features.shape[:-1]
+    features, labels, mask = reference.flatten_views(features, labels, mask, ref_features is None)
+    if backend == "reference":
+        _refuse_group(process_group)
+        if features.device.type == "cpu":
+            _checks.check_finite_norms("features", features.detach().norm(dim=1, dtype=_checks.accumulator(features)))
+            _checks.check_temperature_value(temperature)
+        past = None if past is None else _present(past)
+        loss, alone = reference.supcon_loss(
+            features, labels, mask=mask, ref_features=ref_features, ref_labels=ref_labels, queue=past, **options
+        )
+    else:
+        refs = None if ref_features is None else (ref_features, ref_labels)
+        loss, alone = _supcon.supcon_loss(
+            features, labels, mask, refs, past, **options, group=process_group, buffer=buffer, backend=backend
+        )
+    if singletons == "error" and alone > 0:
+        raise ValueError(f"labels must give every anchor a positive (singletons='error'), got {int(alone)} without")
+    if reduction == "none":
+        loss = loss.reshape(shape)
+    return (loss, alone) if return_singletons else loss
+
+
+def _queued(queue: Queue, features: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Past features [Q, D] and their labels [Q], ABSENT in places not yet used."""
+    if queue is None:
+        return None
+    past = queue.queued() if isinstance(queue, NegativeBuffer) else queue
+    if not isinstance(past, tuple) or len(past) != 2:
+        raise TypeError(f"queue must be a NegativeBuffer or a pair (features, labels), got {type(queue).__name__}")
+    _checks.check_queue(past, features)
+    return past
+
+
+def _present(past: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Without the places not yet used."""
+    used = past[1] != ABSENT
+    return past[0][used], past[1][used]
+
+
+def _refuse_group(group) -> None:
+    if group is not None:
+        raise ValueError("backend='reference' computes over one process, got a group of several: pass group=None")

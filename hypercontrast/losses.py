@@ -6,15 +6,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hypercontrast import _checks, functional
-from hypercontrast.functional import GroupLike
+from hypercontrast.functional import GroupLike, Queue
 from hypercontrast.prototypes import ClassMeans
 from hypercontrast.reference import unit_rows
 
 
-class _PrototypeLoss(nn.Module):
-    """Holds what the three prototype losses share."""
+class _Loss(nn.Module):
+    """Holds the options of a functional loss under their own names."""
 
-    weight: Tensor | None
+    def _hold(self, **options) -> None:
+        self._names = tuple(options)
+        for name, value in options.items():
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value, persistent=False)
+            else:
+                setattr(self, name, value)
+
+    def _options(self) -> dict:
+        return {name: getattr(self, name) for name in self._names}
+
+    def extra_repr(self) -> str:
+        shown = {k: v for k, v in self._options().items() if not isinstance(v, (Tensor, nn.Module))}
+        return ", ".join(f"{k}={v!r}" for k, v in shown.items())
+
+
+class NormFaceLoss(_Loss):
+    """`functional.normface_loss` with its options held."""
 
     def __init__(
         self,
@@ -27,28 +44,10 @@ class _PrototypeLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if isinstance(temperature, nn.Parameter):
-            self.register_parameter("temperature", temperature)
-        else:
-            self.temperature = temperature
-        self.register_buffer("weight", weight, persistent=False)
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.normalize = normalize
-        self.group = group
-        self.backend = backend
-
-    def _options(self) -> dict:
-        names = ("temperature", "weight", "ignore_index", "reduction", "normalize", "group", "backend")
-        return {name: getattr(self, name) for name in names}
-
-    def extra_repr(self) -> str:
-        shown = {k: v for k, v in self._options().items() if k != "weight"}
-        return ", ".join(f"{k}={v!r}" for k, v in shown.items())
-
-
-class NormFaceLoss(_PrototypeLoss):
-    """`functional.normface_loss` with its options held."""
+        self._hold(
+            temperature=temperature, weight=weight, ignore_index=ignore_index, reduction=reduction,
+            normalize=normalize, group=group, backend=backend,
+        )  # fmt: skip
 
     def forward(
         self, features: Tensor, prototypes: Tensor, labels: Tensor, class_means: ClassMeans | None = None
@@ -56,8 +55,25 @@ class NormFaceLoss(_PrototypeLoss):
         return functional.normface_loss(features, prototypes, labels, class_means=class_means, **self._options())
 
 
-class NTCELoss(_PrototypeLoss):
+class NTCELoss(_Loss):
     """`functional.ntce_loss` with its options held."""
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        normalize: bool = True,
+        queue: Queue = None,
+        group: GroupLike = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self._hold(
+            temperature=temperature, weight=weight, ignore_index=ignore_index, reduction=reduction,
+            normalize=normalize, queue=queue, group=group, backend=backend,
+        )  # fmt: skip
 
     def forward(
         self, features: Tensor, prototypes: Tensor, labels: Tensor, class_means: ClassMeans | None = None
@@ -65,21 +81,66 @@ class NTCELoss(_PrototypeLoss):
         return functional.ntce_loss(features, prototypes, labels, class_means=class_means, **self._options())
 
 
-class NONLLoss(_PrototypeLoss):
+class NONLLoss(_Loss):
     """`functional.nonl_loss` with its options held."""
 
-    def __init__(self, *args, anchor: str = "prototype", empty: str = "align", **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.anchor = anchor
-        self.empty = empty
-
-    def _options(self) -> dict:
-        return super()._options() | {"anchor": self.anchor, "empty": self.empty}
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        normalize: bool = True,
+        anchor: str = "prototype",
+        empty: str = "align",
+        queue: Queue = None,
+        group: GroupLike = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self._hold(
+            temperature=temperature, weight=weight, ignore_index=ignore_index, reduction=reduction,
+            normalize=normalize, anchor=anchor, empty=empty, queue=queue, group=group, backend=backend,
+        )  # fmt: skip
 
     def forward(
         self, features: Tensor, prototypes: Tensor, labels: Tensor, class_means: ClassMeans | None = None
     ) -> Tensor:
         return functional.nonl_loss(features, prototypes, labels, class_means=class_means, **self._options())
+
+
+class SupConLoss(_Loss):
+    """`functional.supcon_loss` with its options held."""
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        base_temperature: float | None = None,
+        variant: str = "out",
+        singletons: str = "exclude",
+        reduction: str = "mean",
+        normalize: bool = True,
+        queue: Queue = None,
+        group: GroupLike = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self._hold(
+            temperature=temperature, base_temperature=base_temperature, variant=variant, singletons=singletons,
+            reduction=reduction, normalize=normalize, queue=queue, group=group, backend=backend,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        ref_features: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        return functional.supcon_loss(
+            features, labels, mask=mask, ref_features=ref_features, ref_labels=ref_labels, **self._options()
+        )
 
 
 class CELoss(nn.Module):

@@ -1,7 +1,7 @@
-"""The prototype losses in a few eager lines each: the specification, and the oracle of the tests.
+"""The losses in a few eager lines each: the specification, and the oracle of the tests.
 
-One process, memory K x M, the precision of the inputs (float64 for truth). The signatures are those of
-`hypercontrast.functional` without `group`, `class_means` and `backend`.
+One process, memory K x M or N x N, the precision of the inputs (float64 for truth). The signatures are those of
+`hypercontrast.functional` without `group`, `class_means` and `backend`, and with a queue as (features, labels).
 
 Shapes: N samples, M of them not ignored, K classes, D dimensions. s[c, j] = w_c·u_j / temperature.
 """
@@ -34,6 +34,14 @@ def _logits(features, prototypes, labels, temperature, weight, ignore_index, nor
     a = logits.new_ones(y.shape) if weight is None else weight[y].to(logits.dtype)
     own = torch.nn.functional.one_hot(y, len(prototypes)).T.bool()
     return logits, y, own, a, keep
+
+
+def _past_logits(prototypes, queue, features, temperature, ignore_index, normalize):
+    """Logits [K, Q] of a queue of past samples (features, labels), [K, 0] without one, and which are of their class."""
+    past, labels = (features[:0], features.new_zeros(0, dtype=torch.int64)) if queue is None else queue
+    past = past.to(features.dtype)
+    s, _, own, _, _ = _logits(past, prototypes, labels, temperature, None, ignore_index, normalize)
+    return s, own
 
 
 def _reduce(loss, a, keep, reduction):
@@ -69,22 +77,22 @@ def ntce_loss(
     ignore_index=-100,
     reduction="mean",
     normalize=True,
+    queue=None,
 ):
     s, y, own, a, keep = _logits(features, prototypes, labels, temperature, weight, ignore_index, normalize)
-    return _reduce(s.logsumexp(1)[y] - s.T[own.T], a, keep, reduction)
+    past, _ = _past_logits(prototypes, queue, features, temperature, ignore_index, normalize)
+    return _reduce(torch.cat([s, past], 1).logsumexp(1)[y] - s.T[own.T], a, keep, reduction)
 
 
 def nonl_loss(
     features, prototypes, labels, *, temperature=0.1, weight=None, ignore_index=-100, reduction="mean", normalize=True,
-    anchor="prototype", empty="align",
+    anchor="prototype", empty="align", queue=None,
 ):  # fmt: skip
     s, y, own, a, keep = _logits(features, prototypes, labels, temperature, weight, ignore_index, normalize)
+    past, own_past = _past_logits(prototypes, queue, features, temperature, ignore_index, normalize)
     negatives = s.masked_fill(own, -torch.inf)
-    denominators = {
-        "prototype": [negatives.T[:, y]],
-        "sample": [negatives],
-        "both": [negatives, negatives.T[:, y]],
-    }
+    of_rows = torch.cat([negatives, past.masked_fill(own_past, -torch.inf)], 1).T[:, y]
+    denominators = {"prototype": [of_rows], "sample": [negatives], "both": [negatives, of_rows]}
     denominator = torch.cat(denominators[anchor])
     nothing = (denominator == -torch.inf).all(0)
     if empty == "error" and nothing.any():
@@ -94,3 +102,58 @@ def nonl_loss(
     lse = torch.where(nothing, 0, denominator.masked_fill(nothing, 0).logsumexp(0))
     loss = lse - s.T[own.T]
     return _reduce(torch.where(nothing, 0, loss) if empty == "zero" else loss, a, keep, reduction)
+
+
+def flatten_views(features, labels, mask, against_self):
+    """[B, V, D] as B·V rows, the views of a sample next to each other, with the labels and the mask to match.
+
+    Without labels and mask a sample is the class of its own views. [N, D] passes as it is. The mask's columns are
+    samples too when the features are contrasted `against_self`.
+    """
+    if features.dim() == 2:
+        return features, labels, mask
+    samples, views = features.shape[:2]
+    if labels is None and mask is None:
+        labels = torch.arange(samples, device=features.device)
+    if labels is not None:
+        labels = labels.repeat_interleave(views)
+    if mask is not None:
+        mask = mask.repeat_interleave(views, 0)
+        if against_self:
+            mask = mask.repeat_interleave(views, 1)
+    return features.flatten(0, 1), labels, mask
+
+
+def supcon_loss(
+    features, labels, *, mask=None, ref_features=None, ref_labels=None, temperature=0.1, base_temperature=None,
+    variant="out", singletons="exclude", reduction="mean", normalize=True, queue=None,
+):  # fmt: skip
+    """Of features [N, D] (see `flatten_views`); returns the loss and how many anchors have no positive."""
+    columns, column_labels = (features, labels) if ref_features is None else (ref_features, ref_labels)
+    own = torch.zeros(len(features), len(columns), dtype=torch.bool, device=features.device)
+    if ref_features is None:
+        own.fill_diagonal_(True)
+    if queue is not None:
+        columns = torch.cat([columns.to(features.dtype), queue[0].to(features.dtype)])
+        column_labels = torch.cat([column_labels, queue[1]])
+        own = torch.nn.functional.pad(own, (0, len(queue[0])))
+    columns = columns.to(features.dtype)
+    if normalize:
+        features, columns = unit_rows(features), unit_rows(columns)
+    s = features @ columns.T
+    s = s.to(torch.promote_types(s.dtype, torch.float32)) / temperature
+    positive = (mask if mask is not None else labels[:, None] == column_labels) & ~own
+    count = positive.sum(1)
+    single, some = count == 0, count.clamp(min=1).to(s.dtype)
+    lse = s.masked_fill(own, -torch.inf).masked_fill(single[:, None], 0).logsumexp(1)
+    if variant == "out":
+        align = torch.where(positive, s, 0).sum(1) / some
+    else:
+        align = s.masked_fill(~positive & ~single[:, None], -torch.inf).logsumexp(1) - some.log()
+    loss = torch.where(single, 0, lse - align)
+    if base_temperature is not None:
+        loss = loss * (temperature / base_temperature)
+    if reduction == "none":
+        return loss, single.sum()
+    anchors = (~single if singletons == "exclude" else torch.ones_like(single)).sum()
+    return loss.sum() / anchors.clamp(min=1) if reduction == "mean" else loss.sum(), single.sum()

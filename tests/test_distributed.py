@@ -13,9 +13,12 @@ import hypercontrast as hc
 from hypercontrast import functional
 
 K, D = 6, 5
-# Uneven on purpose; the last rank holds nothing in one case. Rank r's labels favour class r.
-SPLITS = {2: [(9, 4), (5, 0)], 3: [(7, 2, 5), (3, 8, 0)]}
+# Uneven on purpose; a rank holds nothing in one case. Rank r's labels favour class r.
+SPLITS = {2: [(9, 4), (5, 0)], 3: [(7, 2, 5), (3, 8, 0)], 4: [(4, 1, 6, 3), (0, 5, 2, 7)]}
 CASES = list(itertools.product(LOSSES, ["mean", "sum", "none"], [0.1, 0.01]))
+SUPCON = list(
+    itertools.product(["rows", "views", "queue", "buffer"], ["out", "in"], ["mean", "sum", "none"], [0.1, 0.01])
+)
 
 
 def make_batch(sizes):
@@ -43,6 +46,25 @@ def run_case(case, features, labels, upstream, start, group, ranks):
     return loss.detach(), grads
 
 
+def run_supcon(case, features, labels, upstream, past, group, ranks):
+    """The same of SupCon, for its features and a learned temperature; `past` is what every rank holds in its queue."""
+    form, variant, reduction, tau = case
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(D, 2 * D if form == "views" else D).double()
+    tau = torch.tensor(tau, dtype=torch.float64, requires_grad=True)
+    options = {"temperature": tau, "variant": variant, "reduction": reduction, "group": group}
+    if form == "queue":
+        options["queue"] = past
+    if form == "buffer":
+        options["queue"] = hc.NegativeBuffer(D, 16, queue=len(past[0]), dtype=torch.float64, group=group)
+        options["queue"].push(*past)
+    z = layer(features)
+    loss = hc.supcon_loss(z.view(-1, 2, D) if form == "views" else z, labels, **options)
+    weights = upstream[:, None] if form == "views" else upstream
+    objective = ranks * (loss * weights).sum() if reduction == "none" else loss
+    return loss.detach(), torch.autograd.grad(objective, (*layer.parameters(), tau))
+
+
 def relative_error(got, want):
     """Largest difference, in units of the largest value (at least 1)."""
     return ((got - want).abs().max() / want.abs().max().clamp(min=1)).item() if want.numel() else 0.0
@@ -55,13 +77,18 @@ def worker(rank, world, path, errors):
         for sizes in SPLITS[world]:
             features, labels, upstream, start = make_batch(sizes)
             mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-            for case in CASES:
-                want_loss, want = run_case(case, features, labels, upstream, start, None, 1)
-                loss, grads = run_case(case, features[mine], labels[mine], upstream[mine], start, "auto", world)
+            past = (
+                torch.randn(7, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2)),
+                labels[:1].repeat(7),
+            )
+            runs = [(run_case, case, start) for case in CASES] + [(run_supcon, case, past) for case in SUPCON]
+            for run, case, other in runs:
+                want_loss, want = run(case, features, labels, upstream, other, None, 1)
+                loss, grads = run(case, features[mine], labels[mine], upstream[mine], other, "auto", world)
                 for grad in grads:
                     dist.all_reduce(grad)
                 got = [loss, *(grad / world for grad in grads)]
-                want = [want_loss[mine] if case[1] == "none" else want_loss, *want]
+                want = [want_loss[mine] if "none" in case else want_loss, *want]
                 worst = max(relative_error(a, b) for a, b in zip(got, want, strict=True))
                 if not worst <= 1e-12:
                     errors.append(f"{case} over {sizes}, rank {rank}: off by {worst:.3g}")
@@ -79,7 +106,7 @@ def worker(rank, world, path, errors):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_ranks_equal_one_process(world, tmp_path):
     with mp.get_context("spawn").Manager() as manager:
         errors = manager.list()

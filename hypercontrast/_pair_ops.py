@@ -1,0 +1,168 @@
+"""The primitive of losses that contrast samples with samples, registered with torch.library like those of `_ops`.
+
+`hypercontrast::pair_lse`: of the logits s[i, j] = u_i·v_j/τ between anchors u and columns v, each anchor's log-sum-exp
+over the columns other than itself, and its positives (their sum, or their log-sum-exp). For upstream gradients g and h
+of the two the gradient of s is
+
+    G[i, j] = g_i exp(s - lse_i) + [j is a positive of i] h_i   (h_i exp(s - positives_i) for a log-sum-exp),
+
+zero at an anchor's own column. Contrasted with themselves, u = v, samples receive (G + Gᵀ) u/τ: both parts have the
+same logits, so one pass over the tiles gives the whole gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hypercontrast import _checks, blockwise, blockwise_pairs
+from hypercontrast._ops import widened
+from hypercontrast.blockwise_pairs import Side
+
+
+def _kernels():
+    from hypercontrast.kernels import pair_lse  # Triton is imported on first use, not with the package
+
+    return pair_lse
+
+
+@torch.library.custom_op("hypercontrast::pair_lse", mutates_args=())
+def pair_lse(
+    anchors: Tensor,
+    columns: Tensor | None,
+    anchor_ids: Tensor | None,
+    column_ids: Tensor | None,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    offset: int | None,
+    inv_temperature: float,
+    normalize: bool,
+    inside: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-sum-exps and positives of the n x m logits between anchors and columns.
+
+    Args:
+        anchors [n, D]; columns [m, D], or None for the anchors themselves.
+        anchor_ids [n], column_ids [m]: class of each in [0, n + m), below zero for rows that are not there. A pair of
+            one class is positive. None when `mask` [n, m] tells the positives.
+        temperature: one float on the device, or None to use `inv_temperature`.
+        offset: column offset + i is anchor i itself, and takes part in nothing of it; None when no column is.
+        inside: take the positives' log-sum-exp instead of their sum.
+
+    Returns:
+        lse [n], -inf where nothing was summed; positives [n], zero or (inside) -inf where there are none; both float32
+        from Triton, float64 from the blockwise backend; inverse norms [n], and [m] or [0], in the accumulator's dtype.
+    """
+    with torch.autocast(anchors.device.type, enabled=False):
+        if anchors.device.type == "cpu":
+            _checks.check_temperature_value(temperature)
+        options = _options(anchors, temperature, offset, inv_temperature, normalize, inside)
+        operands = (anchors, columns, anchor_ids, column_ids, mask)
+        if backend == "triton":
+            lse, positives, inv_anchors, inv_columns = _kernels().launch_fwd(*operands, **options)
+            return lse, positives, inv_anchors, inv_anchors.new_empty(0) if columns is None else inv_columns
+        return blockwise_pairs.pair_forward(*operands, **options)
+
+
+def _options(anchors, temperature, offset, inv_temperature, normalize, inside) -> dict:
+    return {
+        "temperature": widened(temperature, anchors), "offset": offset, "inv_temperature": inv_temperature,
+        "normalize": normalize, "inside": inside,
+    }  # fmt: skip
+
+
+@pair_lse.register_fake
+def _pair_lse_fake(
+    anchors, columns, anchor_ids, column_ids, mask, temperature, offset, inv_temperature, normalize, inside, backend
+):
+    n, m, dtype = len(anchors), 0 if columns is None else len(columns), _checks.accumulator(anchors)
+    wide = torch.float32 if backend == "triton" else blockwise.statistics_dtype(anchors.device)
+    statistics = [anchors.new_empty(n, dtype=wide) for _ in range(2)]
+    return *statistics, anchors.new_empty(n, dtype=dtype), anchors.new_empty(m, dtype=dtype)
+
+
+@torch.library.custom_op("hypercontrast::pair_lse_backward", mutates_args=())
+def pair_lse_backward(
+    rows: Tensor,
+    columns: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    inv_rows: Tensor,
+    inv_columns: Tensor,
+    row_side: list[Tensor],
+    column_side: list[Tensor],
+    row_mask: Tensor | None,
+    column_mask: Tensor | None,
+    temperature: Tensor | None,
+    offset: int | None,
+    inv_temperature: float,
+    normalize: bool,
+    inside: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the rows as anchors, as columns of other anchors, or as both, and Σ G∘s over the same pairs.
+
+    `row_side` and `column_side` hold (lse, grad_lse, positives, grad_positives) of the anchors on that side, and are
+    empty where that side holds none. Masks stand as [row, column], whichever of the two the anchor is.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        options = _options(rows, temperature, offset, inv_temperature, normalize, inside)
+        sides = [Side(*(x.contiguous() for x in side)) if side else None for side in (row_side, column_side)]
+        operands = (
+            rows, columns, row_ids, column_ids, inv_rows, inv_rows if columns is None else inv_columns, *sides,
+            row_mask, column_mask,
+        )  # fmt: skip
+        if backend == "triton":
+            return _kernels().launch_bwd(*operands, **options)
+        return blockwise_pairs.pair_backward(*operands, **options)
+
+
+@pair_lse_backward.register_fake
+def _pair_lse_backward_fake(rows, *args):
+    grad = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    return grad, rows.new_empty((), dtype=_checks.accumulator(rows))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    anchors, columns, anchor_ids, column_ids, mask, temperature, *options = inputs
+    lse, positives, inv_anchors, inv_columns = output
+    ctx.mark_non_differentiable(inv_anchors, inv_columns)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        anchors, columns, anchor_ids, column_ids, mask, temperature, lse, positives, inv_anchors, inv_columns
+    )
+    ctx.options = options
+
+
+def _autograd(ctx, grad_lse, grad_positives, *_unused):
+    anchors, columns, anchor_ids, column_ids, mask, temperature, lse, positives, *inv_norms = ctx.saved_tensors
+    inv_anchors, inv_columns = inv_norms
+    offset, *options = ctx.options
+    side = [
+        lse,
+        torch.zeros_like(lse) if grad_lse is None else grad_lse,
+        positives,
+        torch.zeros_like(positives) if grad_positives is None else grad_positives,
+    ]
+    transposed = None if mask is None else mask.T
+    itself = columns is None
+    grad_anchors, logit_grad_sum = pair_lse_backward(
+        anchors, columns, anchor_ids, column_ids, inv_anchors, inv_columns, side, side if itself else [], mask,
+        transposed, temperature, offset, *options,
+    )  # fmt: skip
+    grad_columns = None
+    if ctx.needs_input_grad[1]:
+        grad_columns, _ = pair_lse_backward(
+            columns, anchors, column_ids, anchor_ids, inv_columns, inv_anchors, [], side, None, transposed, temperature,
+            None if offset is None else -offset, *options,
+        )  # fmt: skip
+    grad_temperature = None
+    if temperature is not None:
+        pairs_counted = 2 if itself else 1  # against itself every pair is met from both of its sides
+        grad_temperature = -logit_grad_sum / (pairs_counted * temperature)
+        grad_temperature = grad_temperature.to(temperature.dtype).reshape(temperature.shape)
+    return grad_anchors, grad_columns, None, None, None, grad_temperature, *[None] * len(ctx.options)
+
+
+pair_lse.register_autograd(_autograd, setup_context=_setup_context)

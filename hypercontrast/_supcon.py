@@ -1,0 +1,182 @@
+"""SupCon from the statistics of `pair_lse`: O(N) arithmetic, and its collectives over a global batch.
+
+Every anchor i has a log-sum-exp L_i over its columns and positives with P_i of them; the loss is a mean of
+
+    L_i - (1/P_i) Σ_p s_ip          ("out")      or      L_i - log (1/P_i) Σ_p exp(s_ip)      ("in").
+
+Over R ranks the features and labels of all are gathered, without a gradient. An anchor's logits are symmetric, so this
+rank's rows receive their whole gradient, as anchors and as everyone else's columns, from one pass over the gathered
+columns, once the ranks have told each other their anchors' log-sum-exps and upstream gradients: a few numbers a row,
+and no exchange of gradients. Columns of a reference set or a queue are contrasted in a pass of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hypercontrast import _autograd, _checks, _pair_ops
+from hypercontrast.distributed import ABSENT, gather_rows, row_counts
+
+if TYPE_CHECKING:
+    from hypercontrast.buffer import NegativeBuffer
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """How logits are made and what backend makes them: what every pass of one loss shares."""
+
+    learned: Tensor | None
+    inv_temperature: float
+    normalize: bool
+    inside: bool
+    backend: str
+
+    def arguments(self, offset: int | None) -> tuple:
+        return self.learned, offset, self.inv_temperature, self.normalize, self.inside, self.backend
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Statistics of the anchors against one set of columns, each [N]."""
+
+    lse: Tensor
+    positives: Tensor
+    count: Tensor
+
+
+def supcon_loss(
+    features: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    refs: tuple[Tensor, Tensor | None] | None,
+    queue: tuple[Tensor, Tensor] | None,
+    *,
+    temperature: float | Tensor,
+    base_temperature: float | None,
+    variant: str,
+    singletons: str,
+    reduction: str,
+    normalize: bool,
+    group: dist.ProcessGroup | None,
+    buffer: NegativeBuffer | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The loss of features [N, D] and how many anchors had no positive."""
+    learned, inv_temperature = _checks.split_temperature(temperature)
+    logits = _Logits(learned, inv_temperature, normalize, variant == "in", backend)
+    if refs is not None:
+        part = _against(features, *refs, labels, mask, logits)
+    elif group is None:
+        part = _against_itself(features, labels, mask, logits)
+    else:
+        part = _against_all_ranks(features, labels, logits, group, buffer)
+    lse, positives, count = part.lse, part.positives, part.count
+    if queue is not None:
+        past = _against(features, *queue, labels, None, logits)
+        lse, count = _autograd.logaddexp(lse, past.lse), count + past.count
+        positives = _autograd.logaddexp(positives, past.positives) if logits.inside else positives + past.positives
+    single = count == 0
+    some = count.clamp(min=1).to(lse.dtype)
+    positives = torch.where(single, 0, positives)
+    align = positives - some.log() if logits.inside else positives / some
+    loss_N = torch.where(single, 0, torch.where(single, 0, lse) - align)
+    if base_temperature is not None:
+        loss_N = loss_N * (temperature / base_temperature)
+    weight_N = (~single).to(lse.dtype) if singletons == "exclude" else torch.ones_like(lse)
+    loss = _autograd.reduce_samples(loss_N, weight_N, reduction, group)
+    return loss.to(_checks.accumulator(features)), single.sum()
+
+
+def _against_itself(features: Tensor, labels: Tensor | None, mask: Tensor | None, logits: _Logits) -> _Part:
+    if mask is None:
+        (ids,) = _class_ids(labels)
+        count = _members(ids, ids) - 1
+    else:
+        ids, count = None, mask.sum(1) - mask.diagonal().long()
+    lse, positives, *_ = _pair_ops.pair_lse(features, None, ids, ids, mask, *logits.arguments(offset=0))
+    return _Part(lse, positives, count)
+
+
+def _against(
+    features: Tensor, columns: Tensor, column_labels: Tensor | None, labels: Tensor | None, mask: Tensor | None,
+    logits: _Logits,
+) -> _Part:  # fmt: skip
+    """Against columns none of which is an anchor."""
+    if mask is None:
+        ids, column_ids = _class_ids(labels, column_labels)
+        count = _members(ids, column_ids)
+    else:
+        ids, column_ids, count = None, None, mask.sum(1)
+    columns = columns.to(features.dtype)
+    lse, positives, *_ = _pair_ops.pair_lse(features, columns, ids, column_ids, mask, *logits.arguments(offset=None))
+    return _Part(lse, positives, count)
+
+
+def _against_all_ranks(
+    features: Tensor, labels: Any, logits: _Logits, group: dist.ProcessGroup, buffer: NegativeBuffer | None
+) -> _Part:
+    """Against the global batch: this rank's samples and all others'."""
+    if buffer is not None:
+        columns, column_labels, offset = buffer.gather(features.detach(), labels)
+        rows = [buffer.batch] * dist.get_world_size(group)
+    else:
+        rows = row_counts(features, group)
+        columns, column_labels = (gather_rows(x.detach(), rows, group) for x in (features, labels))
+        offset = sum(rows[: dist.get_rank(group)])
+    ids, column_ids = _class_ids(labels, column_labels)
+    lse, positives = _GlobalPairs.apply(
+        features, logits.learned, columns.to(features.dtype), ids, column_ids, offset, rows, logits, group
+    )
+    return _Part(lse, positives, _members(ids, column_ids) - 1)
+
+
+class _GlobalPairs(torch.autograd.Function):
+    """(lse, positives) of this rank's anchors; the backward gives their whole gradient, see the top of the file."""
+
+    @staticmethod
+    def forward(ctx, features, learned, columns, ids, column_ids, offset, rows, logits, group):
+        lse, positives, inv_features, inv_columns = _pair_ops.pair_lse(
+            features, columns, ids, column_ids, None, *logits.arguments(offset)
+        )
+        ctx.save_for_backward(features, learned, columns, ids, column_ids, lse, positives, inv_features, inv_columns)
+        ctx.offset, ctx.rows, ctx.logits, ctx.group = offset, rows, logits, group
+        return lse, positives
+
+    @staticmethod
+    def backward(ctx, grad_lse, grad_positives):
+        features, learned, columns, ids, column_ids, lse, positives, inv_features, inv_columns = ctx.saved_tensors
+        side = [lse, grad_lse, positives, grad_positives]
+        column_side = gather_rows(torch.stack(side, 1), ctx.rows, ctx.group).unbind(1)
+        grad, logit_grad_sum = _pair_ops.pair_lse_backward(
+            features, columns, ids, column_ids, inv_features, inv_columns, side, list(column_side), None, None,
+            *ctx.logits.arguments(ctx.offset),
+        )  # fmt: skip
+        grad_learned = None
+        if learned is not None:  # every pair is met from both of its sides, on one rank or on two
+            grad_learned = (-logit_grad_sum / (2 * learned)).to(learned.dtype).reshape(learned.shape)
+        return grad, grad_learned, *[None] * 7
+
+
+def _class_ids(*labels: Any) -> list[Any]:
+    """Labels, whatever their values, as classes numbered from zero over all the arguments; absent rows below zero.
+
+    Sorted rather than found by `torch.unique`, whose result has a size that a GPU would have to be asked for.
+    """
+    joint = torch.cat(labels)
+    ordered, order = joint.sort()
+    changes = torch.zeros_like(ordered)
+    changes[1:] = ordered[1:] != ordered[:-1]
+    ids = torch.empty_like(joint).scatter_(0, order, changes.cumsum(0))
+    return list(torch.where(joint == ABSENT, -1, ids).split([len(x) for x in labels]))
+
+
+def _members(ids: Tensor, column_ids: Tensor) -> Tensor:
+    """How many columns are of each anchor's class."""
+    counts = ids.new_zeros(len(ids) + len(column_ids))
+    counts.index_add_(0, column_ids.clamp(min=0), (column_ids >= 0).long())
+    return counts[ids.clamp(min=0)]

@@ -1,0 +1,289 @@
+"""Memory-linear PyTorch backend of the `pair_lse` primitive: samples against samples, tile by tile.
+
+Rows and columns are sorted by class first. Positives then lie near the diagonal, most tiles hold none, and those need
+no comparison of labels. When the columns are the rows themselves a tile above the diagonal serves its mirror image too,
+so half the products and exponentials are computed. Cost in matrix products (F = 2·n·m·D): forward F, backward 2 F;
+against itself forward F/2, backward 3F/2.
+
+Precision is that of `blockwise`: products and sums in float32 (float64 for float64), log-sum-exps in float64.
+
+Shapes: n rows, m columns, D dimensions; tiles [R, C].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hypercontrast import _checks
+from hypercontrast.blockwise import accumulate, exponent, inverse_norms, is_bounded, spans, spread, statistics_dtype
+
+EDGE = 512  # rows and columns of a tile: 1 MiB of float32, so that a tile, its factors and its operands stay in L2
+
+
+@dataclass(frozen=True)
+class Side:
+    """What a backward knows of the anchors on one side, each [n]: their log-sum-exps, their positives, and the loss's
+    gradients with respect to both.
+    """
+
+    lse: Tensor
+    grad_lse: Tensor
+    positives: Tensor
+    grad_positives: Tensor
+
+
+class _Operand:
+    """The present rows of one side, sorted by class; `units` are u/√τ, so that products of two are logits."""
+
+    def __init__(self, x: Tensor, inv_norms: Tensor, ids: Tensor | None, root_scale: float | Tensor) -> None:
+        self.length = len(x)
+        self.order: Tensor | None = None
+        if ids is None:  # a mask tells the positives
+            self.ids = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        else:
+            sorted_ids, order = ids.sort(stable=True)
+            absent = int((sorted_ids < 0).sum())
+            self.ids, self.order = sorted_ids[absent:], order[absent:]
+        self.inv = self.take(inv_norms)
+        self.units = self.take(x).to(inv_norms.dtype) * (self.inv * root_scale)[:, None]
+        self.n = len(self.units)
+        self.blocks = spans(self.n, EDGE)
+
+    def take(self, x: Tensor) -> Tensor:
+        return x if self.order is None else x[self.order]
+
+    def put(self, x: Tensor, fill: float) -> Tensor:
+        return spread(x, self.order, self.length, fill)
+
+    def classes(self, block: slice) -> tuple[int, int]:
+        """The first and the last class of a block."""
+        return int(self.ids[block.start]), int(self.ids[block.stop - 1])
+
+
+class _Pairs:
+    """The walk over tiles, their logits, their pairs of a row with itself, and their positives."""
+
+    def __init__(
+        self, rows, columns, row_ids, column_ids, inv_rows, inv_columns, *,
+        offset, temperature, inv_temperature, normalize, inside,
+    ):  # fmt: skip
+        root_scale = (inv_temperature if temperature is None else 1 / temperature.to(inv_rows.dtype)) ** 0.5
+        self.bounded = is_bounded(temperature, inv_temperature, normalize)
+        self.symmetric, self.inside, self.normalize, self.root_scale = columns is None, inside, normalize, root_scale
+        self.rows = _Operand(rows, inv_rows, row_ids, root_scale)
+        self.columns = self.rows if columns is None else _Operand(columns, inv_columns, column_ids, root_scale)
+        self.own = None if offset is None else self._own_columns(offset)
+        self.memory = inv_rows.new_empty(2, EDGE * EDGE)
+
+    def _own_columns(self, offset: int) -> Tensor:
+        """Of each row, which column is itself, both counted as sorted; -1 where none is."""
+        columns = self.columns
+        place = torch.full((columns.length + 1,), -1, device=columns.units.device)  # the last: no such column
+        original = torch.arange(columns.length, device=place.device)
+        place[columns.take(original)] = original[: columns.n]
+        own = self.rows.take(torch.arange(self.rows.length, device=place.device)) + offset
+        return place[torch.where((own >= 0) & (own < columns.length), own, -1)]
+
+    def tiles(self) -> Iterator[tuple[slice, slice]]:
+        """All of them, or those on and above the diagonal when the columns are the rows."""
+        for rows in self.rows.blocks:
+            for columns in self.columns.blocks:
+                if not self.symmetric or columns.start >= rows.start:
+                    yield rows, columns
+
+    def mirrors(self, rows: slice, columns: slice) -> bool:
+        """Whether a tile stands for its mirror image below the diagonal as well."""
+        return self.symmetric and rows != columns
+
+    def buffer(self, rows: slice, columns: slice, which: int) -> Tensor:
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        return self.memory[which, : height * width].view(height, width)
+
+    def logits(self, rows: slice, columns: slice) -> Tensor:
+        return torch.mm(self.rows.units[rows], self.columns.units[columns].T, out=self.buffer(rows, columns, 0))
+
+    def fill_own_(self, rows: slice, columns: slice, x: Tensor, value: float) -> None:
+        """Set the entries of rows with themselves."""
+        if self.own is None or self.mirrors(rows, columns):
+            return
+        place = self.own[rows] - columns.start
+        here = ((place >= 0) & (place < x.shape[1])).nonzero()[:, 0]
+        x[here, place[here]] = value
+
+    def positives(self, rows: slice, columns: slice, mask: Tensor | None) -> Tensor | None:
+        """Which entries are positives: those of `mask`, or pairs of one class; None where there are clearly none."""
+        if mask is not None:
+            found = mask[rows, columns].clone()
+        else:
+            (first, last), (low, high) = self.rows.classes(rows), self.columns.classes(columns)
+            if first > high or low > last:
+                return None
+            found = self.rows.ids[rows, None] == self.columns.ids[columns]
+        self.fill_own_(rows, columns, found, False)
+        return found
+
+
+class _Sums:
+    """Log-sum-exps that grow tile by tile: plain sums of exponentials where those are bounded, else with a maximum."""
+
+    def __init__(self, like: Tensor, length: int, bounded: bool) -> None:
+        self.total, self.bounded = like.new_zeros(length), bounded
+        self.peak = None if bounded else like.new_full((length,), -torch.inf)
+
+    def add(self, anchors: slice, x: Tensor) -> None:
+        """Entries [R, C] of some anchors: exponentials where bounded, else logits."""
+        if self.peak is None:
+            self.total[anchors] += x.sum(1)
+        else:
+            accumulate(self.peak[anchors], self.total[anchors], x)
+
+    def lse(self, dtype: torch.dtype) -> Tensor:
+        log = self.total.to(dtype).log()
+        return log if self.peak is None else self.peak + log
+
+
+def pair_forward(anchors, columns, anchor_ids, column_ids, mask, **options):
+    """See `hypercontrast._pair_ops.pair_lse`."""
+    dtype, wide = _checks.accumulator(anchors), statistics_dtype(anchors.device)
+    inv_anchors = inverse_norms("features", anchors, dtype, options["normalize"])
+    inv_columns = inv_anchors.new_empty(0)
+    if columns is not None:
+        inv_columns = inverse_norms("ref_features", columns, dtype, options["normalize"])
+    p = _Pairs(anchors, columns, anchor_ids, column_ids, inv_anchors, inv_columns, **options)
+    denominators, numerators = (_Sums(inv_anchors, p.rows.n, p.bounded) for _ in range(2))
+    sums_do = mask is None and not p.inside  # the positives are then known from the sums of the classes
+    positives = _class_positives(p) if sums_do else inv_anchors.new_zeros(p.rows.n)
+    nothing = 0.0 if p.bounded else -torch.inf
+
+    for rows, columns_ in p.tiles():
+        s_RC = p.logits(rows, columns_)
+        p.fill_own_(rows, columns_, s_RC, -torch.inf)
+        sides = [(rows, columns_, s_RC)] + ([(columns_, rows, s_RC.T)] if p.mirrors(rows, columns_) else [])
+        found = [None if sums_do else p.positives(own, others, mask) for own, others, _ in sides]
+        if not p.inside:
+            for (own, _, s), chosen in zip(sides, found, strict=True):
+                if chosen is not None:
+                    positives[own] += torch.where(chosen, s, 0).sum(1)
+        if p.bounded:
+            s_RC.exp_()
+        for (own, _, x), chosen in zip(sides, found, strict=True):
+            denominators.add(own, x)
+            if p.inside and chosen is not None:
+                numerators.add(own, torch.where(chosen, x, nothing))
+
+    positives = numerators.lse(wide) if p.inside else positives.to(wide)
+    return (
+        p.rows.put(denominators.lse(wide), -torch.inf),
+        p.rows.put(positives, -torch.inf if p.inside else 0.0),
+        inv_anchors,
+        inv_columns,
+    )
+
+
+def _class_positives(p: _Pairs) -> Tensor:
+    """Σ of each row's positives, u·(C - u), C the sum of its class's columns; less u only where it is among them."""
+    rows, columns = p.rows, p.columns
+    num_classes = 1 + max((int(x.ids[-1]) for x in (rows, columns) if x.n), default=0)
+    sums = columns.units.new_zeros(num_classes, columns.units.shape[1]).index_add_(0, columns.ids, columns.units)
+    positives = rows.units.new_empty(rows.n)
+    for block in rows.blocks:
+        others = sums[rows.ids[block]]
+        if p.own is not None:
+            own = p.own[block]
+            others -= torch.where((own >= 0)[:, None], columns.units[own], 0)
+        positives[block] = (rows.units[block] * others).sum(1)
+    return positives
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What one side adds to G: factor·exp(s - shift), and for its positives positive_factor, but positive_factor·exp(s -
+    positive_shift) when their log-sum-exp was taken. Vectors over that side's anchors.
+    """
+
+    shift: Tensor
+    factor: Tensor
+    positive_shift: Tensor
+    positive_factor: Tensor
+
+    @classmethod
+    def of(cls, side: Side, operand: _Operand, p: _Pairs) -> _Terms:
+        lse, grad_lse, positives, grad_positives = (
+            operand.take(x) for x in (side.lse, side.grad_lse, side.positives, side.grad_positives)
+        )
+        dtype = operand.units.dtype
+        denominator = exponent(lse, grad_lse, dtype, p.bounded)
+        if p.inside:
+            return cls(*denominator, *exponent(positives, grad_positives, dtype, p.bounded))
+        return cls(*denominator, torch.zeros_like(denominator[0]), grad_positives.to(dtype))
+
+    def along(self, dim: int, block: slice) -> _Terms:
+        """Those of a tile's rows (dim 0) or columns (dim 1), shaped to broadcast over it."""
+        return _Terms(*(x[block].unsqueeze(1 - dim) for x in vars(self).values()))
+
+
+def pair_backward(
+    rows, columns, row_ids, column_ids, inv_rows, inv_columns, row_side, column_side, row_mask, column_mask, **options
+):
+    """See `hypercontrast._pair_ops.pair_lse_backward`."""
+    p = _Pairs(rows, columns, row_ids, column_ids, inv_rows, inv_columns, **options)
+    sides = [
+        (dim, _Terms.of(side, operand, p), mask)
+        for dim, side, operand, mask in ((0, row_side, p.rows, row_mask), (1, column_side, p.columns, column_mask))
+        if side is not None
+    ]
+    grad = torch.zeros_like(p.rows.units)
+    for tile in p.tiles():
+        x_RC, g_RC = p.logits(*tile), p.buffer(*tile, 1)
+        if p.bounded:
+            x_RC.exp_()
+        terms = [(along.along(dim, tile[dim]), mask) for dim, along, mask in sides]
+        _weighted_exponentials(x_RC, [(t.shift, t.factor) for t, _ in terms], p.bounded, out=g_RC)
+        # Positives join in before the products: added to the products they would leave the rounding of both behind.
+        for t, mask in terms:
+            found = p.positives(*tile, mask)
+            if found is not None:
+                weights = t.positive_factor
+                if p.inside:
+                    weights = _weighted_exponentials(
+                        x_RC, [(t.positive_shift, weights)], p.bounded, out=torch.empty_like(x_RC)
+                    )
+                g_RC += torch.where(found, weights, 0)
+        p.fill_own_(*tile, g_RC, 0.0)
+        r, c = tile
+        grad[r].addmm_(g_RC, p.columns.units[c])
+        if p.mirrors(r, c):
+            grad[c].addmm_(g_RC.T, p.rows.units[r])
+    logit_grad_sum = _through_norm_(grad, p)
+    return p.rows.put(grad, 0.0).to(rows.dtype), logit_grad_sum
+
+
+def _weighted_exponentials(x: Tensor, terms: list[tuple[Tensor, Tensor]], bounded: bool, out: Tensor) -> Tensor:
+    """Σ factor·exp(s - shift) over the terms, into `out`; x holds the exponentials where bounded, else the logits."""
+    if bounded:  # all shifts are zero
+        if len(terms) == 1:
+            return torch.mul(x, terms[0][1], out=out)
+        return torch.add(terms[0][1], terms[1][1], out=out).mul_(x)
+    for i, (shift, factor) in enumerate(terms):
+        if i == 0:
+            torch.sub(x, shift, out=out).exp_().mul_(factor)
+        else:
+            out += (x - shift).exp_().mul_(factor)
+    return out
+
+
+def _through_norm_(grad: Tensor, p: _Pairs) -> Tensor:
+    """Turn Σ_j G u_j/√τ in place into dL/dx of the rows; return Σ G∘s, the sum of its products with u/√τ."""
+    total = grad.new_zeros(())
+    for block in p.rows.blocks:
+        units, g = p.rows.units[block], grad[block]
+        radial = (units * g).sum(1, keepdim=True)
+        total += radial.sum()
+        g *= p.root_scale
+        if p.normalize:
+            g.sub_(units * (radial / p.root_scale)).mul_(p.rows.inv[block, None])
+    return total

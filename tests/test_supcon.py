@@ -1,0 +1,353 @@
+"""SupCon: every form of it against its specification in float64, its gradients, its edges and its operators."""
+
+import itertools
+import math
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from oracle import laid_out, near_collapse
+
+import hypercontrast as hc
+from hypercontrast import _pair_ops, blockwise_pairs
+from hypercontrast.distributed import ABSENT
+
+FORMS = ("labels", "views", "mask", "refs", "refs-mask", "queue")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One random problem in one of the forms the loss takes."""
+
+    form: str
+    num_samples: int
+    num_classes: int
+    dim: int
+    dtype: torch.dtype
+    temperature: float
+    spread: float | None
+    layout: str
+    variant: str
+    singletons: str
+    reduction: str
+    seed: int
+
+    def make(self):
+        """Leaves that require a gradient, and a function from them (in any dtype) to a loss."""
+        g = torch.Generator().manual_seed(self.seed)
+        n, k, d = self.num_samples, self.num_classes, self.dim
+        labels, other_labels = (torch.randint(0, k, (n,), generator=g) * 1000 - 7 for _ in range(2))
+        if self.spread is None:
+            z, others = (torch.randn(n, d, generator=g, dtype=torch.float64) for _ in range(2))
+        else:
+            z, _ = near_collapse((labels + 7) // 1000, k, d, self.spread, g)
+            others, _ = near_collapse((other_labels + 7) // 1000, k, d, self.spread, g)
+        mask = torch.rand(n, n, generator=g) < 0.2
+        other_labels[::5] = ABSENT if self.form == "queue" else other_labels[::5]
+        options = {"temperature": self.temperature, "variant": self.variant, "singletons": self.singletons}
+        options["reduction"] = self.reduction
+        leaves = [laid_out(x.to(self.dtype), self.layout) for x in (z, others)]
+        queue = leaves[1].detach()
+
+        def loss(features, ref_features, backend):
+            kw = {**options, "backend": backend}
+            if self.form == "labels":
+                return hc.supcon_loss(features, labels, **kw)
+            if self.form == "views":
+                return hc.supcon_loss(torch.stack([features, ref_features], 1), **kw).sum()
+            if self.form == "mask":
+                return hc.supcon_loss(features, mask=mask, **kw)
+            if self.form == "queue":
+                return hc.supcon_loss(features, labels, queue=(queue.to(features.dtype), other_labels), **kw)
+            if self.form == "refs":
+                return hc.supcon_loss(features, labels, ref_features=ref_features, ref_labels=other_labels, **kw)
+            return hc.supcon_loss(features, mask=mask, ref_features=ref_features, **kw)
+
+        return leaves, loss
+
+
+def draws(count, seed, dtypes, sizes=(1, 2, 3, 17, 64, 127, 300, 600)):
+    rng = random.Random(seed)
+    return [
+        Draw(
+            rng.choice(FORMS), rng.choice(sizes), rng.choice((1, 2, 5, 33, 200)), rng.choice((1, 2, 3, 16, 33, 123, 200)),
+            rng.choice(dtypes), rng.choice((0.005, 0.01, 0.02, 0.05, 0.07, 0.1, 0.2, 0.5, 1.0)),
+            rng.choice((None, None, 0.3, 0.03, 0.003)), rng.choice(("contiguous", "transposed", "sliced")),
+            rng.choice(("out", "out", "in")), rng.choice(("exclude", "zero")), rng.choice(("mean", "sum", "none")),
+            seed * 100_000 + i,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def loss_and_gradients(loss, leaves, backend):
+    value = loss(*leaves, backend)
+    g = torch.Generator().manual_seed(1)
+    upstream = torch.rand(value.shape, generator=g, dtype=torch.float64).to(value.dtype)
+    grads = torch.autograd.grad(value, leaves, upstream, allow_unused=True)
+    return [
+        x.detach().double()
+        for x in (value, *(torch.zeros_like(z) if g is None else g for g, z in zip(grads, leaves, strict=True)))
+    ]
+
+
+def check(draw, backend):
+    """Error at most twice same-dtype eager's, above the rounding floor: see `oracle.assert_within`, whose floor this is;
+    a sample is an anchor and a column of others, so its gradient's unit counts twice, and for "sum" not over N."""
+    leaves, loss = draw.make()
+    truth = loss_and_gradients(loss, [x.detach().double().requires_grad_() for x in leaves], "reference")
+    eager = loss_and_gradients(loss, leaves, "reference")
+    actual = loss_and_gradients(loss, leaves, backend)
+    eps = torch.finfo(torch.promote_types(draw.dtype, torch.float32)).eps
+    n, tau = draw.num_samples, draw.temperature
+    mean_over = n if draw.reduction == "mean" and draw.singletons == "zero" else 1
+    for what, got, want, same, leaf in zip(
+        ("loss", "d features", "d others"), actual, truth, eager, [None, *leaves], strict=True
+    ):
+        assert torch.isfinite(got).all(), f"{what} is not finite: {draw}"
+        inverse = 0 if leaf is None else (1 / leaf.detach().double().norm(dim=1).clamp(min=1e-3)).norm()
+        unit = n**0.5 / tau if leaf is None else 2 * inverse / (mean_over * tau)
+        rounding = 0 if leaf is None else torch.finfo(draw.dtype).eps
+        floor = 8 * eps * (want.norm() * (1 + 1 / tau) + unit) + rounding * want.norm()
+        error, allowed = (got - want).norm(), 2 * (same - want).norm() + floor
+        assert error <= allowed, f"{what}: error {error:.3g} above {allowed:.3g} (|truth| {want.norm():.3g}): {draw}"
+
+
+@pytest.mark.parametrize(
+    "draw", draws(60, 1, (torch.float32, torch.float16, torch.bfloat16)), ids=lambda d: f"{d.form}-{d.seed}"
+)
+def test_fuzz(draw):
+    check(draw, "blockwise")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "draw", draws(240, 2, (torch.float32, torch.float16, torch.bfloat16)), ids=lambda d: f"{d.form}-{d.seed}"
+)
+def test_fuzz_long(draw):
+    check(draw, "blockwise")
+
+
+@pytest.mark.parametrize(("form", "variant", "tau"), list(itertools.product(FORMS, ("out", "in"), (0.1, 0.01))))
+def test_many_tiles_in_float64(form, variant, tau):
+    """More than one tile a side, classes across their borders; 1/τ below and above the bound for plain sums."""
+    draw = Draw(form, 1100, 3, 8, torch.float64, tau, None, "contiguous", variant, "exclude", "mean", 5)
+    leaves, loss = draw.make()
+    for got, want in zip(*(loss_and_gradients(loss, leaves, b) for b in ("blockwise", "reference")), strict=True):
+        assert (got - want).norm() <= 1e-12 * want.norm().clamp(min=1)
+
+
+@pytest.mark.parametrize("edge", [1, 3, 64])
+def test_tile_size_changes_nothing(edge, monkeypatch):
+    z, y = torch.randn(50, 7, dtype=torch.float64, requires_grad=True), torch.randint(0, 4, (50,))
+    want = loss_and_gradients(lambda z, b: hc.supcon_loss(z, y, backend=b), [z], "blockwise")
+    monkeypatch.setattr(blockwise_pairs, "EDGE", edge)
+    got = loss_and_gradients(lambda z, b: hc.supcon_loss(z, y, backend=b), [z], "blockwise")
+    for a, b in zip(got, want, strict=True):
+        assert torch.allclose(a, b, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+def test_closed_forms(backend):
+    classes, n, tau = 5, 4, 0.2
+    frame = hc.simplex_etf(classes, 6).double()
+    labels = torch.arange(classes).repeat_interleave(n)
+    delta = classes / ((classes - 1) * tau)
+    want = math.log(n - 1 + n * (classes - 1) * math.exp(-delta))
+    got = hc.supcon_loss(frame[labels] * 3, labels, temperature=tau, backend=backend)
+    assert got.item() == pytest.approx(want, abs=1e-6)
+    same = hc.supcon_loss(torch.ones(12, 3, dtype=torch.float64), torch.arange(12) % 3, backend=backend)
+    assert same.item() == pytest.approx(math.log(11), abs=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+def test_singletons(backend):
+    z, y = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 0, 1, 2, 2])
+    kw = {"backend": backend}
+    each, alone = hc.supcon_loss(z, y, reduction="none", return_singletons=True, **kw)
+    assert alone == 1
+    assert each[2] == 0
+    assert (each[[0, 1, 3, 4]] > 0).all()
+    assert torch.allclose(hc.supcon_loss(z, y, **kw), each.sum() / 4)
+    assert torch.allclose(hc.supcon_loss(z, y, singletons="zero", **kw), each.sum() / 5)
+    with pytest.raises(ValueError, match=r"every anchor a positive \(singletons='error'\), got 1 without"):
+        hc.supcon_loss(z, y, singletons="error", **kw)
+    assert hc.supcon_loss(z, torch.arange(5), **kw) == 0
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+@pytest.mark.parametrize("n", [0, 1])
+def test_nothing_to_contrast_is_zero(backend, n):
+    z = torch.randn(n, 3, requires_grad=True)
+    loss = hc.supcon_loss(z, torch.zeros(n, dtype=torch.int64), backend=backend)
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(z.grad, torch.zeros_like(z))
+
+
+def test_views_are_rows_with_repeated_labels():
+    z, y = torch.randn(6, 3, 4, dtype=torch.float64), torch.tensor([0, 1, 0, 2, 1, 1])
+    flat = hc.supcon_loss(z.flatten(0, 1), y.repeat_interleave(3), reduction="none")
+    assert torch.equal(hc.supcon_loss(z, y, reduction="none"), flat.view(6, 3))
+    mask = y[:, None] == y
+    assert torch.allclose(hc.supcon_loss(z, mask=mask), flat.mean())
+    assert torch.allclose(hc.supcon_loss(z), hc.supcon_loss(z, torch.arange(6)))
+
+
+def test_base_temperature_scales_the_loss():
+    z, y = torch.randn(9, 4), torch.arange(9) % 3
+    plain = hc.supcon_loss(z, y, temperature=0.2)
+    assert torch.allclose(hc.supcon_loss(z, y, temperature=0.2, base_temperature=0.07), plain * (0.2 / 0.07))
+
+
+@pytest.mark.parametrize("variant", ["out", "in"])
+@pytest.mark.parametrize("form", ["labels", "refs", "queue"])
+def test_learned_temperature(form, variant):
+    leaves, _ = Draw(form, 40, 4, 6, torch.float64, 0.1, None, "contiguous", variant, "exclude", "mean", 3).make()
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 4, (40,), generator=g)
+    extra = {"refs": {"ref_features": leaves[1], "ref_labels": y}, "queue": {"queue": (leaves[1].detach(), y)}}
+    grads = []
+    for backend in ("reference", "blockwise"):
+        tau = torch.tensor(0.13, dtype=torch.float64, requires_grad=True)
+        value = hc.supcon_loss(leaves[0], y, temperature=tau, variant=variant, backend=backend, **extra.get(form, {}))
+        grads.append(torch.autograd.grad(value, (leaves[0], tau)))
+    for got, want in zip(*reversed(grads), strict=True):
+        assert (got - want).norm() <= 1e-12 * want.norm()
+
+
+@pytest.mark.parametrize("variant", ["out", "in"])
+def test_gradcheck(variant):
+    z, ref = (torch.randn(7, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    y, tau = torch.tensor([0, 0, 1, 1, 2, 2, 2]), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    options = {"variant": variant, "backend": "blockwise", "reduction": "none"}
+    assert torch.autograd.gradcheck(lambda z, tau: hc.supcon_loss(z, y, temperature=tau, **options), (z, tau))
+    refs = {"ref_labels": y.flip(0), **options}
+    assert torch.autograd.gradcheck(lambda z, ref: hc.supcon_loss(z, y, ref_features=ref, **refs), (z, ref))
+    raw = {"normalize": False, "temperature": 1.0, **options}
+    assert torch.autograd.gradcheck(lambda z: hc.supcon_loss(z, y, **raw), (z,))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded", "sliced"])
+def test_upstream_layouts(layout):
+    z, y = torch.randn(6, 2, 5, dtype=torch.float64, requires_grad=True), torch.tensor([0, 1, 2, 0, 1, 2])
+    upstream = {
+        "contiguous": torch.rand(6, 2).double(),
+        "transposed": torch.rand(2, 6).double().T,
+        "expanded": torch.tensor(0.7).double().expand(6, 2),
+        "sliced": torch.rand(12, 4).double()[::2, 1:3],
+    }[layout]
+    got, want = (
+        torch.autograd.grad(hc.supcon_loss(z, y, reduction="none", backend=b), z, upstream)[0]
+        for b in ("blockwise", "reference")
+    )
+    assert torch.allclose(got, want, rtol=1e-12, atol=1e-14)
+
+
+def test_opcheck():
+    z, y = torch.randn(9, 4, requires_grad=True), torch.arange(9) % 3
+    ref = torch.randn(5, 4, requires_grad=True)
+    mask = torch.rand(9, 9) < 0.5
+    tau = torch.tensor(0.2, requires_grad=True)
+    for inside in (False, True):
+        for args in (
+            (z, None, y, y, None, None, 0, 10.0, True, inside, "blockwise"),
+            (z, ref, y, y[:5], None, tau, None, 1.0, True, inside, "blockwise"),
+            (z, None, None, None, mask, None, 0, 10.0, True, inside, "blockwise"),
+        ):
+            torch.library.opcheck(_pair_ops.pair_lse, args)
+
+
+def test_compiles_whole():
+    z, y = torch.randn(20, 8, requires_grad=True), torch.randint(0, 3, (20,))
+
+    def step(z, y):
+        return hc.supcon_loss(z, y, backend="blockwise")
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (got,), (want,) = (torch.autograd.grad(fn(z, y), z) for fn in (compiled, step))
+    assert torch.allclose(got, want, atol=1e-7)
+
+
+def test_autocast_changes_nothing():
+    z, y = torch.randn(20, 8), torch.randint(0, 3, (20,))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(hc.supcon_loss(z, y), hc.supcon_loss(z, y))
+        inside = hc.supcon_loss(z, y)
+    assert torch.equal(inside, hc.supcon_loss(z, y))
+
+
+def test_zero_rows_have_no_gradient():
+    z, y = torch.randn(6, 4), torch.tensor([0, 0, 0, 1, 1, 1])
+    z[2] = 0
+    z.requires_grad_()
+    hc.supcon_loss(z, y).backward()
+    assert torch.isfinite(z.grad).all()
+    assert torch.equal(z.grad[2], torch.zeros(4))
+
+
+def test_module_equals_function():
+    z, y = torch.randn(8, 2, 4), torch.arange(8) % 4
+    options = {"temperature": 0.2, "variant": "in", "singletons": "zero", "reduction": "sum", "base_temperature": 0.1}
+    module = hc.SupConLoss(**options)
+    assert torch.equal(module(z, y), hc.supcon_loss(z, y, **options))
+    assert "temperature=0.2" in repr(module)
+    learned = hc.SupConLoss(temperature=torch.nn.Parameter(torch.tensor(0.1)))
+    learned(z, y).backward()
+    assert learned.temperature.grad is not None
+
+
+@pytest.mark.parametrize("name", ["ntce_loss", "nonl_loss"])
+@pytest.mark.parametrize("tau", [0.1, 0.01])
+def test_queue_of_prototype_losses(name, tau):
+    z, w, past = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (30, 5, 40))
+    y, past_y = torch.randint(0, 5, (30,)), torch.randint(0, 5, (40,))
+    past_y[::4], past_y[1::7] = ABSENT, -100
+    queue = (past.detach(), past_y)
+    results = []
+    for backend in ("reference", "blockwise"):
+        loss = getattr(hc, name)(z, w, y, temperature=tau, queue=queue, backend=backend)
+        results.append((loss, *torch.autograd.grad(loss, (z, w))))
+    for got, want in zip(*reversed(results), strict=True):
+        assert (got - want).norm() <= 1e-12 * want.norm()
+    assert results[0][0] > getattr(hc, name)(z, w, y, temperature=tau)
+
+
+Z, Y = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
+BAD = {
+    "features not a tensor": (TypeError, "features must be a tensor", lambda: hc.supcon_loss([1.0], Y)),
+    "features of one dimension": (ValueError, r"\[N, D\] or \[B, V, D\], got \[3\]", lambda: hc.supcon_loss(Z[0], Y)),
+    "features of integers": (TypeError, "features must be float32", lambda: hc.supcon_loss(Z.long(), Y)),
+    "no dimension": (ValueError, "at least one dimension", lambda: hc.supcon_loss(Z[:, :0], Y)),
+    "NaN": (ValueError, "features must have finite norms", lambda: hc.supcon_loss(Z * torch.nan, Y)),
+    "no labels": (ValueError, "labels or mask must be given", lambda: hc.supcon_loss(Z)),
+    "labels and mask": (ValueError, "must not both be given", lambda: hc.supcon_loss(Z, Y, mask=torch.ones(4, 4) > 0)),
+    "labels of floats": (TypeError, "labels must be int64", lambda: hc.supcon_loss(Z, Y.float())),
+    "too few labels": (ValueError, r"labels must have shape \[4\]", lambda: hc.supcon_loss(Z, Y[:3])),
+    "mask of floats": (TypeError, "mask must be a bool tensor", lambda: hc.supcon_loss(Z, mask=torch.ones(4, 4))),
+    "mask of another shape": (ValueError, r"mask must have shape \[4, 4\]", lambda: hc.supcon_loss(Z, mask=torch.ones(4, 3) > 0)),
+    "refs of another width": (ValueError, "features' dimension 3", lambda: hc.supcon_loss(Z, Y, ref_features=Z[:, :2], ref_labels=Y)),
+    "refs without labels": (ValueError, "ref_labels must be given exactly", lambda: hc.supcon_loss(Z, Y, ref_features=Z)),
+    "ref labels alone": (ValueError, "ref_labels must come with ref_features", lambda: hc.supcon_loss(Z, Y, ref_labels=Y)),
+    "refs in float64": (TypeError, "float64 exactly when", lambda: hc.supcon_loss(Z, Y, ref_features=Z.double(), ref_labels=Y)),
+    "temperature zero": (ValueError, "temperature must be positive", lambda: hc.supcon_loss(Z, Y, temperature=0)),
+    "negative tensor temperature": (ValueError, "temperature must be positive", lambda: hc.supcon_loss(Z, Y, temperature=torch.tensor(-1.0))),
+    "base temperature": (ValueError, "base_temperature must be positive", lambda: hc.supcon_loss(Z, Y, base_temperature=-1)),
+    "variant": (ValueError, "variant must be one of 'out', 'in', got 'both'", lambda: hc.supcon_loss(Z, Y, variant="both")),
+    "singletons": (ValueError, "singletons must be one of", lambda: hc.supcon_loss(Z, Y, singletons="drop")),
+    "reduction": (ValueError, "reduction must be one of", lambda: hc.supcon_loss(Z, Y, reduction="avg")),
+    "normalize": (TypeError, "normalize must be True or False", lambda: hc.supcon_loss(Z, Y, normalize=1)),
+    "queue not a pair": (TypeError, "queue must be a NegativeBuffer or a pair", lambda: hc.supcon_loss(Z, Y, queue=Z)),
+    "queue of another width": (ValueError, "queue must hold features of dimension 3", lambda: hc.supcon_loss(Z, Y, queue=(Z[:, :2], Y))),
+    "queue with a gradient": (ValueError, "queue must not require a gradient", lambda: hc.supcon_loss(Z, Y, queue=(Z.clone().requires_grad_(), Y))),
+    "queue with a mask": (ValueError, "mask must be None with a queue", lambda: hc.supcon_loss(Z, mask=torch.ones(4, 4) > 0, queue=(Z, Y))),
+    "queue of sample anchors": (ValueError, "queue must be None for anchor='sample'", lambda: hc.nonl_loss(Z, Z, Y, anchor="sample", queue=(Z, Y))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_errors(case):
+    kind, message, call = BAD[case]
+    with pytest.raises(kind, match=message):
+        call()
