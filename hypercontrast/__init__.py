@@ -3,6 +3,7 @@
 Importing it needs torch alone: no Triton, no compiled extension, no GPU, no torchvision.
 """
 
+from hypercontrast.accumulate import accumulate_exact
 from hypercontrast.blockwise import memory_budget, set_memory_budget
 from hypercontrast.buffer import NegativeBuffer
 from hypercontrast.distributed import gather_with_grad
@@ -25,6 +26,7 @@ __all__ = [
     "PrototypeClassifier",
     "PrototypeHead",
     "SupConLoss",
+    "accumulate_exact",
     "gather_with_grad",
     "memory_budget",
     "neural_collapse",

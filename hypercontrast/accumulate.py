@@ -1,0 +1,118 @@
+"""Exact gradient accumulation: a step over many chunks that equals one big batch, at the memory of one chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def accumulate_exact(
+    encoder: Callable[..., Tensor],
+    loss_fn: Callable[[Tensor], Tensor],
+    chunks: Sequence[Any],
+    parameters: Iterable[Tensor] = (),
+) -> Tensor:
+    """Add to every `.grad` what one batch of all the chunks would, without ever holding that batch's activations.
+
+    Adding up the chunks' own losses is another objective: each chunk's samples would see no other chunk's as negatives.
+    Here
+
+        1. every chunk is encoded without a graph, which leaves the features, N·D numbers,
+        2. `loss_fn` of all features gives the loss and its gradient with respect to them,
+        3. every chunk is encoded again, and its rows of that gradient go backward through it.
+
+    So the price is one more forward, and the effective batch is bound by the features alone. Exact for any loss of
+    features: `ntce_loss`, `nonl_loss`, `normface_loss`, `supcon_loss` or your own; and over a global batch, as exact as
+    the loss itself. An encoder wrapped in DDP synchronises once, in the last chunk.
+
+    Example::
+
+        loss = hc.accumulate_exact(
+            encoder, lambda z: hc.ntce_loss(z, head.prototypes, labels), images.split(256), [head.prototypes]
+        )
+        optimizer.step()
+
+    Args:
+        encoder: a module or function from a chunk to features [n, ...]; a tuple is passed as several arguments. It must
+            give the same features both times: the random state is restored for it, and a module's buffers (running
+            statistics) take only the second pass. Batch norm sees a chunk at a time, as under any accumulation.
+        loss_fn: from the features [N, ...] of all chunks, in their order, to a scalar loss.
+        chunks: inputs of the encoder, one a chunk; at least one.
+        parameters: what `loss_fn` uses besides the features and should get gradients: prototypes, a temperature. With
+            DDP they are averaged if they are parameters of the wrapped module.
+
+    Returns:
+        The loss, detached.
+
+    Raises:
+        ValueError: without chunks; when the features are not the same both times (the gradients are then useless).
+    """
+    if not len(chunks):
+        raise ValueError("chunks must hold at least one, got none")
+    parameters = [p for p in parameters if p.requires_grad]
+    features, random_states = _encode_without_graph(encoder, chunks)
+    everything = torch.cat(features).requires_grad_()
+    with torch.enable_grad():
+        loss = loss_fn(everything)
+    grad_features, *grad_parameters = torch.autograd.grad(loss, [everything, *parameters], allow_unused=True)
+    if grad_features is None:
+        raise ValueError("loss_fn must depend on the features it is given, got a loss without their gradient")
+    used = [(p, g) for p, g in zip(parameters, grad_parameters, strict=True) if g is not None]
+
+    drift = torch.zeros((), dtype=everything.dtype, device=everything.device)
+    parts = zip(chunks, features, random_states, grad_features.split([len(x) for x in features]), strict=True)
+    for i, (chunk, first, state, grad) in enumerate(parts):
+        last = i == len(chunks) - 1
+        _set_random_state(state)
+        with nullcontext() if last else _without_sync(encoder):
+            again = _encode(encoder, chunk)
+            roots = [(again, grad), *(used if last else [])]
+            torch.autograd.backward([root for root, _ in roots], [g for _, g in roots])
+        if len(first):
+            drift = torch.maximum(drift, (again.detach() - first).abs().amax() / first.abs().amax().clamp(min=1e-30))
+    if not drift <= torch.finfo(drift.dtype).eps ** 0.5:  # more than kernels that add in another order would differ
+        raise ValueError(f"encoder must give the same features twice, got a difference of {drift.item():.3g}")
+    return loss.detach()
+
+
+def _encode(encoder: Callable[..., Tensor], chunk: Any) -> Tensor:
+    return encoder(*chunk) if isinstance(chunk, (tuple, list)) else encoder(chunk)
+
+
+@torch.no_grad()
+def _encode_without_graph(encoder: Callable[..., Tensor], chunks: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
+    """Every chunk's features, and the random state each started from."""
+    features, states = [], []
+    with _unchanged_buffers(encoder), _without_sync(encoder):
+        for chunk in chunks:
+            states.append(_random_state())
+            features.append(_encode(encoder, chunk))
+    return features, states
+
+
+@contextmanager
+def _unchanged_buffers(encoder: Callable) -> Iterator[None]:
+    buffers = list(encoder.buffers()) if isinstance(encoder, nn.Module) else []
+    before = [buffer.clone() for buffer in buffers]
+    yield
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)
+
+
+def _without_sync(encoder: Callable) -> AbstractContextManager:
+    return encoder.no_sync() if isinstance(encoder, DistributedDataParallel) else nullcontext()
+
+
+def _random_state() -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])

@@ -1,0 +1,198 @@
+"""A step over chunks equals one big batch: loss, every gradient, buffers; alone and under DDP."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import hypercontrast as hc
+
+LOSSES = {
+    "ntce": lambda z, w, y, group="auto": hc.ntce_loss(z, w, y, group=group),
+    "nonl": lambda z, w, y, group="auto": hc.nonl_loss(z, w, y, group=group),
+    "normface": lambda z, w, y, group="auto": hc.normface_loss(z, w, y, group=group),
+    "supcon": lambda z, w, y, group="auto": hc.supcon_loss(z, y, group=group) + 0 * w.sum(),
+}
+
+
+class Encoder(nn.Module):
+    """Features of its input; the prototypes are its own so that DDP averages them too."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 16), middle, nn.ReLU(), nn.Linear(16, 5))
+        self.prototypes = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def make(middle=None, n=30):
+    torch.manual_seed(0)
+    encoder = Encoder(nn.Identity() if middle is None else middle).double()
+    return encoder, torch.randn(n, 6, dtype=torch.float64), torch.randint(0, 4, (n,))
+
+
+def gradients(encoder):
+    grads = [p.grad.clone() for p in encoder.parameters()]
+    encoder.zero_grad()
+    return grads
+
+
+def assert_same(got, want):
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).norm() <= 1e-12 * b.norm().clamp(min=1)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("size", [7, 10, 30])
+def test_chunks_equal_one_batch(name, size):
+    encoder, x, y = make()
+    want_loss = LOSSES[name](encoder(x), encoder.prototypes, y)
+    want_loss.backward()
+    want = gradients(encoder)
+    for _ in range(2):  # gradients add up, as they do for backward()
+        loss = hc.accumulate_exact(
+            encoder, lambda z: LOSSES[name](z, encoder.prototypes, y), x.split(size), [encoder.prototypes]
+        )
+    assert not loss.requires_grad
+    assert torch.allclose(loss, want_loss, rtol=1e-13)
+    assert_same(gradients(encoder), [2 * g for g in want])
+
+
+def test_adding_up_chunk_losses_is_not_the_same():
+    """What the function is for: the usual accumulation is off by far more than rounding."""
+    encoder, x, y = make()
+    hc.ntce_loss(encoder(x), encoder.prototypes, y).backward()
+    want = gradients(encoder)
+    for part, labels in zip(x.split(10), y.split(10), strict=True):
+        (hc.ntce_loss(encoder(part), encoder.prototypes, labels) / 3).backward()
+    assert (gradients(encoder)[0] - want[0]).norm() > 1e-3 * want[0].norm()
+
+
+def test_views_and_several_inputs():
+    encoder, x, y = make()
+
+    def two_views(a, b):
+        return torch.stack([encoder(a), encoder(b)], 1)
+
+    hc.supcon_loss(two_views(x, x.flip(1)), y).backward()
+    want = [p.grad.clone() for p in encoder.layers.parameters()]
+    encoder.zero_grad()
+    hc.accumulate_exact(
+        two_views, lambda z: hc.supcon_loss(z, y), list(zip(x.split(8), x.flip(1).split(8), strict=True))
+    )
+    assert_same([p.grad for p in encoder.layers.parameters()], want)
+
+
+def test_dropout_is_the_same_both_times():
+    encoder, x, y = make(nn.Dropout(0.5))
+    torch.manual_seed(3)
+    LOSSES["nonl"](torch.cat([encoder(part) for part in x.split(7)]), encoder.prototypes, y).backward()
+    want, after = gradients(encoder), torch.get_rng_state()
+    torch.manual_seed(3)
+    hc.accumulate_exact(encoder, lambda z: LOSSES["nonl"](z, encoder.prototypes, y), x.split(7), [encoder.prototypes])
+    assert_same(gradients(encoder), want)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_running_statistics_see_each_chunk_once():
+    (encoder, x, y), (twin, _, _) = make(nn.BatchNorm1d(16)), make(nn.BatchNorm1d(16))
+    LOSSES["ntce"](torch.cat([twin(part) for part in x.split(10)]), twin.prototypes, y).backward()
+    hc.accumulate_exact(encoder, lambda z: LOSSES["ntce"](z, encoder.prototypes, y), x.split(10), [encoder.prototypes])
+    assert_same(gradients(encoder), gradients(twin))
+    for got, want in zip(encoder.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_memory_is_that_of_a_chunk():
+    """Bytes that autograd holds at its peak, by its own hooks: at most a chunk's share and the features."""
+    encoder, x, y = make(n=4000)
+
+    def peak(step):
+        held = {"now": 0, "peak": 0}
+
+        class Held:
+            def __init__(self, tensor):
+                self.tensor, self.size = tensor, tensor.nbytes
+                held["now"] += self.size
+                held["peak"] = max(held["peak"], held["now"])
+
+            def __del__(self):
+                held["now"] -= self.size
+
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda h: h.tensor):
+            step()
+        encoder.zero_grad()
+        return held["peak"]
+
+    whole = peak(lambda: LOSSES["normface"](encoder(x), encoder.prototypes, y).backward())
+    loss_alone = peak(
+        lambda: LOSSES["normface"](
+            torch.zeros(4000, 5, dtype=torch.float64, requires_grad=True), encoder.prototypes, y
+        ).backward()
+    )
+    chunked = peak(
+        lambda: hc.accumulate_exact(
+            encoder, lambda z: LOSSES["normface"](z, encoder.prototypes, y), x.split(200), [encoder.prototypes]
+        )
+    )
+    assert chunked <= max(loss_alone, (whole - loss_alone) / 10)
+    assert whole > 1.5 * loss_alone
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e, x: hc.accumulate_exact(e, lambda z: z.sum(), []), "chunks must hold at least one"),
+        (lambda e, x: hc.accumulate_exact(lambda a: e(a + torch.rand(()).item() * next(NOISE)), lambda z: z.square().sum(), [x]), "the same features twice"),
+        (lambda e, x: hc.accumulate_exact(e, lambda z: e.prototypes.sum(), [x], [e.prototypes]), "must depend on the features"),
+    ],
+)  # fmt: skip
+def test_errors(call, message):
+    encoder, x, _ = make()
+    with pytest.raises(ValueError, match=message):
+        call(encoder, x)
+
+
+NOISE = iter(range(1, 100))
+
+
+def worker(rank, world, path, errors):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(path, world), rank=rank, world_size=world)
+    try:
+        for name, loss_fn in LOSSES.items():
+            encoder, x, y = make()
+            parts = [slice(0, 11), slice(11, 30)]
+            loss_fn(encoder(x), encoder.prototypes, y, None).backward()
+            want = gradients(encoder)
+            ddp = nn.parallel.DistributedDataParallel(encoder)
+            mine = parts[rank]
+            hc.accumulate_exact(
+                ddp,
+                lambda z, loss_fn=loss_fn, w=encoder.prototypes, y=y[mine]: loss_fn(z, w, y),
+                x[mine].split(4),
+                [encoder.prototypes],
+            )
+            for got, expected in zip(encoder.parameters(), want, strict=True):
+                if not (got.grad - expected).norm() <= 1e-12 * expected.norm().clamp(min=1):
+                    errors.append(f"{name}, rank {rank}: off by {(got.grad - expected).norm():.3g}")
+        errors.append("finished")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_under_ddp(tmp_path):
+    with mp.get_context("spawn").Manager() as manager:
+        errors = manager.list()
+        context = mp.start_processes(
+            worker, (2, str(tmp_path / "store"), errors), nprocs=2, start_method="spawn", join=False
+        )
+        deadline = time.monotonic() + 120
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, "the ranks hang"
+        assert list(errors) == ["finished"] * 2
