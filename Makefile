@@ -20,11 +20,18 @@ endif
 
 setup: $(READY)
 
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/packages: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): about 5 GB and a few minutes, once"
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hypercontrast needs Python 3.10 or newer, got " + sys.version.split()[0])'
 	@python3 -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,demo,test]'
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,demo,test]' 'setuptools>=77' ninja
+	@touch $@
+
+# The extension is optional: where it cannot be built, its Python twin runs.
+$(VENV)/ready: $(VENV)/packages setup.py $(wildcard csrc/*)
+	@echo "Building the C++ extension: about a minute, once"
+	@$(VENV)/bin/python setup.py build_ext --inplace >$(VENV)/extension.log 2>&1 || echo "It did not build, see $(VENV)/extension.log: its Python twin will run"
+	@grep '^hypercontrast:' $(VENV)/extension.log || true
 	@touch $@
 
 demo: $(READY)
@@ -48,4 +55,4 @@ gpu-check: $(READY)
 	$(RUN) -m bench.gpu_check
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build hypercontrast/_C*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.metadata
+import itertools
 import os
 import shutil
 import statistics
@@ -26,16 +27,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import hypercontrast as hc
+from bench import forms
 from hypercontrast import reference
 
 ROOT = Path(__file__).parents[1]
-TAU = 0.1
+TAU = forms.TAU
+TESTS = ("tests/test_triton.py", "tests/test_triton_supcon.py")
 # (M, K, D): large batch of wide features, large batch of narrow ones, many classes, small.
 SHAPES = [(4096, 1000, 2048), (65536, 1000, 128), (32768, 100_000, 512), (256, 1000, 2048)]
 SMALL_SHAPES = [(64, 20, 48), (40, 130, 24)]
+# (A, K, D) of samples against each other.
+PAIRS = [(8192, 100, 128), (65536, 1000, 128), (262144, 1000, 128)]
+SMALL_PAIRS = [(64, 5, 24)]
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -47,7 +56,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 def correctness(folder: Path, rehearse: bool) -> bool:
     selection = ["-m", "not slow", "-k", "fuzz or repeats"] if rehearse else ["-m", ""]
-    run = python("-m", "pytest", "tests/test_triton.py", "-q", "-p", "no:cacheprovider", *selection)
+    run = python("-m", "pytest", *TESTS, "-q", "-p", "no:cacheprovider", *selection)
     (folder / "correctness.log").write_text(run.stdout + run.stderr)
     print("   ", run.stdout.strip().splitlines()[-1])
     return run.returncode == 0
@@ -70,68 +79,30 @@ def sanitizer(folder: Path, rehearse: bool) -> bool | None:
 
 def every_kernel_once() -> None:
     """What the sanitizer watches: narrow and wide, every rule, ignored labels, odd sizes."""
-    for d in (40, 300):
-        for dtype in (torch.float32, torch.bfloat16):
-            z, w, y = inputs(150, 33, d, dtype)
+    for d, dtype, name in itertools.product((40, 300), (torch.float32, torch.bfloat16), forms.EAGER):
+        leaves, y = forms.inputs(name, 150, 33, d, device=device(), dtype=dtype)
+        if name in forms.PROTOTYPE_LOSSES:
             y[::7] = -100
-            for loss in LOSSES.values():
-                step(lambda a, b, c, loss=loss: loss(a, b, c, backend="triton"), z, w, y)
+        forms.step(forms.ours(name, "triton"), leaves, y)
 
 
 def large_index(folder: Path, rehearse: bool) -> bool:
     """Features past 2^31 elements; the row sums of a few classes in float64, a block of samples at a time."""
     n, d = (1 << 10, 64) if rehearse else ((1 << 31) // 4096 + 1000, 4096)
-    device = "cpu" if rehearse else "cuda"
     dtype = torch.float32 if rehearse else torch.bfloat16
-    g = torch.Generator(device).manual_seed(0)
-    z = torch.randn(n, d, generator=g, device=device, dtype=dtype)
-    w = torch.randn(64, d, generator=g, device=device, dtype=dtype)
-    y = torch.randint(0, 64, (n,), generator=g, device=device)
+    g = torch.Generator(device()).manual_seed(0)
+    z = torch.randn(n, d, generator=g, device=device(), dtype=dtype)
+    w = torch.randn(64, d, generator=g, device=device(), dtype=dtype)
+    y = torch.randint(0, 64, (n,), generator=g, device=device())
     loss = hc.ntce_loss(z, w, y, temperature=TAU, backend="triton").item()
     unit_w, sums, positives = reference.unit_rows(w.double()), 0.0, 0.0
-    for part in torch.arange(n, device=device).split(8192):
+    for part in torch.arange(n, device=device()).split(8192):
         s = unit_w @ reference.unit_rows(z[part].double()).T / TAU
         sums, positives = sums + s.exp().sum(1), positives + s.T.gather(1, y[part, None]).sum()
     counts = torch.bincount(y, minlength=64)
     want = (((counts * sums.log()).sum() - positives) / n).item()
     print(f"    {n} x {d} = {n * d / 2**31:.3f} x 2^31 elements: {loss:.6f}, in float64 {want:.6f}")
     return abs(loss - want) < 1e-3 * abs(want)
-
-
-def eager_ntce(z, w, y):
-    s = F.normalize(w, dim=1) @ F.normalize(z, dim=1).T / TAU
-    s = s.float()
-    return (s.logsumexp(1)[y] - s[y, torch.arange(len(y), device=y.device)]).mean()
-
-
-def eager_nonl(z, w, y):
-    s = (F.normalize(w, dim=1) @ F.normalize(z, dim=1).T / TAU).float()
-    own = y[None, :] == torch.arange(len(w), device=y.device)[:, None]
-    return (s.masked_fill(own, -torch.inf).logsumexp(1)[y] - s[y, torch.arange(len(y), device=y.device)]).mean()
-
-
-def eager_normface(z, w, y):
-    return F.cross_entropy((F.normalize(z, dim=1) @ F.normalize(w, dim=1).T / TAU).float(), y)
-
-
-EAGER = {"ntce": eager_ntce, "nonl": eager_nonl, "normface": eager_normface}
-LOSSES = {"ntce": hc.ntce_loss, "nonl": hc.nonl_loss, "normface": hc.normface_loss}
-
-
-def inputs(m: int, k: int, d: int, dtype: torch.dtype, spread: float | None = None):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    g = torch.Generator(device).manual_seed(0)
-    y = torch.randint(0, k, (m,), generator=g, device=device)
-    w = torch.randn(k, d, generator=g, device=device)
-    z = torch.randn(m, d, generator=g, device=device)
-    if spread is not None:
-        z = w[y] + spread * z
-    return z.to(dtype).requires_grad_(), w.to(dtype).requires_grad_(), y
-
-
-def step(form: Callable, z, w, y):
-    loss = form(z, w, y)
-    return loss.detach(), *torch.autograd.grad(loss, (z, w))
 
 
 def milliseconds(run: Callable, rounds: int) -> float:
@@ -153,28 +124,27 @@ def milliseconds(run: Callable, rounds: int) -> float:
 
 
 def error(name: str, form: Callable, m: int, k: int, d: int, dtype: torch.dtype, spread: float | None) -> float:
-    """Largest relative error of loss and gradients against the blockwise backend in float64, at a size it can do."""
-    z, w, y = inputs(min(m, 2048), min(k, 2000), d, dtype, spread)
-    wide = z.detach().double().requires_grad_(), w.detach().double().requires_grad_()
-    truth = step(lambda a, b, c: LOSSES[name](a, b, c, temperature=TAU, backend="blockwise"), *wide, y)
-    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(step(form, z, w, y), truth, strict=True))
+    """Largest relative error of loss and gradients against float64, at a size that float64 can do."""
+    leaves, y = forms.inputs(name, min(m, 2048), min(k, 2000), d, spread=spread, device=device(), dtype=dtype)
+    return forms.relative_error(name, form, leaves, y)
 
 
 def measured(name: str, fn: Callable, m: int, k: int, d: int, dtype: torch.dtype, rounds: int) -> dict:
     """Times, memory and errors of one form of a loss; running out of memory is a result."""
-    z, w, y = inputs(m, k, d, dtype)
+    leaves, y = forms.inputs(name, m, k, d, device=device(), dtype=dtype)
     row: dict = {}
     try:
-        step(fn, z, w, y)
+        forms.step(fn, leaves, y)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            step(fn, z, w, y)
+            forms.step(fn, leaves, y)
             row["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
         with torch.no_grad():
-            row["fwd_ms"] = round(milliseconds(lambda: fn(z, w, y), rounds), 4)
-        row["fwd_bwd_ms"] = round(milliseconds(lambda: step(fn, z, w, y), rounds), 4)
-        row["tflops"] = round(6 * m * k * d / row["fwd_bwd_ms"] / 1e9, 1)
+            row["fwd_ms"] = round(milliseconds(lambda: fn(*leaves, y), rounds), 4)
+        row["fwd_bwd_ms"] = round(milliseconds(lambda: forms.step(fn, leaves, y), rounds), 4)
+        columns = k if name in forms.PROTOTYPE_LOSSES else m
+        row["tflops"] = round(6 * m * columns * d / row["fwd_bwd_ms"] / 1e9, 1)
         row["error"] = error(name, fn, m, k, d, dtype, None)
         row["error_collapse"] = error(name, fn, m, k, d, dtype, 0.1)
     except torch.cuda.OutOfMemoryError:
@@ -182,14 +152,13 @@ def measured(name: str, fn: Callable, m: int, k: int, d: int, dtype: torch.dtype
     return row
 
 
-def forms(name: str, rehearse: bool) -> dict[str, Callable]:
-    found: dict[str, Callable] = {
-        "eager": EAGER[name],
-        "ours": lambda z, w, y: LOSSES[name](z, w, y, temperature=TAU, backend="triton"),
-    }
+def forms_of(name: str, rehearse: bool) -> dict[str, Callable]:
+    """The best eager form, that compiled, and ours."""
+    eager = list(forms.EAGER[name].values())[-1]
+    found = {"eager": eager, "ours": forms.ours(name, "triton")}
     if not rehearse:
         torch._dynamo.reset()
-        found["compiled"] = torch.compile(EAGER[name])
+        found["compiled"] = torch.compile(eager)
     return found
 
 
@@ -199,19 +168,20 @@ def matrix(folder: Path, rehearse: bool) -> bool:
     columns = [
         "loss", "form", "m", "k", "d", "dtype", "fwd_ms", "fwd_bwd_ms", "tflops", "peak_mib", "error", "error_collapse",
     ]  # fmt: skip
+    cases = list(itertools.product(forms.PROTOTYPE_LOSSES, SMALL_SHAPES if rehearse else SHAPES))
+    cases += [("supcon", shape) for shape in (SMALL_PAIRS if rehearse else PAIRS)]
     good = True
     with (folder / "matrix.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        for m, k, d in SMALL_SHAPES if rehearse else SHAPES:
-            for name in LOSSES:
-                for form, fn in forms(name, rehearse).items():
-                    row = {"loss": name, "form": form, "m": m, "k": k, "d": d, "dtype": str(dtype)}
-                    row |= measured(name, fn, m, k, d, dtype, rounds)
-                    writer.writerow(row)
-                    print("    " + "  ".join(f"{c}={row[c]}" for c in columns if c in row), flush=True)
-                    if form == "ours":
-                        good &= max(row.get("error", torch.inf), row.get("error_collapse", torch.inf)) < bound
+        for name, (m, k, d) in cases:
+            for form, fn in forms_of(name, rehearse).items():
+                row = {"loss": name, "form": form, "m": m, "k": k, "d": d, "dtype": str(dtype)}
+                row |= measured(name, fn, m, k, d, dtype, rounds)
+                writer.writerow(row)
+                print("    " + "  ".join(f"{c}={row[c]}" for c in columns if c in row), flush=True)
+                if form == "ours":
+                    good &= max(row.get("error", torch.inf), row.get("error_collapse", torch.inf)) < bound
     return good
 
 
@@ -221,9 +191,9 @@ STAGES = {"correctness": correctness, "large index": large_index, "matrix": matr
 def environment() -> str:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "numpy")}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: a rehearsal in the interpreter"
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: a rehearsal in the interpreter"
     lines = {
-        "device": device,
+        "device": machine,
         "python": sys.version.split()[0],
         **versions,
         "commit": commit.stdout.strip() or "unknown",
@@ -245,8 +215,8 @@ def main() -> int:
     elif not torch.cuda.is_available():
         print("gpu-check needs a GPU; --rehearse walks its stages on the CPU", file=sys.stderr)
         return 2
-    device = "rehearsal" if args.rehearse else torch.cuda.get_device_name().replace(" ", "-")
-    folder = args.output or ROOT / "bench" / "results" / f"{time.strftime('%Y-%m-%d')}-{device}"
+    machine = "rehearsal" if args.rehearse else torch.cuda.get_device_name().replace(" ", "-")
+    folder = args.output or ROOT / "bench" / "results" / f"{time.strftime('%Y-%m-%d')}-{machine}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "environment.txt").write_text(environment())
     print(environment(), end="")

@@ -125,7 +125,7 @@ def _against_all_ranks(
         columns, column_labels, offset = buffer.gather(features.detach(), labels)
         rows = [buffer.batch] * dist.get_world_size(group)
     else:
-        rows = row_counts(features, group)
+        rows = row_counts(features, group, "features")
         columns, column_labels = (gather_rows(x.detach(), rows, group) for x in (features, labels))
         offset = sum(rows[: dist.get_rank(group)])
     ids, column_ids = _class_ids(labels, column_labels)

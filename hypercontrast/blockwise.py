@@ -117,15 +117,17 @@ class _Tiling:
     def of_classes(self, x: Tensor) -> Tensor:
         return x if self.classes is None else x[self.classes]
 
-    def panels(self):
-        """(classes, unit prototypes / τ [P, D]) panel by panel."""
+    def panels(self, factor: Tensor | None = None):
+        """(classes, unit prototypes / τ [P, D], times their factors) panel by panel."""
+        inv = self.inv_prototypes * self.scale if factor is None else self.inv_prototypes * self.scale * factor
         for panel in spans(self.k, PANEL_CLASSES):
-            yield panel, scaled(self.prototypes[panel], self.inv_prototypes[panel] * self.scale)
+            yield panel, scaled(self.prototypes[panel], inv[panel])
 
-    def tiles(self, panel: slice):
-        """Block by block of a panel: (samples, unit features [B, D], which of them have their positive in this tile,
-        and where in it, counted along its rows).
+    def tiles(self, panel: slice, factor: Tensor | None = None):
+        """Block by block of a panel: (samples, unit features [B, D], times their factors, which of them have their
+        positive in this tile, and where in it, counted along its rows).
         """
+        inv = self.inv_features if factor is None else self.inv_features * factor
         width = panel.stop - panel.start
         height = self.height(width)
         units = self.features.new_empty((height, self.features.shape[1]), dtype=self.dtype)
@@ -133,7 +135,7 @@ class _Tiling:
         in_panel = None if width == self.k else (self.labels >= panel.start) & (self.labels < panel.stop)
         for block in spans(self.n, max(height, 1)):
             u_BD = units[: block.stop - block.start]
-            torch.mul(self.features[block], self.inv_features[block, None], out=u_BD)
+            torch.mul(self.features[block], inv[block, None], out=u_BD)
             samples, place = block, places[block] - width * block.start
             if in_panel is not None:
                 here = in_panel[block].nonzero()[:, 0]
@@ -230,49 +232,77 @@ def lse_backward(
     """See `hypercontrast._ops.lse_backward`."""
     t = _Tiling(features, prototypes, labels, inv_features, inv_prototypes, **options)
     pos = t.of_samples(grad_pos).to(t.dtype)
-    if t.rows:
-        row_shift, row_factor = exponent(t.of_classes(row_lse), t.of_classes(grad_row), t.dtype, t.bounded)
-    if t.cols:
-        col_shift, col_factor = exponent(t.of_samples(col_lse), t.of_samples(grad_col), t.dtype, t.bounded)
+    row = exponent(t.of_classes(row_lse), t.of_classes(grad_row), t.dtype, t.bounded) if t.rows else None
+    col = exponent(t.of_samples(col_lse), t.of_samples(grad_col), t.dtype, t.bounded) if t.cols else None
+    class_factor, sample_factor, pos = _folded(t, row, col, pos) if kept.numel() else (None, None, pos)
+    folded = class_factor is not None or sample_factor is not None
+    kept = kept.data  # positives are written into it and taken out again, which autograd's version count need not see
 
     grad_u = inv_features.new_empty(t.n, features.shape[1])
     grad_w = inv_features.new_zeros(t.k, features.shape[1])
     buffer = t.buffer()
-    for panel, w_PD in t.panels():
-        for block, u_BD, samples, place in t.tiles(panel):
+    for panel, w_PD in t.panels(class_factor):
+        for block, u_BD, samples, place in t.tiles(panel, sample_factor):
             shape = (len(u_BD), len(w_PD))
-            g_BP = _tile(buffer, 0, *shape)
-            if not kept.numel():
-                torch.mm(u_BD, w_PD.T, out=g_BP)
-            if t.bounded:  # both shifts are zero: one exponential serves rows and columns
-                e_BP = _tile(kept, t.start(panel, block), *shape) if kept.numel() else g_BP.exp_()
-                factor = row_factor[panel] if t.rows else 0
-                factor = factor + col_factor[block, None] if t.cols else factor
-                torch.mul(e_BP, factor, out=g_BP)
-            elif t.rows and t.cols:
-                along_rows = (g_BP - row_shift[panel]).exp_().mul_(row_factor[panel])
-                g_BP.sub_(col_shift[block, None]).exp_().mul_(col_factor[block, None]).add_(along_rows)
-            elif t.rows:
-                g_BP.sub_(row_shift[panel]).exp_().mul_(row_factor[panel])
-            else:
-                g_BP.sub_(col_shift[block, None]).exp_().mul_(col_factor[block, None])
+            e_BP = _tile(kept, t.start(panel, block), *shape) if kept.numel() else None
+            g_BP = _tile(buffer, 0, *shape) if e_BP is None or not folded else e_BP
+            if not folded:
+                _weigh(t, u_BD, w_PD, e_BP, block, panel, row, col, out=g_BP)
             # Positives join in before the products: added to the products they would leave the rounding of both behind.
             flat = g_BP.view(-1)
-            flat[place] = pos[samples] if t.exclude_own else flat[place] + pos[samples]
+            own = flat[place]
+            flat[place] = pos[samples] if t.exclude_own else own + pos[samples]
             if panel.start == 0:
                 torch.mm(g_BP, w_PD, out=grad_u[block])
             else:
                 grad_u[block].addmm_(g_BP, w_PD)
             grad_w[panel].addmm_(g_BP.T, u_BD)
-    grad_w *= t.scale
+            if folded:
+                flat[place] = own  # as it was: a graph may be walked again
 
-    logit_grad_sum = through_norm_(grad_u, t.features, t.inv_features, options["normalize"])
-    through_norm_(grad_w, t.prototypes, t.inv_prototypes, options["normalize"])
+    logit_grad_sum = through_norm_(grad_u, t.features, t.inv_features, sample_factor, options["normalize"])
+    class_scale = t.scale * (torch.ones_like(t.inv_prototypes) if class_factor is None else class_factor)
+    through_norm_(grad_w, t.prototypes, t.inv_prototypes, class_scale, options["normalize"])
     return (
         spread(grad_u, t.samples, len(features), 0.0).to(features.dtype),
         spread(grad_w, t.classes, len(prototypes), 0.0).to(prototypes.dtype),
         logit_grad_sum,
     )
+
+
+def _folded(t: _Tiling, row, col, pos: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """(factors of classes, factors of samples, what positives add) that make G = factors·(exp(s) + positives).
+
+    Of a loss with one kind of anchor the factors of exp(s) are constant along a row or a column of G, so they can scale
+    the operands of the products instead of the K x N exponentials. Not where a factor of zero would have to be divided
+    out of a positive.
+    """
+    if t.rows and t.cols:
+        return None, None, pos
+    factor = (row or col)[1]
+    own = factor[t.labels] if t.rows else factor
+    if ((own == 0) & (pos != 0)).any():
+        return None, None, pos
+    pos = torch.where(own == 0, 0, pos / own)
+    return (factor, None, pos) if t.rows else (None, factor, pos)
+
+
+def _weigh(t: _Tiling, u_BD, w_PD, e_BP, block: slice, panel: slice, row, col, out: Tensor) -> None:
+    """G without its positives, from the kept exponentials or by computing the logits again."""
+    if e_BP is None:
+        e_BP = torch.mm(u_BD, w_PD.T, out=out)
+        if t.bounded:
+            e_BP.exp_()
+    if t.bounded:  # both shifts are zero: one exponential serves rows and columns
+        factor = row[1][panel] if t.rows else 0
+        torch.mul(e_BP, factor + col[1][block, None] if t.cols else factor, out=out)
+        return
+    terms = []
+    if t.rows:
+        terms.append((out - row[0][panel]).exp_().mul_(row[1][panel]))
+    if t.cols:
+        terms.append(out.sub_(col[0][block, None]).exp_().mul_(col[1][block, None]))
+    torch.add(*terms, out=out) if len(terms) == 2 else out.copy_(terms[0])
 
 
 def exponent(lse: Tensor, grad: Tensor, dtype: torch.dtype, bounded: bool) -> tuple[Tensor, Tensor]:
@@ -286,15 +316,17 @@ def exponent(lse: Tensor, grad: Tensor, dtype: torch.dtype, bounded: bool) -> tu
     return torch.where(lse == -torch.inf, torch.inf, shift).to(dtype), factor.to(dtype)
 
 
-def through_norm_(grad: Tensor, x: Tensor, inv_norms: Tensor, normalize: bool) -> Tensor:
-    """Turn dL/du in place into dL/dx = (dL/du - (u·dL/du) u)/|x|; return Σ u·dL/du."""
+def through_norm_(grad: Tensor, x: Tensor, inv_norms: Tensor, factor: Tensor | None, normalize: bool) -> Tensor:
+    """Turn dL/du = factor·grad in place into dL/dx = (dL/du - (u·dL/du) u)/|x|; return Σ u·dL/du."""
     radial_total = grad.new_zeros(())
     height = min(len(x), max(1, TILE_ELEMENTS // (4 * x.shape[1])))
     products = torch.empty_like(grad[:height])
+    outer = inv_norms if factor is None else inv_norms * factor
     for block in spans(len(x), max(1, height)):
         x_BD, g_BD, inv = x[block].to(grad.dtype), grad[block], inv_norms[block]
-        radial = torch.mul(x_BD, g_BD, out=products[: len(x_BD)]).sum(1) * inv
-        radial_total += radial.sum()
+        radial = torch.mul(x_BD, g_BD, out=products[: len(x_BD)]).sum(1)
+        radial_total += (radial * outer[block]).sum()
         if normalize:
-            g_BD.addcmul_(x_BD, (radial * inv)[:, None], value=-1).mul_(inv[:, None])
+            g_BD.addcmul_(x_BD, (radial * inv * inv)[:, None], value=-1)
+        g_BD.mul_(outer[block, None])
     return radial_total

@@ -201,8 +201,8 @@ def _class_positives(p: _Pairs) -> Tensor:
 
 @dataclass(frozen=True)
 class _Terms:
-    """What one side adds to G: factor·exp(s - shift), and for its positives positive_factor, but positive_factor·exp(s -
-    positive_shift) when their log-sum-exp was taken. Vectors over that side's anchors.
+    """What one side adds to G: factor·exp(s - shift), and for its positives positive_factor, or where their log-sum-exp
+    was taken positive_factor·exp(s - positive_shift). Vectors over that side's anchors.
     """
 
     shift: Tensor

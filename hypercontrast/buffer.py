@@ -199,6 +199,8 @@ class NegativeBuffer:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a queue back. Raises ValueError for one of another size or dtype."""
+        if not 0 <= state["cursor"] < max(self.queue, 1):
+            raise ValueError(f"state's cursor must lie in [0, {self.queue}), got {state['cursor']}")
         for name, own in zip(("features", "labels"), self.queued(), strict=True):
             kept = state[name]
             if kept.shape != own.shape or kept.dtype != own.dtype:
@@ -278,7 +280,7 @@ class NegativeBuffer:
                 absent = (labels == ABSENT).nonzero()
                 if len(absent):
                     raise ValueError(f"labels must not be NegativeBuffer.ABSENT, got it in row {int(absent[0])}")
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # to be raised once the other ranks know
             return error
         return None
 

@@ -118,7 +118,7 @@ class _GatherWithGrad(torch.autograd.Function):
         return mine[: ctx.rows[dist.get_rank(ctx.group)]].to(grad.dtype), None, None
 
 
-def row_counts(x: Tensor, group: dist.ProcessGroup) -> list[int]:
+def row_counts(x: Tensor, group: dist.ProcessGroup, name: str = "x") -> list[int]:
     """Rows of x on each rank. Every rank sees what every rank holds, so a mismatch raises on all of them alike."""
     with_grad = "with" if torch.is_grad_enabled() and x.requires_grad else "without"
     held: list[tuple[int, str]] = [(0, "")] * dist.get_world_size(group)
@@ -127,7 +127,7 @@ def row_counts(x: Tensor, group: dist.ProcessGroup) -> list[int]:
     for rank, (_, kind) in enumerate(held):
         if kind != held[0][1]:
             raise ValueError(
-                f"x must have one dtype and trailing shape on every rank, and require a gradient on all or none, "
+                f"{name} must have one dtype and trailing shape on every rank, and require a gradient on all or none, "
                 f"got {held[0][1]} on rank 0 and {kind} on rank {rank}"
             )
     return [rows for rows, _ in held]
@@ -139,8 +139,8 @@ def gather_with_grad(x: Tensor, group: GroupLike = "auto") -> Tensor:
         A = concat_r x_r        backward: dL/dx_r = Σ_q dL_q/dA[rows of r], q over the ranks
 
     `dist.all_gather` returns constants. The loss of this rank's anchors against them lacks what other ranks' anchors
-    ask of this rank's rows: measured on SupCon, the gradient is 28 % off, in direction, so that no learning rate
-    repairs it, and no error is raised.
+    ask of this rank's rows: in one measurement on SupCon the gradient was 28 % off, in direction, so that no learning
+    rate repairs it, and no error is raised.
 
     Under DDP, compute the loss from the gathered rows, identically on every rank::
 

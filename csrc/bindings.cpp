@@ -1,0 +1,21 @@
+// Names only: what hypercontrast._C offers to Python.
+
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include "negative_buffer.h"
+
+PYBIND11_MODULE(_C, module) {
+  using without_gil = pybind11::call_guard<pybind11::gil_scoped_release>;
+  module.def("pack", &hypercontrast::pack, without_gil());
+  module.def("gather", &hypercontrast::gather, without_gil());
+  module.def("push", &hypercontrast::push, without_gil());
+  // Compared at import: an extension built for another torch or from older sources is not used.
+  module.attr("TORCH") = TORCH_VERSION;
+  module.attr("REVISION") = hypercontrast::kRevision;
+#ifdef HYPERCONTRAST_CUDA
+  module.attr("CUDA") = true;
+#else
+  module.attr("CUDA") = false;
+#endif
+}
