@@ -17,7 +17,6 @@ from torch import Tensor
 
 from hypercontrast import _checks, blockwise, blockwise_pairs
 from hypercontrast._ops import widened
-from hypercontrast.blockwise_pairs import Side
 
 
 def _kernels():
@@ -59,10 +58,9 @@ def pair_lse(
             _checks.check_temperature_value(temperature)
         options = _options(anchors, temperature, offset, inv_temperature, normalize, inside)
         operands = (anchors, columns, anchor_ids, column_ids, mask)
-        if backend == "triton":
-            lse, positives, inv_anchors, inv_columns = _kernels().launch_fwd(*operands, **options)
-            return lse, positives, inv_anchors, inv_anchors.new_empty(0) if columns is None else inv_columns
-        return blockwise_pairs.pair_forward(*operands, **options)
+        implementation = _kernels() if backend == "triton" else blockwise_pairs
+        lse, positives, inv_anchors, inv_columns = implementation.launch_fwd(*operands, **options)
+        return lse, positives, inv_anchors, inv_anchors.new_empty(0) if columns is None else inv_columns
 
 
 def _options(anchors, temperature, offset, inv_temperature, normalize, inside) -> dict:
@@ -108,14 +106,12 @@ def pair_lse_backward(
     """
     with torch.autocast(rows.device.type, enabled=False):
         options = _options(rows, temperature, offset, inv_temperature, normalize, inside)
-        sides = [Side(*(x.contiguous() for x in side)) if side else None for side in (row_side, column_side)]
-        operands = (
-            rows, columns, row_ids, column_ids, inv_rows, inv_rows if columns is None else inv_columns, *sides,
-            row_mask, column_mask,
-        )  # fmt: skip
-        if backend == "triton":
-            return _kernels().launch_bwd(*operands, **options)
-        return blockwise_pairs.pair_backward(*operands, **options)
+        implementation = _kernels() if backend == "triton" else blockwise_pairs
+        sides = [implementation.Side(*side) if side else None for side in (row_side, column_side)]
+        inv_columns = inv_rows if columns is None else inv_columns
+        return implementation.launch_bwd(
+            rows, columns, row_ids, column_ids, inv_rows, inv_columns, *sides, row_mask, column_mask, **options
+        )
 
 
 @pair_lse_backward.register_fake

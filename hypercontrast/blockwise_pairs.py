@@ -49,7 +49,8 @@ class _Operand:
             absent = int((sorted_ids < 0).sum())
             self.ids, self.order = sorted_ids[absent:], order[absent:]
         self.inv = self.take(inv_norms)
-        self.units = self.take(x).to(inv_norms.dtype) * (self.inv * root_scale)[:, None]
+        rows = self.take(x).to(inv_norms.dtype)
+        self.units = torch.mul(rows, (self.inv * root_scale)[:, None], out=None if self.order is None else rows)
         self.n = len(self.units)
         self.blocks = spans(self.n, EDGE)
 
@@ -58,6 +59,12 @@ class _Operand:
 
     def put(self, x: Tensor, fill: float) -> Tensor:
         return spread(x, self.order, self.length, fill)
+
+    def put_gradient(self, grad: Tensor) -> Tensor:
+        """Back in the samples' order. The units have served, so that order takes their memory when it is as long."""
+        if self.order is None or self.n < self.length:
+            return self.put(grad, 0.0)
+        return self.units.index_copy_(0, self.order, grad)
 
     def classes(self, block: slice) -> tuple[int, int]:
         """The first and the last class of a block."""
@@ -146,11 +153,11 @@ class _Sums:
         return log if self.peak is None else self.peak + log
 
 
-def pair_forward(anchors, columns, anchor_ids, column_ids, mask, **options):
+def launch_fwd(anchors, columns, anchor_ids, column_ids, mask, **options):
     """See `hypercontrast._pair_ops.pair_lse`."""
     dtype, wide = _checks.accumulator(anchors), statistics_dtype(anchors.device)
     inv_anchors = inverse_norms("features", anchors, dtype, options["normalize"])
-    inv_columns = inv_anchors.new_empty(0)
+    inv_columns = inv_anchors
     if columns is not None:
         inv_columns = inverse_norms("ref_features", columns, dtype, options["normalize"])
     p = _Pairs(anchors, columns, anchor_ids, column_ids, inv_anchors, inv_columns, **options)
@@ -226,7 +233,7 @@ class _Terms:
         return _Terms(*(x[block].unsqueeze(1 - dim) for x in vars(self).values()))
 
 
-def pair_backward(
+def launch_bwd(
     rows, columns, row_ids, column_ids, inv_rows, inv_columns, row_side, column_side, row_mask, column_mask, **options
 ):
     """See `hypercontrast._pair_ops.pair_lse_backward`."""
@@ -259,7 +266,7 @@ def pair_backward(
         if p.mirrors(r, c):
             grad[c].addmm_(g_RC.T, p.rows.units[r])
     logit_grad_sum = _through_norm_(grad, p)
-    return p.rows.put(grad, 0.0).to(rows.dtype), logit_grad_sum
+    return p.rows.put_gradient(grad).to(rows.dtype), logit_grad_sum
 
 
 def _weighted_exponentials(x: Tensor, terms: list[tuple[Tensor, Tensor]], bounded: bool, out: Tensor) -> Tensor:

@@ -24,6 +24,15 @@ def peak_mib(name, m, k, d, budget):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("samples", [8192, pytest.param(32768, marks=pytest.mark.slow)])
+def test_peak_of_pairs_is_linear(samples):
+    """All logits would be 256 MiB and 4 GiB; unit rows, their gradient and its copy in the samples' order are left."""
+    d = 128
+    rows = samples * d * 4 / 2**20
+    assert peak_mib("supcon", samples, 100, d, budget=0) < min(3 * rows + 12, 64)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", ["ntce", "nonl", "normface"])
 def test_peak_is_flat(name):
     m, k, d = 16384, 2000, 64  # all logits would be 125 MiB

@@ -33,7 +33,7 @@ class Draw:
     reduction: str
     seed: int
 
-    def make(self):
+    def make(self, device="cpu"):
         """Leaves that require a gradient, and a function from them (in any dtype) to a loss."""
         g = torch.Generator().manual_seed(self.seed)
         n, k, d = self.num_samples, self.num_classes, self.dim
@@ -48,6 +48,8 @@ class Draw:
         options = {"temperature": self.temperature, "variant": self.variant, "singletons": self.singletons}
         options["reduction"] = self.reduction
         leaves = [laid_out(x.to(self.dtype), self.layout) for x in (z, others)]
+        leaves = [x.detach().to(device).requires_grad_() for x in leaves]  # keeps the strides
+        labels, other_labels, mask = (x.to(device) for x in (labels, other_labels, mask))
         queue = leaves[1].detach()
 
         def loss(features, ref_features, backend):
@@ -84,7 +86,7 @@ def draws(count, seed, dtypes, sizes=(1, 2, 3, 17, 64, 127, 300, 600)):
 def loss_and_gradients(loss, leaves, backend):
     value = loss(*leaves, backend)
     g = torch.Generator().manual_seed(1)
-    upstream = torch.rand(value.shape, generator=g, dtype=torch.float64).to(value.dtype)
+    upstream = torch.rand(value.shape, generator=g, dtype=torch.float64).to(value)
     grads = torch.autograd.grad(value, leaves, upstream, allow_unused=True)
     return [
         x.detach().double()
@@ -92,10 +94,10 @@ def loss_and_gradients(loss, leaves, backend):
     ]
 
 
-def check(draw, backend):
+def check(draw, backend, device="cpu"):
     """Error at most twice same-dtype eager's, above the rounding floor: see `oracle.assert_within`, whose floor this is;
     a sample is an anchor and a column of others, so its gradient's unit counts twice, and for "sum" not over N."""
-    leaves, loss = draw.make()
+    leaves, loss = draw.make(device)
     truth = loss_and_gradients(loss, [x.detach().double().requires_grad_() for x in leaves], "reference")
     eager = loss_and_gradients(loss, leaves, "reference")
     actual = loss_and_gradients(loss, leaves, backend)

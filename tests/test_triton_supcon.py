@@ -1,0 +1,67 @@
+"""SupCon with backend="triton" through the public function: on a GPU when there is one, else in Triton's interpreter."""
+
+import pytest
+import torch
+from test_supcon import Draw, check, draws
+from test_triton import DEVICE, DTYPES
+
+import hypercontrast as hc
+from hypercontrast import _pair_ops
+
+pytest.importorskip("triton")
+SIZES = (1, 2, 17, 100, 127, 252, 300)
+
+
+@pytest.mark.parametrize("draw", draws(24, 31, DTYPES, SIZES), ids=lambda d: f"{d.form}-{d.seed}")
+def test_fuzz(draw):
+    check(draw, "triton", DEVICE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draw", draws(220, 32, DTYPES, SIZES), ids=lambda d: f"{d.form}-{d.seed}")
+def test_fuzz_many(draw):
+    check(draw, "triton", DEVICE)
+
+
+def test_repeats_bitwise():
+    z, y = torch.randn(300, 40, device=DEVICE, requires_grad=True), torch.randint(0, 9, (300,), device=DEVICE)
+    runs = []
+    for _ in range(3):
+        loss = hc.supcon_loss(z, y, backend="triton")
+        runs.append((loss.detach(), *torch.autograd.grad(loss, z)))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("form", ["labels", "refs", "queue"])
+def test_learned_temperature_equals_blockwise(form):
+    leaves, _ = Draw(form, 60, 4, 20, torch.float32, 0.1, None, "contiguous", "out", "exclude", "mean", 3).make(DEVICE)
+    y = torch.randint(0, 4, (60,), device=DEVICE)
+    extra = {"refs": {"ref_features": leaves[1], "ref_labels": y}, "queue": {"queue": (leaves[1].detach(), y)}}
+    results = []
+    for backend in ("triton", "blockwise"):
+        tau = torch.tensor(0.2, device=DEVICE, requires_grad=True)
+        loss = hc.supcon_loss(leaves[0], y, temperature=tau, backend=backend, **extra.get(form, {}))
+        results.append((loss.detach(), *torch.autograd.grad(loss, (leaves[0], tau))))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * max(1, want.abs().max().item()))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_opcheck(inside):
+    z, ref = (torch.randn(n, 6, device=DEVICE, requires_grad=True) for n in (9, 5))
+    y = torch.arange(9, device=DEVICE) % 3
+    for args in ((z, None, y, y, None, None, 0), (z, ref, y, y[:5], None, None, None)):
+        torch.library.opcheck(_pair_ops.pair_lse, (*args, 5.0, True, inside, "triton"))
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("form", ["labels", "views", "mask", "refs", "queue"])
+def test_no_host_sync(form):
+    leaves, loss = Draw(form, 64, 5, 32, torch.bfloat16, 0.1, None, "contiguous", "out", "zero", "mean", 7).make(DEVICE)
+    loss(*leaves, "triton").backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss(*leaves, "triton").backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
