@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,16 @@ def widened(temperature: Tensor | None, features: Tensor) -> Tensor | None:
     return None if temperature is None else temperature.to(_checks.accumulator(features))
 
 
+def _options(
+    features, counts, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize
+) -> dict[str, Any]:
+    """What forward and backward of either backend are told alike."""
+    return {
+        "counts": counts, "temperature": widened(temperature, features), "inv_temperature": inv_temperature,
+        "ignore_index": ignore_index, "rows": rows, "cols": cols, "exclude_own": exclude_own, "normalize": normalize,
+    }  # fmt: skip
+
+
 @torch.library.custom_op("hypercontrast::lse", mutates_args=())
 def lse(
     features: Tensor,
@@ -99,15 +110,13 @@ def lse(
         if features.device.type == "cpu":
             _checks.check_label_range(labels, len(prototypes), ignore_index)
             _checks.check_temperature_value(temperature)
-        shared = {
-            "counts": counts, "temperature": widened(temperature, features), "inv_temperature": inv_temperature,
-            "ignore_index": ignore_index, "rows": rows, "cols": cols, "exclude_own": exclude_own,
-            "normalize": normalize,
-        }  # fmt: skip
+        options = _options(
+            features, counts, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize
+        )
         if backend == "triton":
             kept = features.new_empty(0, dtype=torch.float32)
-            return *_kernels().launch_fwd(features, prototypes, labels, **shared), kept
-        return blockwise.lse_forward(features, prototypes, labels, **shared, keep_bytes=keep_bytes)
+            return *_kernels().launch_fwd(features, prototypes, labels, **options), kept
+        return blockwise.lse_forward(features, prototypes, labels, **options, keep_bytes=keep_bytes)
 
 
 @lse.register_fake
@@ -149,16 +158,14 @@ def lse_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `lse`: of the features, of the prototypes, and Σ G∘s, from which d/dτ = -Σ G∘s / τ."""
     with torch.autocast(features.device.type, enabled=False):
-        shared = {
-            "counts": counts, "temperature": widened(temperature, features), "inv_temperature": inv_temperature,
-            "ignore_index": ignore_index, "rows": rows, "cols": cols, "exclude_own": exclude_own,
-            "normalize": normalize,
-        }  # fmt: skip
+        options = _options(
+            features, counts, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize
+        )
         saved = (features, prototypes, labels, row_lse, col_lse, inv_norm_features, inv_norm_prototypes)
         upstream = (grad_row.contiguous(), grad_col.contiguous(), grad_pos.contiguous())
         if backend == "triton":
-            return _kernels().launch_bwd(*saved, *upstream, **shared)
-        return blockwise.lse_backward(*saved, kept, *upstream, **shared)
+            return _kernels().launch_bwd(*saved, *upstream, **options)
+        return blockwise.lse_backward(*saved, kept, *upstream, **options)
 
 
 @lse_backward.register_fake
