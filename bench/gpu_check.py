@@ -1,10 +1,11 @@
 """Everything that needs a GPU, in one command that fits ten minutes: `make gpu-check`.
 
-1. correctness   tests/test_triton.py with its long fuzz: every loss against float64 at float32, bfloat16 and float16,
-                 odd shapes, near collapse, bitwise repeats, no host sync
-2. large index   an input past 2^31 elements, against float64
-3. matrix        forward and forward + backward against eager and torch.compile, with errors and peak memory
-4. sanitizer     compute-sanitizer's memcheck, racecheck and initcheck over every kernel, without the caching allocator
+1. correctness   tests/test_triton*.py with their long fuzz: every loss against float64 at float32, bfloat16 and
+                 float16, odd shapes, near collapse, bitwise repeats, no host sync
+2. extension     the negative buffer's extension is built and tested: its kernel, streams, NCCL, ranks that share a GPU
+3. large index   an input past 2^31 elements, against float64
+4. matrix        forward and forward + backward against eager and torch.compile, with errors and peak memory
+5. sanitizer     compute-sanitizer's memcheck, racecheck and initcheck over every kernel, without the caching allocator
 
 Each stage's output goes to bench/results/DATE-DEVICE/ and its verdict to the terminal; the exit code is 0 when all that
 ran passed. Needs torch, triton, pytest and the checkout alone. Without a GPU, --rehearse walks the same stages on the
@@ -60,6 +61,18 @@ def correctness(folder: Path, rehearse: bool) -> bool:
     (folder / "correctness.log").write_text(run.stdout + run.stderr)
     print("   ", run.stdout.strip().splitlines()[-1])
     return run.returncode == 0
+
+
+def extension(folder: Path, rehearse: bool) -> bool:
+    """Build the negative buffer's extension, then its tests: kernel, streams, collectives, its Python twin."""
+    build = python("setup.py", "build_ext", "--inplace")
+    selection = ["-k", "ring or normal"] if rehearse else ["-m", ""]
+    run = python(
+        "-m", "pytest", "tests/test_buffer.py", "tests/test_gather.py", "-q", "-p", "no:cacheprovider", *selection
+    )
+    (folder / "extension.log").write_text(build.stdout + build.stderr + run.stdout + run.stderr)
+    print("   ", "built;" if build.returncode == 0 else "not built;", run.stdout.strip().splitlines()[-1])
+    return build.returncode == 0 and run.returncode == 0
 
 
 def sanitizer(folder: Path, rehearse: bool) -> bool | None:
@@ -185,7 +198,13 @@ def matrix(folder: Path, rehearse: bool) -> bool:
     return good
 
 
-STAGES = {"correctness": correctness, "large index": large_index, "matrix": matrix, "sanitizer": sanitizer}
+STAGES = {
+    "correctness": correctness,
+    "extension": extension,
+    "large index": large_index,
+    "matrix": matrix,
+    "sanitizer": sanitizer,
+}
 
 
 def environment() -> str:

@@ -23,7 +23,7 @@ def test_python_blocks_run(capsys):
         "labels": torch.randint(0, 3, (8,)),
     }
     blocks = [text for kind, text in BLOCKS if kind == "python"]
-    assert len(blocks) == 2
+    assert len(blocks) == 4
     for text in blocks:
         exec(text, names)
     assert 0 <= float(capsys.readouterr().out) <= 2
