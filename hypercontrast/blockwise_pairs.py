@@ -166,10 +166,10 @@ def launch_fwd(anchors, columns, anchor_ids, column_ids, mask, **options):
     positives = _class_positives(p) if sums_do else inv_anchors.new_zeros(p.rows.n)
     nothing = 0.0 if p.bounded else -torch.inf
 
-    for rows, columns_ in p.tiles():
-        s_RC = p.logits(rows, columns_)
-        p.fill_own_(rows, columns_, s_RC, -torch.inf)
-        sides = [(rows, columns_, s_RC)] + ([(columns_, rows, s_RC.T)] if p.mirrors(rows, columns_) else [])
+    for r, c in p.tiles():
+        s_RC = p.logits(r, c)
+        p.fill_own_(r, c, s_RC, -torch.inf)
+        sides = [(r, c, s_RC)] + ([(c, r, s_RC.T)] if p.mirrors(r, c) else [])
         found = [None if sums_do else p.positives(own, others, mask) for own, others, _ in sides]
         if not p.inside:
             for (own, _, s), chosen in zip(sides, found, strict=True):
