@@ -26,8 +26,8 @@ class UsageError(ValueError):
 class Config:
     """Train a classifier on the unit hypersphere and watch its classes collapse into a simplex."""
 
-    loss: Literal["ce", "normface", "ntce", "nonl", "etf-dr"] = "nonl"
-    """What to minimise: cross-entropy, one of the prototype losses, or dot regression to a fixed simplex ETF."""
+    loss: Literal["ce", "normface", "ntce", "nonl", "scl", "etf-dr"] = "nonl"
+    """What to minimise: cross-entropy, a prototype loss, SupCon over two views, or dot regression to a simplex ETF."""
     dataset: str = "mnist5k"
     """mnist5k, cifar10, cifar100, folder:PATH ({train,val}/CLASS/*.png) or parquet:PATH ({train,test}*.parquet)."""
     data_root: str = "data"
@@ -38,6 +38,8 @@ class Config:
     """Backbone; the ResNets need torchvision and take a 3x3 stem for pictures up to 64 pixels."""
     neck: Literal["none", "linear", "bn"] = "none"
     """Layer after pooling; a signed one (linear, bn) puts the simplex ETF within the features' reach."""
+    head: Literal["mlp", "linear", "none"] = "mlp"
+    """Projection that scl trains, D->D->128 (mlp) or D->128 (linear); the other losses have none."""
     epochs: int = 8
     """Passes over the training set."""
     warmup_epochs: int = 1
@@ -49,7 +51,7 @@ class Config:
     weight_decay: float = 1e-4
     """L2 penalty on every parameter; 0 for none."""
     temperature: float = 0.2
-    """Temperature τ of the prototype losses; ce and etf-dr have none."""
+    """Temperature τ of the prototype losses and scl; ce and etf-dr have none."""
     seed: int = 42
     """Fixes initial weights, batches and augmentation."""
     gpus: int = 0
@@ -57,7 +59,11 @@ class Config:
     cpu_ranks: int = 0
     """Ranks on the CPU, over Gloo; 0 leaves the choice to --gpus."""
     backend: Literal["auto", "reference", "blockwise", "triton"] = "auto"
-    """Implementation of the prototype losses."""
+    """Implementation of the prototype losses and scl."""
+    queue: int = 0
+    """Past features that ntce, nonl and scl contrast too, over all ranks; 0 for none."""
+    accumulate: int = 1
+    """Chunks a batch is encoded in, for the memory of one; the step stays the batch's (but batch norm sees chunks)."""
     limit: int = 0
     """Use at most this many training and this many validation pictures, evenly from every class; 0 for all."""
     run_dir: str = ""
@@ -72,14 +78,18 @@ class Config:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             object.__setattr__(self, name, _checked(name, getattr(self, name), hint))
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "accumulate"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "temperature"):
             self._require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "finite and not negative")
-        for name in ("gpus", "cpu_ranks", "limit", "seed"):
+        for name in ("gpus", "cpu_ranks", "queue", "limit", "seed"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         self._require("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, "between 0 and epochs")
+        if self.loss not in ("ntce", "nonl", "scl"):
+            self._require("queue", self.queue == 0, f"0 with loss {self.loss}")
+        if self.loss == "scl":
+            self._require("neck", self.neck == "none", "none with loss scl, which has a --head")
         if self.gpus and self.cpu_ranks:
             raise UsageError(f"gpus must be 0 with cpu_ranks={self.cpu_ranks}, got {self.gpus}")
 

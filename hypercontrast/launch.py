@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hypercontrast.config import Config, UsageError
+from hypercontrast.progress import fail
 
 T = TypeVar("T")
 
@@ -56,6 +58,13 @@ class Ranks:
         if error is not None:
             raise error
         return value  # type: ignore[return-value]
+
+    def gathered(self, value: T) -> list[T]:
+        """Every rank's value, in the order of the ranks."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def share_buffers(self, module: nn.Module) -> None:
         """Give every rank rank 0's buffers: batch-norm statistics are each rank's own while training."""
@@ -108,8 +117,8 @@ def joined(config: Config) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def start_ranks(config: Config, run: Callable[[Config], object]) -> None:
-    """Call `run(config)` in `config.ranks` new processes and wait.
+def start_ranks(count: int, run: Callable[[T], object], argument: T) -> None:
+    """Call `run(argument)` in `count` new processes and wait.
 
     Raises RankError if one fails, KeyboardInterrupt on a signal to stop; none is left running.
     """
@@ -120,7 +129,7 @@ def start_ranks(config: Config, run: Callable[[Config], object]) -> None:
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=config.ranks,
+        nproc_per_node=count,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
@@ -130,13 +139,20 @@ def start_ranks(config: Config, run: Callable[[Config], object]) -> None:
     # The launcher would log the failing rank's traceback line by line; RankError carries it.
     logging.disable(logging.ERROR)
     try:
-        elastic_launch(settings, run)(config)
+        elastic_launch(settings, run)(argument)
     except SignalException as signal:
         raise KeyboardInterrupt(str(signal)) from None
     except ChildFailedError as error:
         raise _rank_error(*error.get_first_failure()) from None
     finally:
         logging.disable(logging.NOTSET)
+
+
+def fail_for(error: RankError, codes: Mapping[str, int]) -> int:
+    """As if the rank's error were this process's own: its exit code by kind, a traceback where it was not foreseen."""
+    if error.kind not in codes:
+        print(error.trace, file=sys.stderr)
+    return fail(codes.get(error.kind, 1), str(error))
 
 
 def _rank_error(rank: int, failure: Any) -> RankError:

@@ -29,7 +29,7 @@ import numpy as np
 from hypercontrast import figures
 from hypercontrast.figures import Array, Curve, number
 
-LOSS_TITLES = {"ce": "CE", "normface": "NormFace", "ntce": "NTCE", "nonl": "NONL", "etf-dr": "ETF+DR"}
+LOSS_TITLES = {"ce": "CE", "normface": "NormFace", "ntce": "NTCE", "nonl": "NONL", "scl": "SCL", "etf-dr": "ETF+DR"}
 
 # What the driver writes beside the neural-collapse metrics: key -> (title, sentence, ideal).
 DRIVER_METRICS = {
@@ -40,7 +40,7 @@ DRIVER_METRICS = {
     ),
     "accuracy": (
         "Accuracy",
-        "Share of validation samples the trained head (linear layer or prototypes) gets right.",
+        "Share of validation samples the head (linear layer or prototypes; for SCL its fixed class means) gets right.",
         "1",
     ),
     "prototype_accuracy": (
@@ -426,7 +426,7 @@ negative either, and the ETF is out of reach. The best even state left is an <b>
 right angle. That is why both distances are reported: an exact orthogonal frame still has distance 1/√K to the
 ETF{floor}.</p>
 <p>A <b>signed neck</b>, a linear layer or batch normalisation after the pooling (<code>--neck linear</code>,
-<code>--neck bn</code>), lets coordinates be negative and makes the ETF reachable.</p>
+<code>--neck bn</code>), lets coordinates be negative and makes the ETF reachable; so does SCL's projection head.</p>
 {measured}</section>"""
 
 

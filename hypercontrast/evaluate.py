@@ -1,0 +1,329 @@
+"""What the frozen features of a run are worth: fixed prototypes against trained probes, in one table.
+
+    python -m hypercontrast.evaluate RUN [--prototypes] [--linear-probe] [--normalized-probe] [--nc] [--cached] ...
+
+Methods
+- fixed prototypes: class means of the training set, one pass, no training; the nearest by cosine classifies. In the
+  space the losses see: after scl's projection, or after the neck.
+- linear probe: a linear classifier on the backbone's features, the usual protocol.
+- normalised probe: the same with cosine logits at the run's temperature.
+
+RUN is a folder that `hypercontrast.train` wrote, finished or not: its newest intact checkpoint is taken, and its
+pictures and limit. The table is also written to RUN/evaluation.json, with every neural-collapse metric.
+
+Shapes: N samples, K classes, D dimensions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from hypercontrast import checkpoint, data
+from hypercontrast.checkpoint import CheckpointError
+from hypercontrast.config import Config, UsageError, read_config
+from hypercontrast.data import steps_per_epoch
+from hypercontrast.launch import RankError, Ranks, check_hardware, fail_for, is_main, is_rank, joined, start_ranks
+from hypercontrast.metrics import NeuralCollapse
+from hypercontrast.models import LinearHead, check_model
+from hypercontrast.objective import TrainingError
+from hypercontrast.probes import CosineProbe, Probe, ProbeSettings, fit_probe, train_probe
+from hypercontrast.progress import Progress, fail
+from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
+from hypercontrast.workspace import Embedded, Workspace
+
+METHODS = {
+    "prototypes": "fixed prototypes",
+    "linear-probe": "linear probe",
+    "normalized-probe": "normalised probe",
+}
+# The columns of the paper's table 3.
+NC_COLUMNS = {
+    "intra_erank": "intra",
+    "inter_erank": "inter",
+    "weight_erank": "W erank",
+    "weight_alignment": "weight",
+    "instance_alignment": "instance",
+    "mir": "MIR",
+    "hdr": "HDR",
+}
+# A probe's training: the paper's on CIFAR, 100 epochs at a learning rate of 5 with batches of 512. Runs shorter than
+# that get shorter probes, and smaller batches a learning rate in proportion.
+MOST_EPOCHS, LEAST_EPOCHS = 100, 20
+LR_PER_PICTURE = 5 / 512
+RESULT = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to evaluate and how; the flags of the command line."""
+
+    run: str
+    methods: tuple[str, ...] = tuple(METHODS)
+    nc: bool = True
+    cached: bool = False
+    epochs: int = 0  # of a probe; 0 chooses by the run's
+    lr: float = 0.0  # of a probe; 0 chooses by the batch size
+    data_root: str = ""
+    gpus: int = 0
+    cpu_ranks: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0; 2 with one line on stderr for a mistake in the call or a damaged run, 1 for a failure, 130 if
+    interrupted.
+    """
+    try:
+        record = evaluate(_parse(argv))
+    except (UsageError, CheckpointError) as error:
+        return fail(2, str(error))
+    except TrainingError as error:
+        return fail(1, str(error))
+    except RankError as error:
+        return fail_for(error, {"UsageError": 2, "CheckpointError": 2, "TrainingError": 1})
+    except KeyboardInterrupt:
+        return fail(130, "interrupted; nothing was written")
+    if is_main():
+        print(table(record))
+    return 0
+
+
+def evaluate(options: Options) -> dict[str, Any]:
+    """Evaluate a run and write RUN/evaluation.json; returns what was written.
+
+    Keys: epoch (of the checkpoint), device, ranks, probe (how the probes were trained) and results, a list with
+    method, features ("backbone" or "head"), dim, accuracy (share of 1, on the validation set), seconds (to make the
+    classifier, without reading the data and without validation), share_of_linear_probe (of its seconds, if it was
+    run too) and nc (every metric of `NeuralCollapse`, on the training set as it is).
+
+    Raises UsageError if the run cannot be evaluated here, CheckpointError if it has no intact checkpoint,
+    TrainingError if a probe diverges, RankError if a rank fails.
+    """
+    config = _run_config(options)
+    if config.ranks > 1 and not is_rank():
+        start_ranks(config.ranks, _evaluate_rank, options)
+        return json.loads(Path(options.run, RESULT).read_text(encoding="utf-8"))
+    with joined(config) as ranks:
+        saved = ranks.agree(lambda: checkpoint.load_checkpoint(Path(options.run)))
+        if saved is None:
+            raise UsageError(f"{options.run} must hold a checkpoint: the run has not finished an epoch yet")
+        workspace = _restored(config, ranks, saved.tensors)
+        record = _evaluated(options, config, workspace, saved.epoch)
+        if ranks.rank == 0:
+            content = json.dumps(record, indent=1) + "\n"
+            checkpoint.write_atomic(Path(options.run, RESULT), content.encode())
+        return record
+
+
+def _evaluate_rank(options: Options) -> None:
+    evaluate(options)
+
+
+def _run_config(options: Options) -> Config:
+    """The run's own config, to be run as the options say. Raises UsageError if that cannot be done here."""
+    path = Path(options.run, "config.yaml")
+    if not path.is_file():
+        raise UsageError(f"RUN must be the folder of a run, with a config.yaml, got {options.run}")
+    config = read_config(path)
+    config = dataclasses.replace(
+        config,
+        data_root=options.data_root or config.data_root,
+        gpus=options.gpus,
+        cpu_ranks=options.cpu_ranks,
+    )
+    check_hardware(config)
+    check_model(config.model)
+    data.locate(config.dataset, config.data_root)
+    return config
+
+
+def _restored(config: Config, ranks: Ranks, tensors: dict[str, Tensor]) -> Workspace:
+    workspace = Workspace(config, ranks)
+    wanted = workspace.network.state_dict()
+    if {n: x.shape for n, x in wanted.items()} != {n: x.shape for n, x in tensors.items() if n != "class_means"}:
+        raise CheckpointError("the checkpoint must hold the network that config.yaml describes, got other tensors")
+    workspace.network.load_state_dict({name: tensors[name] for name in wanted})
+    return workspace
+
+
+def _evaluated(options: Options, config: Config, workspace: Workspace, epoch: int) -> dict[str, Any]:
+    settings = ProbeSettings(
+        epochs=options.epochs or min(max(config.epochs, LEAST_EPOCHS), MOST_EPOCHS),
+        lr=options.lr or LR_PER_PICTURE * config.batch_size,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    torch.optim.SGD([torch.zeros(1)])  # a process's first optimiser imports for seconds: no method's business
+    validation = list(workspace.embedded(workspace.dataset.validation))
+    results: list[dict[str, Any]] = []
+    classifiers = []
+    for method in options.methods:
+        started = time.perf_counter()
+        made = _make(method, config, workspace, validation[0].backbone.shape[1], None if options.cached else settings)
+        if workspace.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        classifiers.append(made)
+        results.append(
+            {
+                "method": method,
+                "features": made.features,
+                "dim": made.classifier.prototypes.shape[1],
+                "accuracy": _accuracy(made, validation, workspace),
+                "seconds": seconds,
+            }
+        )
+    linear = next((result["seconds"] for result in results if result["method"] == "linear-probe"), None)
+    for result in results:
+        result["share_of_linear_probe"] = linear and result["seconds"] / linear
+    if options.nc:
+        for result, nc in zip(results, _collapse(classifiers, workspace), strict=True):
+            result["nc"] = nc
+    return {
+        "epoch": epoch,
+        "device": workspace.ranks.device.type,
+        "ranks": workspace.ranks.world,
+        "probe": "L-BFGS on kept features" if options.cached else dataclasses.asdict(settings),
+        "results": results,
+    }
+
+
+@dataclass(frozen=True)
+class Made:
+    """A classifier and which features of `Embedded` it takes. Its rows of weights are `prototypes`."""
+
+    features: str
+    classifier: PrototypeClassifier | Probe
+
+
+def _make(method: str, config: Config, workspace: Workspace, dim: int, settings: ProbeSettings | None) -> Made:
+    """Train by `settings`, or without them fit on kept features."""
+    if method == "prototypes":
+        return Made("head", PrototypeClassifier(class_means(workspace)))
+    torch.manual_seed(config.seed)  # all ranks start alike
+    num_classes = workspace.dataset.num_classes
+    probe: Probe = (
+        LinearHead(dim, num_classes) if method == "linear-probe" else CosineProbe(dim, num_classes, config.temperature)
+    ).to(workspace.ranks.device)
+    if settings is None:
+        fit_probe(probe, workspace)
+    else:
+        steps = steps_per_epoch(len(workspace.dataset.train), settings.batch_size)
+        with Progress(settings.epochs, steps, silent=not is_main()) as progress:
+            train_probe(probe, workspace, settings, progress)
+    return Made("backbone", probe)
+
+
+@torch.no_grad()
+def class_means(workspace: Workspace) -> Tensor:
+    """The fixed prototypes [K, D]: unit class means of the whole training set, in one pass, over all ranks."""
+    means = ClassMeans(*workspace.network.head.prototypes.shape).to(workspace.ranks.device)
+    for batch in workspace.embedded(workspace.dataset.train):
+        means.update(batch.head, batch.labels)
+    if workspace.ranks.world > 1:
+        means.all_reduce()
+    return means.prototypes()
+
+
+@torch.no_grad()
+def _accuracy(made: Made, validation: Sequence[Embedded], workspace: Workspace) -> float:
+    hits = torch.zeros((), dtype=torch.int64, device=workspace.ranks.device)
+    for batch in validation:
+        hits += (made.classifier(getattr(batch, made.features)).argmax(1) == batch.labels).sum()
+    return int(workspace.ranks.sum(hits)) / len(workspace.dataset.validation)
+
+
+def _collapse(made: Sequence[Made], workspace: Workspace) -> list[dict[str, float]]:
+    """The metrics of the training set's features as they are, with each classifier's weights as prototypes."""
+    dims = {m.features: m.classifier.prototypes.shape for m in made}
+    metrics = {name: NeuralCollapse(*shape, device=workspace.ranks.device) for name, shape in dims.items()}
+    for batch in workspace.embedded(workspace.dataset.train):
+        for name, metric in metrics.items():
+            metric.update(getattr(batch, name), batch.labels)
+    if workspace.ranks.world > 1:
+        for metric in metrics.values():
+            metric.all_reduce()
+    return [metrics[m.features].compute(m.classifier.prototypes.detach()) for m in made]
+
+
+def table(record: dict[str, Any]) -> str:
+    """The results in aligned columns, one line a method."""
+    rows = [_row(result) for result in record["results"]]
+    header = ("method", "features", "top-1", "seconds", "of linear", *NC_COLUMNS.values())[: len(rows[0])]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in (header, *rows)
+    )
+
+
+def _row(result: dict[str, Any]) -> tuple[str, ...]:
+    share = result["share_of_linear_probe"]
+    return (
+        METHODS[result["method"]],
+        f"{result['features']}, D = {result['dim']}",
+        f"{result['accuracy']:.2%}",
+        f"{result['seconds']:.2f}",
+        "–" if share is None else f"{share:.1%}",
+        *(f"{result['nc'][key]:.3f}" for key in NC_COLUMNS if "nc" in result),
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes as one line, as in training."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def _parse(argv: Sequence[str] | None) -> Options:
+    parser = _Parser(
+        prog="python -m hypercontrast.evaluate",
+        description="Fixed prototypes against trained probes on a frozen run. Without methods: all of them, and --nc.",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder written by hypercontrast.train")
+    for name, title in METHODS.items():
+        parser.add_argument(f"--{name}", dest="methods", action="append_const", const=name, help=f"the {title}")
+    parser.add_argument("--nc", action="store_true", help="neural-collapse metrics with each classifier's weights")
+    parser.add_argument(
+        "--cached", action="store_true", help="fit the probes by L-BFGS on features computed once: faster than SGD"
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=0,
+        help=f"of a probe; 0 takes as many as the run had, within {LEAST_EPOCHS} to {MOST_EPOCHS}",
+    )
+    parser.add_argument(
+        "--lr", type=float, default=0.0, help="of a probe, at its start; 0 takes 5 per 512 pictures of a batch"
+    )
+    parser.add_argument("--data-root", default="", help="where the data is now; by default where the run had it")
+    parser.add_argument("--gpus", type=int, default=0, help="0 takes one if there is one, else the CPU")
+    parser.add_argument("--cpu-ranks", type=int, default=0, help="ranks on the CPU; 0 leaves the choice to --gpus")
+    args = vars(parser.parse_args(argv))
+    named = args.pop("methods")
+    args["nc"] |= named is None
+    return Options(methods=tuple(name for name in METHODS if named is None or name in named), **args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

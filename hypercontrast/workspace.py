@@ -1,0 +1,96 @@
+"""What training and evaluation share: a run's pictures and network on one rank's device, and the features in between.
+
+Shapes: N samples, K classes, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hypercontrast import data
+from hypercontrast.config import Config, UsageError
+from hypercontrast.data import Dataset, Images, steps_per_epoch
+from hypercontrast.launch import Ranks
+from hypercontrast.models import LinearHead, Network, ProjectionHead, build_model, mixed_precision
+from hypercontrast.prototypes import PrototypeHead
+
+EVALUATION_BATCH = {"cpu": 128, "cuda": 1024}  # what caches hold, what keeps a GPU busy
+
+
+class Embedded(NamedTuple):
+    """A batch of pictures after the network, in float32."""
+
+    backbone: Tensor  # [n, D], pooled, before neck or projection
+    head: Tensor  # [n, D'], after them: what the losses take
+    labels: Tensor  # [n]
+
+
+class Workspace:
+    """A run's data set and network on this rank's device; the network starts as `config.seed` makes it."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        dataset = load_dataset(config)
+        check_batches(config, dataset, ranks.world)
+        self.ranks = ranks
+        mean, std = dataset.statistics()
+        self.dataset = dataset.to(ranks.device)
+        self.mean, self.std = mean.to(ranks.device), std.to(ranks.device)
+
+        torch.manual_seed(config.seed)
+        self.network = build_network(config, dataset).to(ranks.device)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def embedded(self, images: Images) -> Iterator[Embedded]:
+        """This rank's part of the pictures through the network, batch by batch, as they are."""
+        self.network.eval()
+        own = torch.arange(self.ranks.rank, len(images), self.ranks.world, device=self.ranks.device)
+        for index in own.split(EVALUATION_BATCH[self.ranks.device.type]):
+            batch = images[index]
+            yield self.embed(self.normalized(batch.pixels), batch.labels)
+
+    @torch.no_grad()
+    def embed(self, images: Tensor, labels: Tensor) -> Embedded:
+        with mixed_precision(self.ranks.device):
+            backbone = self.network.backbone(images)
+            head = self.network.head.embed(backbone)
+        return Embedded(backbone.float(), head.float(), labels)
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        return data.normalize(pixels, self.mean, self.std).contiguous(memory_format=torch.channels_last)
+
+
+def build_network(config: Config, dataset: Dataset) -> Network:
+    """Backbone and head with fresh weights from torch's global generator."""
+    backbone, dim = build_model(config.model, dataset.channels, dataset.image_size)
+    try:
+        return Network(backbone, _build_head(config, dim, dataset.num_classes))
+    except ValueError as error:  # more classes than the dimension has room for in a simplex
+        raise UsageError(f"model {config.model}: {error}") from None
+
+
+def _build_head(config: Config, dim: int, num_classes: int) -> PrototypeHead | ProjectionHead:
+    neck = None if config.neck == "none" else config.neck
+    if config.loss == "scl":
+        return ProjectionHead(dim, num_classes, config.head)
+    if config.loss == "ce":
+        return LinearHead(dim, num_classes, neck)
+    return PrototypeHead(dim, num_classes, neck, fixed_etf=config.loss == "etf-dr")
+
+
+def load_dataset(config: Config) -> Dataset:
+    return data.load(config.dataset, config.data_root, config.limit)
+
+
+def check_batches(config: Config, dataset: Dataset, world: int) -> None:
+    """Batch norm needs two samples in the smallest chunk of the smallest batch of every rank."""
+    smallest = len(dataset.train) // steps_per_epoch(len(dataset.train), config.batch_size)
+    if smallest // world // config.accumulate < 2:
+        chunks = "" if config.accumulate == 1 else f" and each of accumulate={config.accumulate} chunks"
+        raise UsageError(
+            f"batch_size must leave every one of {world} ranks{chunks} two pictures, got batches of {smallest} from"
+            f" batch_size={config.batch_size} and {len(dataset.train)} pictures"
+        )

@@ -1,0 +1,279 @@
+"""Fixed prototypes and probes on frozen runs: what they compute, the table, mistakes."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hypercontrast import ClassMeans, neural_collapse
+from hypercontrast.checkpoint import load_checkpoint
+from hypercontrast.config import UsageError, configure, read_config
+from hypercontrast.evaluate import NC_COLUMNS, Options, evaluate, main, table
+from hypercontrast.launch import Ranks
+from hypercontrast.models import LinearHead
+from hypercontrast.probes import CosineProbe, fit_probe
+from hypercontrast.train import train
+from hypercontrast.workspace import Embedded, Workspace
+
+for extra in ("mlxtend", "safetensors", "yaml"):
+    pytest.importorskip(extra)
+
+ONE_RANK = {"cpu_ranks": 1}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A finished run of SCL and one of cross-entropy, on a few digits."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("runs")
+    options = {"epochs": 2, "limit": 200, "batch_size": 50, "lr": 0.1, "quiet": True, **ONE_RANK}
+    return {loss: train(configure(loss=loss, run_dir=str(root / loss), **options)) for loss in ("scl", "ce")}
+
+
+def by_method(record):
+    return {result["method"]: result for result in record["results"]}
+
+
+class Kept(Workspace):
+    """A workspace whose training pictures have been through the network already."""
+
+    def __init__(self, features, labels, ranks=None):
+        self.ranks = ranks or Ranks(0, 1, torch.device("cpu"))
+        self.features, self.labels = features, labels
+
+    @property
+    def dataset(self):
+        return self
+
+    @property
+    def train(self):
+        return self
+
+    def __len__(self):
+        return len(self.labels)
+
+    def embedded(self, images):
+        for features, labels in zip(self.features.split(64), self.labels.split(64), strict=True):
+            yield Embedded(features, features, labels)
+
+
+def test_everything_is_measured_and_written(runs, capsys):
+    folder = runs["scl"]
+    assert main([str(folder), "--cached", "--cpu-ranks", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    record = json.loads((folder / "evaluation.json").read_text())
+    assert lines == table(record).splitlines()
+    assert [re.split(r"  +", line)[0] for line in lines] == [
+        "method",
+        "fixed prototypes",
+        "linear probe",
+        "normalised probe",
+    ]
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split()[-7:] == ["intra", "inter", "W", "erank", "weight", "instance", "MIR", "HDR"][-7:]
+    assert record["epoch"] == 2
+    results = by_method(record)
+    assert [(r["features"], r["dim"]) for r in results.values()] == [
+        ("head", 128),
+        ("backbone", 128),
+        ("backbone", 128),
+    ]
+    for result in results.values():
+        assert 0 <= result["accuracy"] <= 1
+        assert result["seconds"] > 0
+        assert set(NC_COLUMNS) <= result["nc"].keys()
+    assert results["linear-probe"]["share_of_linear_probe"] == 1
+    assert results["linear-probe"]["accuracy"] > 0.5
+
+
+def test_fixed_prototypes_are_those_of_the_last_epoch(runs):
+    """Of SCL they are in the checkpoint: same prototypes, accuracy and metrics."""
+    for loss, folder in runs.items():
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        (result,) = evaluate(Options(str(folder), methods=("prototypes",), **ONE_RANK))["results"]
+        assert result["accuracy"] == pytest.approx(last["prototype_accuracy"])
+        assert result["nc"]["inter_erank"] == pytest.approx(last["inter_erank"])
+        assert result["nc"]["weight_alignment"] < 1e-9
+        assert result["share_of_linear_probe"] is None
+        if loss == "scl":
+            assert result["nc"]["instance_alignment"] == pytest.approx(last["instance_alignment"])
+
+
+def test_probes_see_the_backbone_and_prototypes_the_head(runs):
+    config = read_config(runs["scl"] / "config.yaml")
+    workspace = Workspace(config, Ranks(0, 1, torch.device("cpu")))
+    workspace.network.load_state_dict(
+        {name: x for name, x in load_checkpoint(runs["scl"]).tensors.items() if name != "class_means"}
+    )
+    pixels, labels = workspace.dataset.train.pixels, workspace.dataset.train.labels
+    with torch.no_grad():
+        images = workspace.normalized(pixels)
+        backbone = workspace.network.eval().backbone(images)
+        head = workspace.network.head.projection(backbone)
+    batches = list(workspace.embedded(workspace.dataset.train))
+    torch.testing.assert_close(torch.cat([b.backbone for b in batches]), backbone)
+    torch.testing.assert_close(torch.cat([b.head for b in batches]), head)
+    means = ClassMeans(10, 128)
+    means.update(head, labels)
+    record = evaluate(Options(str(runs["scl"]), methods=("prototypes", "normalized-probe"), cached=True, **ONE_RANK))
+    results = by_method(record)
+    expected = neural_collapse(head, labels, means.prototypes())
+    assert results["prototypes"]["nc"]["nc1"] == pytest.approx(expected["nc1"], rel=1e-4)
+    expected = neural_collapse(backbone, labels)
+    assert results["normalized-probe"]["nc"]["nc1"] == pytest.approx(expected["nc1"], rel=1e-4)
+
+
+def test_a_probe_trained_on_new_views_learns_as_well(runs):
+    options = {"methods": ("linear-probe", "normalized-probe"), "nc": False, **ONE_RANK}
+    record = evaluate(Options(str(runs["ce"]), epochs=15, **options))
+    assert record["probe"] == {"epochs": 15, "lr": pytest.approx(5 * 50 / 512), "batch_size": 50, "seed": 42}
+    assert all(result["accuracy"] > 0.25 for result in record["results"])
+    assert all("nc" not in result for result in record["results"])
+    again = evaluate(Options(str(runs["ce"]), epochs=15, **options))
+    assert [r["accuracy"] for r in again["results"]] == [r["accuracy"] for r in record["results"]]
+    assert evaluate(Options(str(runs["ce"]), **options))["probe"]["epochs"] == 20
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_the_kept_features_solver_finds_the_minimum(kind):
+    """Of overlapping classes: no gradient left. Of separable ones: the same from every start."""
+    labels = torch.arange(200) % 3
+    features = torch.randn(200, 5) + 0.5 * F.one_hot(labels, 5)
+
+    def fitted(features):
+        probe = LinearHead(5, 3) if kind == "linear" else CosineProbe(5, 3, temperature=0.5)
+        fit_probe(probe, Kept(features, labels))
+        return probe
+
+    probe = fitted(features)
+    gradients = torch.autograd.grad(F.cross_entropy(probe(features), labels), list(probe.parameters()))
+    assert max(gradient.abs().max() for gradient in gradients) < 1e-4
+    apart = 0.1 * torch.randn(200, 5) + F.one_hot(labels, 5)
+    one, another = (fitted(apart)(apart).softmax(1) for _ in range(2))
+    assert one.argmax(1).equal(labels)
+    torch.testing.assert_close(one, another, rtol=0, atol=1e-3)
+
+
+def test_cosine_probe_takes_a_temperature():
+    probe = CosineProbe(6, 4, temperature=0.2)
+    x = torch.randn(7, 6)
+    torch.testing.assert_close(probe(x), F.normalize(x) @ F.normalize(probe.prototypes).T / 0.2)
+
+
+def test_two_ranks_agree_with_one(runs, capfd):
+    folder = str(runs["scl"])
+    flags = [folder, "--prototypes", "--linear-probe", "--cached", "--nc"]
+    one = by_method(evaluate(Options(folder, methods=("prototypes", "linear-probe"), cached=True, **ONE_RANK)))
+    assert main([*flags, "--cpu-ranks", "2"]) == 0
+    assert capfd.readouterr().out.count("\n") == 3
+    record = json.loads((runs["scl"] / "evaluation.json").read_text())
+    assert record["ranks"] == 2
+    for method, result in by_method(record).items():
+        assert result["accuracy"] == pytest.approx(one[method]["accuracy"], abs=0.006)
+        assert result["nc"]["nc1"] == pytest.approx(one[method]["nc"]["nc1"], rel=1e-4)
+
+
+def test_an_unfinished_run_is_evaluated_at_its_checkpoint(runs, tmp_path):
+    shutil.copytree(runs["ce"], tmp_path / "run")
+    (tmp_path / "run" / "embeddings.safetensors").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "epoch-0002")
+    assert evaluate(Options(str(tmp_path / "run"), methods=("prototypes",), **ONE_RANK))["epoch"] == 1
+
+
+def copied(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation.json"))
+
+
+def damaged(folder, tmp_path):
+    copied(folder, tmp_path)
+    for path in (tmp_path / "run").glob("checkpoints/*/checkpoint.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+
+
+def of_another_network(folder, tmp_path):
+    copied(folder, tmp_path)
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("head: mlp", "head: linear"))
+
+
+def without_checkpoint(folder, tmp_path):
+    copied(folder, tmp_path)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+
+
+def of_other_data(folder, tmp_path):
+    copied(folder, tmp_path)
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("dataset: mnist5k", "dataset: cifar10"))
+
+
+def empty(folder, tmp_path):
+    (tmp_path / "run").mkdir()
+
+
+@pytest.mark.filterwarnings("ignore:.*trying the checkpoint before it")
+@pytest.mark.parametrize(
+    ("prepare", "flags", "says"),
+    [
+        (empty, [], "RUN must be the folder of a run, with a config.yaml, got "),
+        (without_checkpoint, [], "must hold a checkpoint: the run has not finished an epoch yet"),
+        (damaged, [], "must hold an intact checkpoint, got 2 damaged"),
+        (of_another_network, [], "checkpoint must hold the network that config.yaml describes"),
+        (of_other_data, ["--data-root", "/nowhere"], "data_root must hold cifar10: expected /nowhere/cifar10"),
+        (empty, ["--linear"], "RUN must be"),
+        (empty, ["--knn"], "unrecognized arguments: --knn"),
+        (empty, ["--epochs", "-1"], "epochs must be at least 0 and finite, got -1"),
+        (empty, ["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+        (empty, ["--lr", "nan"], "lr must be at least 0 and finite, got nan"),
+        (without_checkpoint, ["--gpus", "99"], "gpus must be at most"),
+        (without_checkpoint, ["--gpus", "1", "--cpu-ranks", "1"], "gpus must be 0 with cpu_ranks=1, got 1"),
+    ],
+)
+def test_a_mistake_gives_one_line_and_code_2(runs, prepare, flags, says, tmp_path, capsys):
+    prepare(runs["scl"], tmp_path)
+    assert main([str(tmp_path / "run"), *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert says in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+
+
+def test_a_probe_that_diverges_says_so(runs, capsys):
+    assert main([str(runs["ce"]), "--linear-probe", "--lr", "1e38", "--cpu-ranks", "1"]) == 1
+    err = capsys.readouterr().err
+    assert "try a smaller --lr" in err
+    assert err.count("\n") == 1
+
+
+def test_a_run_must_be_named(capsys):
+    assert main([]) == 2
+    assert "RUN" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="RUN must be the folder of a run"):
+        evaluate(Options("/nowhere"))
+
+
+def test_importing_evaluate_needs_no_extra():
+    blocked = ("tyro", "yaml", "rich", "torchvision", "safetensors", "pyarrow", "PIL", "mlxtend", "triton")
+    code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport hypercontrast.evaluate"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_fixed_prototypes_keep_up_with_the_linear_probe(tmp_path):
+    """SCL's recipe on the digits over three seeds: within half a point on average, at a small share of the time."""
+    shortfall, shares = [], []
+    for seed in range(3):
+        folder = train(configure(loss="scl", seed=seed, quiet=True, run_dir=str(tmp_path / f"{seed}"), **ONE_RANK))
+        methods = ("prototypes", "linear-probe")
+        prototypes, probe = evaluate(Options(str(folder), methods=methods, nc=False, **ONE_RANK))["results"]
+        shortfall.append(probe["accuracy"] - prototypes["accuracy"])
+        shares.append(prototypes["share_of_linear_probe"])
+    assert sum(shortfall) / 3 <= 0.005
+    assert max(shares) < 0.25
