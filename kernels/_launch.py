@@ -18,7 +18,8 @@ from torch import Tensor
 TARGET_PROGRAMS = 264
 SCRATCH_BYTES = 64 * 2**20
 COMPACT_FLOP = 2**33
-COMBINE_BLOCKS = {"BLOCK_R": 256, "num_warps": 4}
+COMBINE_BLOCKS = {"BLOCK_S": 32, "BLOCK_R": 64, "num_warps": 4}
+CHUNK_COLUMNS = 8192
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ BACKWARD_NARROW = {
     64: Config(128, 64, 64, 8, 3),
     128: Config(128, 64, 128, 8, 3),
 }
-# TIGHT tables need fewer registers: for other GPUs than Hopper, and for backwards of column sums, which bring two more
-# vectors of each sample into a tile.
+# TIGHT tables need fewer registers: for other GPUs than Hopper, and for backwards that bring more into a tile, such as
+# those of column sums with their two more vectors of each sample.
 BACKWARD_NARROW_TIGHT = {
     **BACKWARD_NARROW,
     64: Config(128, 32, 64, 8, 3),
@@ -78,6 +79,25 @@ BACKWARD_WIDE = {
     (4, True): Config(64, 64, 16, 4, 3, max_registers=255),
 }
 BACKWARD_WIDE_TIGHT = {**BACKWARD_WIDE, (2, False): Config(128, 64, 64, 8, 3)}
+
+# Pairs of samples. A triangular forward needs block_c to divide block_r.
+PAIR_FORWARD_NARROW = FORWARD_NARROW
+PAIR_FORWARD_WIDE = FORWARD_WIDE_TIGHT
+PAIR_BACKWARD_NARROW = BACKWARD_NARROW
+PAIR_BACKWARD_NARROW_TIGHT = {
+    16: Config(128, 32, 16, 8, 3, max_registers=255),
+    32: Config(128, 32, 32, 8, 3, max_registers=255),
+    64: Config(128, 32, 64, 8, 3, max_registers=255),
+    128: Config(64, 64, 128, 8, 3, max_registers=255),
+}
+PAIR_BACKWARD_WIDE = {
+    (2, False): Config(128, 64, 64, 8, 3),
+    (2, True): Config(64, 64, 64, 8, 4, max_registers=255),
+    (4, False): Config(64, 64, 16, 8, 3, max_registers=255),
+    (4, True): Config(64, 64, 16, 8, 3, max_registers=255),
+}
+# Log-sum-exps of positives bring two more exponentials of each pair into a tile, masks two pointers.
+PAIR_BACKWARD_WIDE_TIGHT = {**PAIR_BACKWARD_WIDE, (2, False): PAIR_BACKWARD_WIDE[2, True]}
 
 
 def is_narrow(dtype: torch.dtype, dim: int) -> bool:
@@ -138,18 +158,34 @@ def chunks(num_rows: int, num_columns: int, itemsize: int) -> Iterator[tuple[sli
         yield (part, slice(0, num_columns)) if num_rows > num_columns else (slice(0, num_rows), part)
 
 
-def is_tight(samples_summed: bool, device: torch.device) -> bool:
-    """Whether a launch takes the TIGHT tables."""
-    return samples_summed or (device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0))
+def row_chunks(num_rows: int, bytes_a_row: int) -> Iterator[slice]:
+    """Rows of matrices that hold at most SCRATCH_BYTES (128 rows at the least)."""
+    length = max(128, SCRATCH_BYTES // bytes_a_row // 128 * 128)
+    for start in range(0, num_rows, length):
+        yield slice(start, min(start + length, num_rows))
+
+
+def pair_chunks(num_rows: int, num_columns: int, itemsize: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Rows, and the columns in parts: matrices of at most SCRATCH_BYTES (128 rows at the least), about square, so that
+    library products over their columns have enough rows to fill a GPU."""
+    parts = [slice(start, min(start + CHUNK_COLUMNS, num_columns)) for start in range(0, num_columns, CHUNK_COLUMNS)]
+    for rows in row_chunks(num_rows, itemsize * min(num_columns, CHUNK_COLUMNS)):
+        yield rows, parts
+
+
+def is_tight(crowded: bool, device: torch.device) -> bool:
+    """Whether a launch takes the TIGHT tables: for what it brings into a tile, or for where it runs."""
+    return crowded or (device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0))
 
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def split_count(row_blocks: int, column_tiles: int, bytes_a_split: int) -> int:
+def split_count(row_blocks: int, column_tiles: int, bytes_a_split: int, waves: int = 1) -> int:
     """How many programs share a block of rows: enough to fill a GPU, few enough that the partial results stay small."""
-    wanted = min(cdiv(TARGET_PROGRAMS, max(row_blocks, 1)), SCRATCH_BYTES // max(bytes_a_split, 1), column_tiles)
+    programs = waves * TARGET_PROGRAMS
+    wanted = min(cdiv(programs, max(row_blocks, 1)), SCRATCH_BYTES // max(bytes_a_split, 1), column_tiles)
     return cdiv(column_tiles, cdiv(column_tiles, max(wanted, 1))) if column_tiles else 1
 
 
@@ -163,6 +199,11 @@ def input_precision(dtype: torch.dtype) -> str:
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def kernel_dtype(x: Tensor) -> torch.dtype:
+    """Triton's interpreter misreads bfloat16, so without a GPU it is computed in float32."""
+    return torch.float32 if x.dtype == torch.bfloat16 and not x.is_cuda else x.dtype
 
 
 def row_major(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import _launch, class_sums, prototype_lse
+from . import _epilogue, _launch, class_sums, pair_backward, pair_forward, prototype_backward, prototype_forward
 
 ARCHITECTURES = (80, 90, 100)
 _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -17,9 +17,14 @@ _OPERANDS = {"a_ptr", "b_ptr", "w_ptr", "z_ptr", "h_ptr", "x_ptr", "features_ptr
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 # The launchers align these to 16 whatever the caller passes, and D and every stride; any other argument may not be.
 _ALWAYS_ALIGNED = _OPERANDS | {"grad_ptr", "partials_ptr", "D"}
-_NEVER_SPECIALIZED = {"ignore_index", "row_start", "inv_temperature"}
-_INT64 = {"labels_ptr", "order_ptr", "bounds_ptr"}
-# Pointers that are None unless a flag is set.
+_NEVER_SPECIALIZED = {
+    "ignore_index", "row_start", "inv_temperature", "offset", "first_class", "last_class",
+    "mask_row_step", "mask_col_step",
+    "row_mask_row_step", "row_mask_col_step", "col_mask_row_step", "col_mask_col_step",
+}  # fmt: skip
+_INT64 = {"labels_ptr", "order_ptr", "bounds_ptr", "ids_ptr", "row_ids_ptr", "col_ids_ptr"}
+_BYTES = {"mask_ptr", "row_mask_ptr", "col_mask_ptr"}
+# Pointers that are None unless all flags named are set, or, after a minus, are not.
 _OPTIONAL = {
     "temperature_ptr": "HAS_TEMPERATURE",
     "range_ptr": "HAS_RANGE",
@@ -34,6 +39,18 @@ _OPTIONAL = {
     "col_lse_ptr": "HAS_COLS",
     "grad_col_ptr": "HAS_COLS",
     "partials_ptr": "SPLIT",
+    "positives_ptr": "HAS_POSITIVES",
+    "grad_row_lse_ptr": "HAS_ROWS",
+    "row_positives_ptr": "HAS_ROWS",
+    "grad_row_positives_ptr": "HAS_ROWS",
+    "grad_col_lse_ptr": "HAS_COLS",
+    "col_positives_ptr": "HAS_COLS",
+    "grad_col_positives_ptr": "HAS_COLS",
+    "mask_ptr": "HAS_MASK",
+    "row_mask_ptr": "HAS_MASK HAS_ROWS",
+    "col_mask_ptr": "HAS_MASK HAS_COLS",
+    "row_ids_ptr": "-HAS_MASK",
+    "col_ids_ptr": "-HAS_MASK",
 }
 # (rows, cols, exclude_own) of the losses: NTCE, NONL, NormFace, NONL with sample anchors, NONL with both.
 _RULES = [(True, False, False), (True, False, True), (False, True, False), (False, True, True), (True, True, True)]
@@ -58,7 +75,9 @@ class AotConfiguration:
 
 def aot_configurations() -> list[AotConfiguration]:
     """All kernels in all pinned configurations and all combinations of flags that a loss can reach."""
-    families = (_forward(), _backward_narrow(), _backward_wide(), _over_rows(), _sums())
+    families = (
+        _forward(), _backward_narrow(), _backward_wide(), _pair_forward(), _pair_backward(), _over_rows(), _sums()
+    )  # fmt: skip
     return list({c.name: c for c in itertools.chain.from_iterable(families)}.values())
 
 
@@ -75,7 +94,7 @@ def _configuration(
     for argument in kernel.arg_names:
         if argument in constexprs:
             signature[argument] = "constexpr"
-        elif argument in _OPTIONAL and constexprs.get(_OPTIONAL[argument]) is False:
+        elif _is_none(argument, constexprs):
             signature[argument], constexprs[argument] = "constexpr", None
         else:
             signature[argument] = _argument_type(argument, dtype, grad_dtype or dtype)
@@ -90,6 +109,11 @@ def _configuration(
     )
 
 
+def _is_none(argument: str, constexprs: dict[str, Any]) -> bool:
+    conditions = _OPTIONAL.get(argument, "").split()
+    return any(constexprs.get(condition.lstrip("-")) is condition.startswith("-") for condition in conditions)
+
+
 def _argument_type(argument: str, dtype: torch.dtype, grad_dtype: torch.dtype) -> str:
     if argument in _OPERANDS:
         return "*" + _TRITON_NAMES[dtype]
@@ -99,6 +123,8 @@ def _argument_type(argument: str, dtype: torch.dtype, grad_dtype: torch.dtype) -
         return "*i32"
     if argument in _INT64:
         return "*i64"
+    if argument in _BYTES:
+        return "*u8"
     if argument.endswith("_ptr"):
         return "*fp32"
     return "fp32" if argument == "inv_temperature" else "i32"
@@ -113,7 +139,7 @@ def _forward() -> Iterator[AotConfiguration]:
     for dtype in _TRITON_NAMES:
         narrow = [(c, True, ARCHITECTURES) for c in _launch.FORWARD_NARROW.values() if dtype.itemsize == 2]
         tables = [_of_type(t, dtype) for t in (_launch.FORWARD_WIDE, _launch.FORWARD_WIDE_TIGHT)]
-        wide = [(c, False, archs) for c, archs in _by_architecture(*tables, samples_summed=False)]
+        wide = [(c, False, archs) for c, archs in _by_architecture(*tables, crowded=False)]
         for (config, is_narrow, archs), (rows, cols, exclude_own) in itertools.product(narrow + wide, _RULES):
             for tensor_temperature, compact in _flags(rows, cols):
                 for a_is_classes, fixed_shift in itertools.product(
@@ -130,16 +156,16 @@ def _forward() -> Iterator[AotConfiguration]:
                         "INPUT_PRECISION": _launch.input_precision(dtype),
                         **config.launch_options(),
                     }
-                    yield _configuration("lse_fwd", prototype_lse._lse_fwd_kernel, dtype, meta, archs=archs)
+                    yield _configuration("lse_fwd", prototype_forward._lse_fwd_kernel, dtype, meta, archs=archs)
 
 
 def _of_type(table: dict[tuple[int, bool], _launch.Config], dtype: torch.dtype) -> dict[bool, _launch.Config]:
     return {small: config for (itemsize, small), config in table.items() if itemsize == dtype.itemsize}
 
 
-def _by_architecture(usual: dict, tight: dict, samples_summed: bool) -> list[tuple[_launch.Config, tuple[int, ...]]]:
+def _by_architecture(usual: dict, tight: dict, crowded: bool) -> list[tuple[_launch.Config, tuple[int, ...]]]:
     """The configurations of two tables and where `_launch.is_tight` chooses each."""
-    choices = [(tight, ARCHITECTURES)] if samples_summed else [(usual, (90,)), (tight, (80, 100))]
+    choices = [(tight, ARCHITECTURES)] if crowded else [(usual, (90,)), (tight, (80, 100))]
     chosen: dict[_launch.Config, tuple[int, ...]] = {}
     for table, archs in choices:
         for config in dict.fromkeys(table.values()):
@@ -151,7 +177,8 @@ def _backward_narrow() -> Iterator[AotConfiguration]:
     for dtype, (rows, cols, exclude_own) in itertools.product((torch.bfloat16, torch.float16), _RULES):
         configs = _by_architecture(_launch.BACKWARD_NARROW, _launch.BACKWARD_NARROW_TIGHT, cols)
         for (config, archs), (tensor_temperature, compact) in itertools.product(configs, _flags(rows, cols)):
-            for a_is_classes, split, normalize in itertools.product((True, False), repeat=3):
+            endings = [(True, False), (False, True), (False, False)]  # (SPLIT, NORMALIZE)
+            for a_is_classes, (split, normalize) in itertools.product((True, False), endings):
                 meta = {
                     "A_IS_CLASSES": a_is_classes,
                     "EXCLUDE_OWN": exclude_own,
@@ -165,9 +192,11 @@ def _backward_narrow() -> Iterator[AotConfiguration]:
                     "INPUT_PRECISION": _launch.input_precision(dtype),
                     **config.launch_options(),
                 }
-                yield _configuration("lse_bwd", prototype_lse._lse_bwd_kernel, dtype, meta, archs=archs)
+                yield _configuration("lse_bwd", prototype_backward._lse_bwd_kernel, dtype, meta, archs=archs)
                 if a_is_classes and not split:  # fp32 prototypes of half features: their gradient stays fp32
-                    yield _configuration("lse_bwd", prototype_lse._lse_bwd_kernel, dtype, meta, torch.float32, archs)
+                    yield _configuration(
+                        "lse_bwd", prototype_backward._lse_bwd_kernel, dtype, meta, torch.float32, archs
+                    )
 
 
 def _backward_wide() -> Iterator[AotConfiguration]:
@@ -185,19 +214,88 @@ def _backward_wide() -> Iterator[AotConfiguration]:
                 "INPUT_PRECISION": _launch.input_precision(dtype),
                 **config.launch_options(),
             }
-            yield _configuration("lse_bwd_tile", prototype_lse._lse_bwd_tile_kernel, dtype, meta, archs=archs)
+            yield _configuration("lse_bwd_tile", prototype_backward._lse_bwd_tile_kernel, dtype, meta, archs=archs)
+
+
+def _pair_scalings(dtype: torch.dtype) -> list[tuple[bool, bool]]:
+    """(FIXED_SHIFT, HAS_TEMPERATURE): a fixed shift takes half types, and a temperature known to be large."""
+    return [(False, True), (False, False)] + [(True, False)] * (dtype.itemsize == 2)
+
+
+def _pair_forward() -> Iterator[AotConfiguration]:
+    for dtype in _TRITON_NAMES:
+        configs = [(c, True) for c in _launch.PAIR_FORWARD_NARROW.values() if dtype.itemsize == 2]
+        configs += [(c, False) for c in dict.fromkeys(_of_type(_launch.PAIR_FORWARD_WIDE, dtype).values())]
+        combinations = itertools.product(configs, _pair_scalings(dtype))
+        for (config, is_narrow), (fixed_shift, tensor_temperature) in combinations:
+            meta = {
+                "FIXED_SHIFT": fixed_shift,
+                "HAS_TEMPERATURE": tensor_temperature,
+                "NARROW": is_narrow,
+                "INPUT_PRECISION": _launch.input_precision(dtype),
+                **config.launch_options(),
+            }
+            yield _configuration("pair_triangle", pair_forward._pair_triangle_kernel, dtype, meta)
+            for has_mask, inside in itertools.product((True, False), repeat=2):
+                positives = {"HAS_MASK": has_mask, "HAS_POSITIVES": has_mask or inside, "INSIDE": inside}
+                yield _configuration("pair_fwd", pair_forward._pair_fwd_kernel, dtype, positives | meta)
+
+
+def _pair_backward() -> Iterator[AotConfiguration]:
+    sides = [(True, True), (True, False), (False, True)]
+    for dtype in _TRITON_NAMES:
+        combinations = itertools.product(sides, (True, False), _pair_scalings(dtype))
+        for (rows, cols), inside, (fixed_shift, tensor_temperature) in combinations:
+            shared = {
+                "HAS_ROWS": rows,
+                "HAS_COLS": cols,
+                "INSIDE": inside,
+                "FIXED_SHIFT": fixed_shift,
+                "HAS_TEMPERATURE": tensor_temperature,
+                "HAS_RANGE": dtype == torch.float16,
+                "INPUT_PRECISION": _launch.input_precision(dtype),
+            }
+            if dtype.itemsize == 2:
+                tables = _launch.PAIR_BACKWARD_NARROW, _launch.PAIR_BACKWARD_NARROW_TIGHT
+                for config, archs in _by_architecture(*tables, inside or not rows):
+                    meta = {**shared, **config.launch_options()}
+                    yield _configuration("pair_bwd", pair_backward._pair_bwd_kernel, dtype, meta, archs=archs)
+            for has_mask in (False, True):
+                tight = inside or has_mask
+                table = _launch.PAIR_BACKWARD_WIDE_TIGHT if tight else _launch.PAIR_BACKWARD_WIDE
+                for config in dict.fromkeys(_of_type(table, dtype).values()):
+                    meta = {**shared, "HAS_MASK": has_mask, **config.launch_options()}
+                    yield _configuration("pair_bwd_tile", pair_backward._pair_bwd_tile_kernel, dtype, meta)
 
 
 def _over_rows() -> Iterator[AotConfiguration]:
     for dtype, dim in itertools.product(_TRITON_NAMES, (16, 32, 64, 128, 256, 512, 1024)):
-        for tensor_temperature, normalize in itertools.product((False, True), repeat=2):
-            meta = {"HAS_TEMPERATURE": tensor_temperature, "NORMALIZE": normalize, **_launch.row_blocks(dim)}
-            yield _configuration("inverse_norms", prototype_lse._inverse_norms_kernel, dtype, meta)
-            # The narrow backward undoes the scale of fp16 itself.
-            meta["HAS_RANGE"] = dtype == torch.float16 and not _launch.is_narrow(dtype, dim)
-            for grad_dtype in {None, None if dtype == torch.float32 else torch.float32}:
-                yield _configuration("finish", prototype_lse._finish_kernel, dtype, meta, grad_dtype)
-    yield _configuration("combine", prototype_lse._combine_kernel, torch.float32, _launch.COMBINE_BLOCKS)
+        blocks = _launch.row_blocks(dim)
+        # Library products leave the scale of fp16 to be undone; the narrow backwards undo it themselves.
+        ranges = [False] * _launch.is_narrow(dtype, dim) + [True] if dtype == torch.float16 else [False]
+        for tensor_temperature in (False, True):
+            temperature = {"HAS_TEMPERATURE": tensor_temperature}
+            yield _configuration(
+                "class_positives", pair_forward._class_positives_kernel, dtype, {**temperature, **blocks}
+            )
+            for normalize in (False, True):
+                meta = {**temperature, "NORMALIZE": normalize, **blocks}
+                yield _configuration("inverse_norms", prototype_forward._inverse_norms_kernel, dtype, meta)
+                for has_range, grad_dtype in itertools.product(ranges, {None, _other_grad_dtype(dtype)}):
+                    meta = {**temperature, "HAS_RANGE": has_range, "NORMALIZE": normalize, **blocks}
+                    yield _configuration("finish", _epilogue._finish_kernel, dtype, meta, grad_dtype)
+        for normalize in (False, True):
+            yield _configuration("norms", pair_forward._norms_kernel, dtype, {"NORMALIZE": normalize, **blocks})
+    tables = (_launch.PAIR_FORWARD_NARROW, _launch.PAIR_FORWARD_WIDE)
+    steps = {config.block_r for table in tables for config in table.values()}  # one a block of rows of the triangle
+    for step, accumulate in [(0, False), (0, True), *((step, True) for step in sorted(steps))]:
+        meta = {"STEP": step, "ACCUMULATE": accumulate, **_launch.COMBINE_BLOCKS}
+        yield _configuration("combine", _epilogue._combine_kernel, torch.float32, meta)
+
+
+def _other_grad_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """float32 prototypes of half features keep a float32 gradient."""
+    return None if dtype == torch.float32 else torch.float32
 
 
 def _sums() -> Iterator[AotConfiguration]:

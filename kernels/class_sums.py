@@ -9,6 +9,8 @@ Shapes: N samples, K classes, D width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -88,6 +90,43 @@ def segment_sum(values: Tensor, labels: Tensor, num_classes: int, ignore_index: 
     return sums
 
 
+@dataclass(frozen=True)
+class Members:
+    """The samples of each class, side by side."""
+
+    order: Tensor  # [N] int64: samples sorted by class
+    bounds: Tensor  # [K + 1] int64: where each class begins in `order`
+
+    def classes(self, first: int, last: int) -> Members:
+        return Members(self.order, self.bounds[first : last + 1])
+
+
+def by_class(labels: Tensor, num_classes: int, ignore_index: int = -1) -> Members:
+    """Samples by class, without ignore_index and labels outside [0, K)."""
+    valid = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
+    sorted_labels, order = torch.where(valid, labels, num_classes).sort(stable=True)
+    bounds = torch.searchsorted(sorted_labels, torch.arange(num_classes + 1, device=labels.device))
+    return Members(order, bounds)
+
+
+def sum_members(features: Tensor, inv_norms: Tensor, members: Members) -> Tensor:
+    """Σ of features [N, D], contiguous along D, times inv_norms [N] over each class's members → [K, D] fp32."""
+    dim, num_classes = features.shape[1], len(members.bounds) - 1
+    sums = torch.empty(num_classes, dim, device=features.device)
+    blocks = _launch.class_sum_blocks(dim)
+    _class_sums_kernel[(num_classes, cdiv(dim, blocks["BLOCK_D"]))](
+        features_ptr=features,
+        inv_norms_ptr=inv_norms,
+        order_ptr=members.order,
+        bounds_ptr=members.bounds,
+        sums_ptr=sums,
+        D=dim,
+        stride=features.stride(0),
+        **blocks,
+    )
+    return sums
+
+
 def class_sums(
     features: Tensor, inv_norms: Tensor, labels: Tensor, num_classes: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
@@ -95,22 +134,7 @@ def class_sums(
 
     Labels outside [0, K) and ignore_index are left out.
     """
-    valid = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
-    sorted_labels, order = torch.where(valid, labels, num_classes).sort(stable=True)
-    bounds = torch.searchsorted(sorted_labels, torch.arange(num_classes + 1, device=labels.device))
-    features = _launch.row_major(features)
-    dim = features.shape[1]
-    sums = torch.empty(num_classes, dim, device=features.device)
-    blocks = _launch.class_sum_blocks(dim)
+    members = by_class(labels, num_classes, ignore_index)
     with _launch.on_device(features):
-        _class_sums_kernel[(num_classes, cdiv(dim, blocks["BLOCK_D"]))](
-            features_ptr=features,
-            inv_norms_ptr=inv_norms,
-            order_ptr=order,
-            bounds_ptr=bounds,
-            sums_ptr=sums,
-            D=dim,
-            stride=features.stride(0),
-            **blocks,
-        )
-    return sums, bounds.diff()
+        sums = sum_members(_launch.row_major(features), inv_norms, members)
+    return sums, members.bounds.diff()

@@ -19,9 +19,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = ("lse_fwd", "lse_bwd", "lse_bwd_tile", "finish", "inverse_norms", "class_sums", "segment_sum", "combine")
+KERNELS = (
+    "lse_fwd", "lse_bwd", "lse_bwd_tile", "inverse_norms",
+    "pair_fwd", "pair_triangle", "pair_bwd", "pair_bwd_tile", "norms", "class_positives",
+    "finish", "combine", "class_sums", "segment_sum",
+)  # fmt: skip
 SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
-HALF_PRODUCTS = re.compile("^lse_(fwd|bwd|bwd_tile)-(bf16|fp16)-")
+HALF_PRODUCTS = re.compile("^(lse|pair)_(fwd|triangle|bwd|bwd_tile)-(bf16|fp16)-")
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
@@ -85,6 +89,7 @@ def select(selection: str, kernel: str, architecture: int) -> list[tuple[str, in
                 blocks,
                 c.options["num_warps"],
                 c.constexprs.get("A_IS_CLASSES"),
+                c.constexprs.get("HAS_MASK"),
             )
             hardest[group] = max(hardest.get(group, c), c, key=lambda c: sum(v is True for v in c.constexprs.values()))
     return [(c.name, architecture, aligned) for c in hardest.values() for aligned in (True, False)]

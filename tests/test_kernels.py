@@ -6,8 +6,10 @@ float64, plus a few units of rounding. Uninitialised memory is filled with NaN t
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -19,7 +21,17 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 pytest.importorskip("triton")
 
-from hypercontrast.kernels import _launch, aot, prototype_lse  # noqa: E402
+from hypercontrast.kernels import (  # noqa: E402
+    _epilogue,
+    _launch,
+    aot,
+    class_sums,
+    pair_backward,
+    pair_forward,
+    prototype_backward,
+    prototype_forward,
+    prototype_lse,
+)
 
 pytestmark = [
     # The interpreter computes with NumPy, which warns of the infinities that the kernels rely on.
@@ -449,39 +461,49 @@ def test_class_sums(n, k, d, dtype):
     assert torch.equal(counts, torch.bincount(labels[kept], minlength=k))
 
 
+class Recorder:
+    """A kernel that notes what it is launched with."""
+
+    def __init__(self, kernel, launched: set) -> None:
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid):
+        def launch(**arguments):
+            self.launched.add((self.kernel.fn.__name__, fixed_arguments(arguments)))
+            return self.kernel[grid](**arguments)
+
+        return launch
+
+
+def fixed_arguments(arguments: dict) -> frozenset:
+    options = ("num_warps", "num_stages", "maxnreg")
+    return frozenset((k, v) for k, v in arguments.items() if v is None or (k.isupper() and len(k) > 1) or k in options)
+
+
+@contextlib.contextmanager
+def record_launches(monkeypatch) -> Iterator[set]:
+    """(name of the kernel, what is fixed when it is compiled) of every launch."""
+    launched: set = set()
+    with monkeypatch.context() as patch:
+        for module in (_epilogue, class_sums, pair_backward, pair_forward, prototype_backward, prototype_forward):
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                patch.setattr(module, name, Recorder(getattr(module, name), launched))
+        yield launched
+
+
+def compiled_ahead_of_time() -> set:
+    return {(c.kernel.fn.__name__, fixed_arguments({**c.constexprs, **c.options})) for c in aot.aot_configurations()}
+
+
 def test_every_launch_is_a_configuration_compiled_ahead_of_time(monkeypatch):
     """What the launchers ask for is what tests/test_compile.py compiles."""
-    launched = set()
-
-    class Recorder:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            def launch(**arguments):
-                launched.add((self.kernel.fn.__name__, fixed_arguments(arguments)))
-                return self.kernel[grid](**arguments)
-
-            return launch
-
-    def fixed_arguments(arguments):
-        options = ("num_warps", "num_stages", "maxnreg")
-        return frozenset(
-            (k, v) for k, v in arguments.items() if v is None or (k.isupper() and len(k) > 1) or k in options
-        )
-
-    kernels = [name for name in vars(prototype_lse) if name.endswith("_kernel")]
-    for name in kernels:
-        monkeypatch.setattr(prototype_lse, name, Recorder(getattr(prototype_lse, name)))
     monkeypatch.setattr(_launch, "COMPACT_FLOP", 0)
-    for seed in range(30):
-        monkeypatch.setattr(_launch, "TARGET_PROGRAMS", 1 + seed % 4)
-        case, generator = make_case(seed, (65, 70, (16, 48, 136)[seed % 3]))
-        run_kernels(case, random_upstream(case, generator))
-    monkeypatch.undo()
-    compiled = {
-        (c.kernel.fn.__name__, fixed_arguments({**c.constexprs, **c.options})) for c in aot.aot_configurations()
-    }
-    assert {name for name, _ in launched} == set(kernels)
-    missing = [(name, sorted(map(str, fixed))) for name, fixed in launched - compiled]
+    with record_launches(monkeypatch) as launched:
+        for seed in range(30):
+            monkeypatch.setattr(_launch, "TARGET_PROGRAMS", 1 + seed % 4)
+            case, generator = make_case(seed, (65, 70, (16, 48, 136)[seed % 3]))
+            run_kernels(case, random_upstream(case, generator))
+    kernels = {"_lse_fwd_kernel", "_inverse_norms_kernel", "_lse_bwd_kernel", "_lse_bwd_tile_kernel"}
+    assert {name for name, _ in launched} == kernels | {"_combine_kernel", "_finish_kernel"}
+    missing = [(name, sorted(map(str, fixed))) for name, fixed in launched - compiled_ahead_of_time()]
     assert not missing

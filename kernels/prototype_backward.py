@@ -1,0 +1,358 @@
+"""Backward over prototypes and samples: the gradients of both. The derivation is in prototype_lse.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch
+from ._epilogue import Gradient, finish, fp16_range, mm_fp32
+from ._launch import cdiv
+from ._prototype_tiles import Operands, Options, class_logits, load_classes
+from ._tiles import exp, load_inverse_temperature, load_rows, product, split_range
+
+
+@triton.jit
+def _load_side(lse_ptr, grad_ptr, row, inside, USED: tl.constexpr):
+    """Log-sum-exp and its upstream gradient, of one side of a tile.
+
+    Where nothing was summed (-inf), and outside, +inf stands in: exp(s - inf) = 0 for every logit, with no NaN.
+    """
+    if USED:
+        lse = tl.load(lse_ptr + row, mask=inside, other=float("inf"))
+        grad = tl.load(grad_ptr + row, mask=inside, other=0.0)
+        return tl.where(lse == float("-inf"), float("inf"), lse), grad
+    else:
+        return tl.zeros_like(row).to(tl.float32), tl.zeros_like(row).to(tl.float32)
+
+
+@triton.jit
+def _logit_grads(
+    logits_RC,
+    class_R,
+    class_C,
+    lse_R,
+    grad_R,
+    lse_C,
+    grad_C,
+    positive_RC,  # g_pos, broadcast along the classes
+    HAS_A: tl.constexpr,
+    HAS_B: tl.constexpr,
+    EXCLUDE_OWN: tl.constexpr,
+):
+    """G of one tile in fp32, positives included."""
+    grads_RC = tl.zeros_like(logits_RC)
+    if HAS_A:
+        grads_RC += grad_R[:, None] * exp(logits_RC - lse_R[:, None])
+    if HAS_B:
+        grads_RC += grad_C[None, :] * exp(logits_RC - lse_C[None, :])
+    own_RC = class_R[:, None] == class_C[None, :]
+    if EXCLUDE_OWN:
+        grads_RC = tl.where(own_RC, positive_RC, grads_RC)
+    else:
+        grads_RC = tl.where(own_RC, grads_RC + positive_RC, grads_RC)
+    return tl.where((class_R >= 0)[:, None] & (class_C >= 0)[None, :], grads_RC, 0.0)
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _lse_bwd_kernel(
+    a_ptr,  # [R, D] operand whose gradient this program sums
+    b_ptr,  # [C, D]
+    inv_a_ptr,
+    inv_b_ptr,
+    labels_ptr,  # [N] int64
+    lse_a_ptr,  # fp32, one a row of A, when HAS_A
+    lse_b_ptr,  # fp32, one a row of B, when HAS_B
+    grad_a_ptr,  # upstream gradient of lse_a
+    grad_b_ptr,
+    grad_pos_ptr,  # [N] fp32
+    temperature_ptr,
+    present_ptr,
+    num_present_ptr,
+    range_ptr,  # [1] fp32 power of two that brings G into fp16's range, when HAS_RANGE
+    grad_ptr,  # [R, D]: dA
+    radial_ptr,  # [R] fp32: x·P, see the top of the file
+    partials_ptr,  # [S, R, D] fp32 when SPLIT: P of this split
+    R,
+    C,
+    D,
+    num_classes,
+    stride_a,
+    stride_b,
+    stride_partials,
+    ignore_index,
+    inv_temperature,
+    A_IS_CLASSES: tl.constexpr,
+    EXCLUDE_OWN: tl.constexpr,
+    HAS_A: tl.constexpr,
+    HAS_B: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_RANGE: tl.constexpr,
+    COMPACT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    if COMPACT:
+        if A_IS_CLASSES:
+            R = tl.load(num_present_ptr)
+        else:
+            C = tl.load(num_present_ptr)
+    if tl.program_id(0) * BLOCK_R >= R:
+        return
+    row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside_R = row_R < R
+    class_R = load_classes(row_R, R, labels_ptr, present_ptr, num_classes, ignore_index, A_IS_CLASSES, COMPACT)
+    inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
+    inv_a_R = tl.load(inv_a_ptr + row_R, mask=inside_R, other=0.0)
+    lse_R, grad_R = _load_side(lse_a_ptr, grad_a_ptr, row_R, inside_R, HAS_A)
+    a_RD = load_rows(a_ptr, row_R, inside_R, stride_a, 0, D, BLOCK_D)
+    if not A_IS_CLASSES:
+        positive_R = tl.load(grad_pos_ptr + row_R, mask=inside_R, other=0.0)
+    fp16_range = 1.0
+    if HAS_RANGE:
+        fp16_range = tl.load(range_ptr)
+
+    sum_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    first, last = split_range(tl.program_id(1), tl.num_programs(1), C, BLOCK_C)
+    for start in range(first, last, BLOCK_C):
+        row_C = start + tl.arange(0, BLOCK_C)
+        inside_C = row_C < C
+        class_C = load_classes(row_C, C, labels_ptr, present_ptr, num_classes, ignore_index, not A_IS_CLASSES, COMPACT)
+        b_CD = load_rows(b_ptr, row_C, inside_C, stride_b, 0, D, BLOCK_D)
+        inv_b_C = tl.load(inv_b_ptr + row_C, mask=inside_C, other=0.0)
+        lse_C, grad_C = _load_side(lse_b_ptr, grad_b_ptr, row_C, inside_C, HAS_B)
+        if A_IS_CLASSES:
+            positive_RC = tl.load(grad_pos_ptr + row_C, mask=inside_C, other=0.0)[None, :]
+        else:
+            positive_RC = positive_R[:, None]
+        dots_RC = tl.dot(a_RD, b_CD.T, input_precision=INPUT_PRECISION)
+        logits_RC = class_logits(dots_RC, inv_a_R, inv_b_C, inv_temp, A_IS_CLASSES)
+        grads_RC = _logit_grads(
+            logits_RC, class_R, class_C, lse_R, grad_R, lse_C, grad_C, positive_RC, HAS_A, HAS_B, EXCLUDE_OWN
+        )
+        weights_RC = (grads_RC * (inv_b_C * fp16_range)[None, :]).to(b_CD.dtype)
+        sum_RD = tl.dot(weights_RC, b_CD, sum_RD, input_precision=INPUT_PRECISION)
+
+    sum_RD *= (inv_a_R / fp16_range)[:, None]
+    depth = tl.arange(0, BLOCK_D)
+    inside_RD = inside_R[:, None] & (depth < D)[None, :]
+    start_R = row_R.to(tl.int64) * D
+    if SPLIT:
+        partials_ptr += tl.program_id(1).to(tl.int64) * stride_partials
+        tl.store(partials_ptr + start_R[:, None] + depth[None, :], sum_RD, mask=inside_RD)
+    else:
+        x_RD = a_RD.to(tl.float32)
+        radial_R = tl.sum(x_RD * sum_RD, axis=1)
+        if NORMALIZE:
+            sum_RD -= x_RD * (radial_R * inv_a_R * inv_a_R)[:, None]
+        tl.store(grad_ptr + start_R[:, None] + depth[None, :], sum_RD * inv_temp, mask=inside_RD)
+        tl.store(radial_ptr + row_R, radial_R, mask=inside_R)
+
+
+@triton.jit(do_not_specialize=["ignore_index", "row_start"])
+def _lse_bwd_tile_kernel(
+    w_ptr,  # [R, D]: this chunk of classes, and so are all vectors over classes but present_ptr
+    z_ptr,  # [C, D]: this chunk of samples, and so are all vectors over samples
+    inv_w_ptr,
+    inv_z_ptr,
+    labels_ptr,
+    row_lse_ptr,
+    col_lse_ptr,
+    grad_row_ptr,
+    grad_col_ptr,
+    grad_pos_ptr,
+    temperature_ptr,
+    present_ptr,
+    num_present_ptr,
+    range_ptr,
+    h_ptr,  # [R, C] in the operand's type
+    R,
+    C,
+    D,
+    row_start,  # of this chunk among the (present) classes
+    num_classes,
+    stride_w,
+    stride_z,
+    stride_h,
+    ignore_index,
+    inv_temperature,
+    HAS_ROWS: tl.constexpr,
+    HAS_COLS: tl.constexpr,
+    EXCLUDE_OWN: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_RANGE: tl.constexpr,
+    COMPACT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """H of one tile. Rows past the present classes are written as zeros: the library products read them."""
+    row_blocks = tl.cdiv(R, BLOCK_R)
+    row_R = tl.program_id(0) % row_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_C = tl.program_id(0) // row_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    members, depth = R, D
+    if COMPACT:
+        members = tl.minimum(R, tl.load(num_present_ptr) - row_start)
+        depth = tl.where(
+            tl.program_id(0) % row_blocks * BLOCK_R < members, D, 0
+        )  # a block of absent classes: no product
+    inside_R, inside_C = row_R < members, row_C < C
+    class_R = load_classes(
+        row_start + row_R, row_start + members, labels_ptr, present_ptr, num_classes, ignore_index, True, COMPACT
+    )
+    class_C = load_classes(row_C, C, labels_ptr, present_ptr, num_classes, ignore_index, False, COMPACT)
+    inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
+    dots_RC = product(
+        w_ptr, z_ptr, row_R, row_C, inside_R, inside_C, stride_w, stride_z, depth,
+        BLOCK_R, BLOCK_C, BLOCK_D, INPUT_PRECISION,
+    )  # fmt: skip
+    inv_w_R = tl.load(inv_w_ptr + row_R, mask=inside_R, other=0.0)
+    inv_z_C = tl.load(inv_z_ptr + row_C, mask=inside_C, other=0.0)
+    lse_R, grad_R = _load_side(row_lse_ptr, grad_row_ptr, row_R, inside_R, HAS_ROWS)
+    lse_C, grad_C = _load_side(col_lse_ptr, grad_col_ptr, row_C, inside_C, HAS_COLS)
+    positive_RC = tl.load(grad_pos_ptr + row_C, mask=inside_C, other=0.0)[None, :]
+    logits_RC = class_logits(dots_RC, inv_w_R, inv_z_C, inv_temp, True)
+    grads_RC = _logit_grads(
+        logits_RC, class_R, class_C, lse_R, grad_R, lse_C, grad_C, positive_RC, HAS_ROWS, HAS_COLS, EXCLUDE_OWN
+    )
+    if HAS_RANGE:
+        inv_w_R *= tl.load(range_ptr)
+    h_RC = grads_RC * inv_w_R[:, None] * inv_z_C[None, :]
+    h_ptrs = h_ptr + row_R.to(tl.int64)[:, None] * stride_h + row_C[None, :]
+    tl.store(h_ptrs, h_RC, mask=(row_R < R)[:, None] & (row_C < C)[None, :])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launchers
+
+
+@dataclass(frozen=True)
+class Side(Gradient):
+    """One operand in the backward: what was kept of it, the upstream gradient of its log-sum-exp, and where dX goes."""
+
+    lse: Tensor | None  # [R], None when its log-sum-exp is not used
+    upstream: Tensor | None  # [R]
+
+
+def narrow(operands: Operands, options: Options, classes: Side, samples: Side, grad_pos: Tensor) -> None:
+    _launch_narrow(operands, options, classes, samples, grad_pos, a_is_classes=True)
+    _launch_narrow(operands, options, samples, classes, grad_pos, a_is_classes=False)
+
+
+def _launch_narrow(
+    operands: Operands, options: Options, a: Side, b: Side, grad_pos: Tensor, *, a_is_classes: bool
+) -> None:
+    """dA, by recomputing the logits."""
+    num_rows, (num_columns, dim) = len(a.x), b.x.shape
+    tight = _launch.is_tight((b if a_is_classes else a).lse is not None, a.x.device)
+    config = _launch.narrow_config(_launch.BACKWARD_NARROW_TIGHT if tight else _launch.BACKWARD_NARROW, dim)
+    row_blocks = cdiv(num_rows, config.block_r)
+    splits = _launch.split_count(row_blocks, cdiv(num_columns, config.block_c), 4 * num_rows * dim)
+    weights_range = fp16_range(a.x.dtype, (a.upstream, b.upstream, grad_pos), b.inv)
+    new = torch.empty if operands.present is None else torch.zeros  # rows of absent classes are not visited
+    partials = new(splits, num_rows, dim, device=a.x.device) if splits > 1 else None
+    _lse_bwd_kernel[(row_blocks, splits)](
+        a_ptr=a.x,
+        b_ptr=b.x,
+        inv_a_ptr=a.inv,
+        inv_b_ptr=b.inv,
+        labels_ptr=operands.labels,
+        lse_a_ptr=a.lse,
+        lse_b_ptr=b.lse,
+        grad_a_ptr=a.upstream,
+        grad_b_ptr=b.upstream,
+        grad_pos_ptr=grad_pos,
+        range_ptr=weights_range,
+        grad_ptr=a.grad,
+        radial_ptr=a.radial,
+        partials_ptr=partials,
+        R=num_rows,
+        C=num_columns,
+        D=dim,
+        stride_a=a.x.stride(0),
+        stride_b=b.x.stride(0),
+        stride_partials=num_rows * dim,
+        A_IS_CLASSES=a_is_classes,
+        HAS_A=a.lse is not None,
+        HAS_B=b.lse is not None,
+        HAS_RANGE=weights_range is not None,
+        SPLIT=splits > 1,
+        NORMALIZE=options.normalize and splits == 1,  # of partial results the next kernel removes the radial part
+        INPUT_PRECISION=_launch.input_precision(a.x.dtype),
+        **operands.class_arguments(),
+        **options.scalars(),
+        **config.launch_options(),
+    )
+    if partials is not None:
+        finish(options, a, partials, None)  # the kernel has undone the scale of fp16
+
+
+def wide(operands: Operands, options: Options, classes: Side, samples: Side, grad_pos: Tensor) -> None:
+    """Both gradients through H, a bounded chunk at a time along the longer side; the other side's sum stays in fp32."""
+    dtype, num_rows, num_samples = samples.x.dtype, len(classes.x), len(samples.x)
+    weights_range = fp16_range(dtype, (classes.upstream, samples.upstream, grad_pos), classes.inv, samples.inv)
+    longer, shorter = (classes, samples) if num_rows > num_samples else (samples, classes)
+    whole_sum = None
+    for rows, columns in _launch.chunks(num_rows, num_samples, dtype.itemsize):
+        w, z = classes.rows(rows), samples.rows(columns)
+        h = _launch_tile(operands, options, w, z, columns, rows.start, grad_pos, weights_range)
+        sums = {id(classes): mm_fp32(h, z.x), id(samples): mm_fp32(h.T, w.x)}
+        finish(options, w if longer is classes else z, sums[id(longer)][None], weights_range)
+        whole_sum = sums[id(shorter)] if whole_sum is None else whole_sum.add_(sums[id(shorter)])
+    finish(options, shorter, whole_sum[None], weights_range)
+
+
+def _launch_tile(
+    operands: Operands,
+    options: Options,
+    classes: Side,
+    samples: Side,
+    columns: slice,
+    row_start: int,
+    grad_pos: Tensor,
+    weights_range: Tensor | None,
+) -> Tensor:
+    """H of a chunk of classes and samples, in the operand's type."""
+    num_rows, (num_columns, dim) = len(classes.x), samples.x.shape
+    tight = _launch.is_tight(samples.lse is not None, samples.x.device)
+    table = _launch.BACKWARD_WIDE_TIGHT if tight else _launch.BACKWARD_WIDE
+    config = _launch.wide_config(table, samples.x.dtype, num_rows, num_columns)
+    h = samples.x.new_empty(num_rows, cdiv(num_columns, 64) * 64)  # padded: library products want aligned rows
+    _lse_bwd_tile_kernel[(cdiv(num_rows, config.block_r) * cdiv(num_columns, config.block_c),)](
+        w_ptr=classes.x,
+        z_ptr=samples.x,
+        inv_w_ptr=classes.inv,
+        inv_z_ptr=samples.inv,
+        labels_ptr=operands.labels[columns],
+        row_lse_ptr=classes.lse,
+        col_lse_ptr=samples.lse,
+        grad_row_ptr=classes.upstream,
+        grad_col_ptr=samples.upstream,
+        grad_pos_ptr=grad_pos[columns],
+        range_ptr=weights_range,
+        h_ptr=h,
+        R=num_rows,
+        C=num_columns,
+        D=dim,
+        row_start=row_start,
+        stride_w=classes.x.stride(0),
+        stride_z=samples.x.stride(0),
+        stride_h=h.stride(0),
+        HAS_ROWS=classes.lse is not None,
+        HAS_COLS=samples.lse is not None,
+        HAS_RANGE=weights_range is not None,
+        INPUT_PRECISION=_launch.input_precision(samples.x.dtype),
+        **operands.class_arguments(),
+        **options.scalars(),
+        **config.launch_options(),
+    )
+    return h[:, :num_columns]

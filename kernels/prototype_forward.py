@@ -1,0 +1,235 @@
+"""Forward over prototypes and samples: norms, positives and log-sum-exps. The derivation is in prototype_lse.py."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch
+from ._epilogue import combine
+from ._launch import cdiv
+from ._prototype_tiles import Operands, Options, class_logits, load_classes
+from ._tiles import (
+    add_exponentials,
+    empty_sum,
+    inverse,
+    load_inverse_temperature,
+    load_rows,
+    log_sum,
+    product,
+    split_range,
+)
+
+_MAX_FIXED_SHIFT = 64.0  # |s| below this: exp(s) neither overflows a sum of 2^34 terms in fp32 nor underflows
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _inverse_norms_kernel(
+    features_ptr,  # [N, D]
+    prototypes_ptr,  # [K, D]
+    labels_ptr,  # [N] int64
+    temperature_ptr,  # [1] fp32 when HAS_TEMPERATURE
+    inv_features_ptr,  # [N] fp32
+    inv_prototypes_ptr,  # [K] fp32
+    positives_ptr,  # [N] fp32
+    N,
+    K,
+    D,
+    stride_features,
+    stride_prototypes,
+    ignore_index,
+    inv_temperature,
+    HAS_TEMPERATURE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Inverse norms of both operands, and every sample's positive.
+
+    A positive is a product of two rows, read here once; finding it in the tiles of the log-sum-exp would cost each
+    tile a reduction across its rows. A label indexes memory only after it was found to lie in [0, K).
+    """
+    feature_blocks = tl.cdiv(N, BLOCK_R)
+    block = tl.program_id(0)
+    squares_R = tl.zeros((BLOCK_R,), tl.float32)
+    if block < feature_blocks:
+        sample_R = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        inside_R = sample_R < N
+        label_R = load_classes(sample_R, N, labels_ptr, None, K, ignore_index, False, False)
+        has_label_R = label_R >= 0
+        products_R = tl.zeros((BLOCK_R,), tl.float32)
+        own_squares_R = tl.zeros((BLOCK_R,), tl.float32)
+        for d in range(0, D, BLOCK_D):
+            z_RD = load_rows(features_ptr, sample_R, inside_R, stride_features, d, D, BLOCK_D).to(tl.float32)
+            w_RD = load_rows(prototypes_ptr, label_R, has_label_R, stride_prototypes, d, D, BLOCK_D).to(tl.float32)
+            squares_R += tl.sum(z_RD * z_RD, axis=1)
+            own_squares_R += tl.sum(w_RD * w_RD, axis=1)
+            products_R += tl.sum(z_RD * w_RD, axis=1)
+        inv_R = inverse(squares_R, NORMALIZE)
+        inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
+        positives_R = products_R * inv_R * inverse(own_squares_R, NORMALIZE) * inv_temp
+        tl.store(inv_features_ptr + sample_R, inv_R, mask=inside_R)
+        tl.store(positives_ptr + sample_R, tl.where(has_label_R, positives_R, 0.0), mask=inside_R)
+    else:
+        class_R = (block - feature_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+        inside_R = class_R < K
+        for d in range(0, D, BLOCK_D):
+            w_RD = load_rows(prototypes_ptr, class_R, inside_R, stride_prototypes, d, D, BLOCK_D).to(tl.float32)
+            squares_R += tl.sum(w_RD * w_RD, axis=1)
+        tl.store(inv_prototypes_ptr + class_R, inverse(squares_R, NORMALIZE), mask=inside_R)
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _lse_fwd_kernel(
+    a_ptr,  # [R, D] operand whose rows are summed over B
+    b_ptr,  # [C, D]
+    inv_a_ptr,  # fp32, one a row of A
+    inv_b_ptr,  # fp32, one a row of B
+    labels_ptr,  # [N] int64
+    temperature_ptr,  # [1] fp32 when HAS_TEMPERATURE
+    present_ptr,  # [R] int32, the class of each row, present ones first, when COMPACT
+    num_present_ptr,  # [1] int32: rows from here on are of absent classes and take no part, when COMPACT
+    lse_ptr,  # [S, R] fp32
+    R,
+    C,
+    D,
+    num_classes,
+    stride_a,
+    stride_b,
+    ignore_index,
+    inv_temperature,
+    A_IS_CLASSES: tl.constexpr,
+    EXCLUDE_OWN: tl.constexpr,
+    FIXED_SHIFT: tl.constexpr,  # exp(s) is summed as it is: |s| <= 64
+    HAS_TEMPERATURE: tl.constexpr,
+    COMPACT: tl.constexpr,
+    NARROW: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = R
+    if COMPACT:
+        R = tl.load(num_present_ptr)
+    if tl.program_id(0) * BLOCK_R >= R:
+        return
+    row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside_R = row_R < R
+    class_R = load_classes(row_R, R, labels_ptr, present_ptr, num_classes, ignore_index, A_IS_CLASSES, COMPACT)
+    inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
+    inv_a_R = tl.load(inv_a_ptr + row_R, mask=inside_R, other=0.0)
+    if NARROW:
+        a_RD = load_rows(a_ptr, row_R, inside_R, stride_a, 0, D, BLOCK_D)
+
+    maximum_R, total_R = empty_sum(BLOCK_R, FIXED_SHIFT)
+    first, last = split_range(tl.program_id(1), tl.num_programs(1), C, BLOCK_C)
+    for start in range(first, last, BLOCK_C):
+        row_C = start + tl.arange(0, BLOCK_C)
+        inside_C = row_C < C
+        class_C = load_classes(row_C, C, labels_ptr, present_ptr, num_classes, ignore_index, not A_IS_CLASSES, False)
+        if NARROW:
+            b_CD = load_rows(b_ptr, row_C, inside_C, stride_b, 0, D, BLOCK_D)
+            dots_RC = tl.dot(a_RD, b_CD.T, input_precision=INPUT_PRECISION)
+        else:
+            dots_RC = product(
+                a_ptr, b_ptr, row_R, row_C, inside_R, inside_C, stride_a, stride_b, D,
+                BLOCK_R, BLOCK_C, BLOCK_D, INPUT_PRECISION,
+            )  # fmt: skip
+        inv_b_C = tl.load(inv_b_ptr + row_C, mask=inside_C, other=0.0)
+        logits_RC = class_logits(dots_RC, inv_a_R, inv_b_C, inv_temp, A_IS_CLASSES)
+
+        summed_RC = (class_C >= 0)[None, :]
+        if EXCLUDE_OWN:
+            summed_RC = summed_RC & (class_R[:, None] != class_C[None, :])
+        logits_RC = tl.where(summed_RC, logits_RC, float("-inf"))
+        maximum_R, total_R = add_exponentials(maximum_R, total_R, logits_RC, 1, FIXED_SHIFT)
+
+    tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * rows + row_R, log_sum(maximum_R, total_R), mask=inside_R)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launchers
+
+
+def inverse_norms(operands: Operands, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Positives, and the inverse norms of features and prototypes."""
+    features, prototypes = operands.features, operands.prototypes
+    (num_samples, dim), num_classes = features.shape, len(prototypes)
+    positives = torch.empty(num_samples, dtype=torch.float32, device=features.device)
+    inv_features = torch.empty_like(positives)
+    inv_prototypes = positives.new_empty(num_classes)
+    blocks = _launch.row_blocks(dim)
+    _inverse_norms_kernel[(cdiv(num_samples, blocks["BLOCK_R"]) + cdiv(num_classes, blocks["BLOCK_R"]),)](
+        features_ptr=features,
+        prototypes_ptr=prototypes,
+        labels_ptr=operands.labels,
+        temperature_ptr=options.temperature,
+        inv_features_ptr=inv_features,
+        inv_prototypes_ptr=inv_prototypes,
+        positives_ptr=positives,
+        N=num_samples,
+        K=num_classes,
+        D=dim,
+        stride_features=features.stride(0),
+        stride_prototypes=prototypes.stride(0),
+        ignore_index=options.ignore_index,
+        inv_temperature=options.inv_temperature,
+        HAS_TEMPERATURE=options.temperature is not None,
+        NORMALIZE=options.normalize,
+        **blocks,
+    )
+    return positives, inv_features, inv_prototypes
+
+
+def lse(
+    operands: Operands,
+    options: Options,
+    inv_features: Tensor,
+    inv_prototypes: Tensor,
+    *,
+    a_is_classes: bool,
+) -> Tensor:
+    """row_lse when `a_is_classes`, else col_lse."""
+    present = operands.present
+    classes, samples = (operands.prototypes, inv_prototypes), (operands.features, inv_features)
+    if present is not None:
+        classes = present.take(operands.prototypes), present.take(inv_prototypes)
+    (a, inv_a), (b, inv_b) = (classes, samples) if a_is_classes else (samples, classes)
+    num_rows, (num_columns, dim) = len(a), b.shape
+    narrow = _launch.is_narrow(a.dtype, dim)
+    if narrow:
+        config = _launch.narrow_config(_launch.FORWARD_NARROW, dim)
+    else:
+        table = _launch.FORWARD_WIDE_TIGHT if _launch.is_tight(False, a.device) else _launch.FORWARD_WIDE
+        config = _launch.wide_config(table, a.dtype, num_rows, num_columns)
+    row_blocks = cdiv(num_rows, config.block_r)
+    splits = _launch.split_count(row_blocks, cdiv(num_columns, config.block_c), 4 * num_rows)
+    partials = torch.empty(splits, num_rows, device=a.device)
+    if present is not None:
+        partials.fill_(float("-inf"))  # rows of absent classes are not visited
+    if num_rows:
+        _lse_fwd_kernel[(row_blocks, splits)](
+            a_ptr=a,
+            b_ptr=b,
+            inv_a_ptr=inv_a,
+            inv_b_ptr=inv_b,
+            labels_ptr=operands.labels,
+            lse_ptr=partials,
+            R=num_rows,
+            C=num_columns,
+            D=dim,
+            stride_a=a.stride(0),
+            stride_b=b.stride(0),
+            A_IS_CLASSES=a_is_classes,
+            FIXED_SHIFT=options.fixed_shift(a.dtype, _MAX_FIXED_SHIFT),
+            NARROW=narrow,
+            INPUT_PRECISION=_launch.input_precision(a.dtype),
+            **operands.class_arguments(),
+            **options.scalars(),
+            **config.launch_options(),
+        )
+    summed = combine(partials) if splits > 1 else partials.view(-1)
+    return summed if present is None else present.spread(summed, len(operands.prototypes), float("-inf"))
