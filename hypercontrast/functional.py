@@ -35,13 +35,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from hypercontrast import _autograd, _checks, _supcon, reference
 from hypercontrast._autograd import Rule
 from hypercontrast._ops import resolve_backend
 from hypercontrast.buffer import NegativeBuffer
-from hypercontrast.distributed import ABSENT, GroupLike, resolve_group
+from hypercontrast.distributed import ABSENT, GroupLike, all_sum, resolve_group
 from hypercontrast.prototypes import ClassMeans
 
 __all__ = ["nonl_loss", "normface_loss", "ntce_loss", "resolve_backend", "supcon_loss"]
@@ -268,6 +269,9 @@ def supcon_loss(
     past = _queued(queue, features)
     if mask is not None and (process_group is not None or queue is not None):
         raise ValueError("mask must be None with a queue or over several ranks: it says nothing of their samples")
+    views_alone = labels is None and mask is None
+    if views_alone and queue is not None:
+        raise ValueError("labels must be given with a queue: without, no past sample can be told from this one")
     buffer = queue if isinstance(queue, NegativeBuffer) and queue.group is not None else None
     options: dict[str, Any] = {
         "temperature": temperature, "base_temperature": base_temperature, "variant": variant, "singletons": singletons,
@@ -275,6 +279,8 @@ def supcon_loss(
     }  # fmt: skip
     shape = features.shape[:-1]
     features, labels, mask = reference.flatten_views(features, labels, mask, ref_features is None)
+    if views_alone and process_group is not None:
+        labels = labels + (dist.get_rank(process_group) << 40)  # every rank numbers its samples from zero
     if backend == "reference":
         _refuse_group(process_group)
         if features.device.type == "cpu":
@@ -289,8 +295,8 @@ def supcon_loss(
         loss, alone = _supcon.supcon_loss(
             features, labels, mask, refs, past, **options, group=process_group, buffer=buffer, backend=backend
         )
-    if singletons == "error" and alone > 0:
-        raise ValueError(f"labels must give every anchor a positive (singletons='error'), got {int(alone)} without")
+    if singletons == "error" and (lonely := int(all_sum(alone, process_group))):  # on all ranks, so that none waits
+        raise ValueError(f"labels must give every anchor a positive (singletons='error'), got {lonely} without")
     if reduction == "none":
         loss = loss.reshape(shape)
     return (loss, alone) if return_singletons else loss

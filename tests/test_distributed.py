@@ -17,7 +17,9 @@ K, D = 6, 5
 SPLITS = {2: [(9, 4), (5, 0)], 3: [(7, 2, 5), (3, 8, 0)], 4: [(4, 1, 6, 3), (0, 5, 2, 7)]}
 CASES = list(itertools.product(LOSSES, ["mean", "sum", "none"], [0.1, 0.01]))
 SUPCON = list(
-    itertools.product(["rows", "views", "queue", "buffer"], ["out", "in"], ["mean", "sum", "none"], [0.1, 0.01])
+    itertools.product(
+        ["rows", "views", "ntxent", "queue", "buffer"], ["out", "in"], ["mean", "sum", "none"], [0.1, 0.01]
+    )
 )
 
 
@@ -50,7 +52,7 @@ def run_supcon(case, features, labels, upstream, past, group, ranks):
     """The same of SupCon, for its features and a learned temperature; `past` is what every rank holds in its queue."""
     form, variant, reduction, tau = case
     torch.manual_seed(0)
-    layer = torch.nn.Linear(D, 2 * D if form == "views" else D).double()
+    layer = torch.nn.Linear(D, 2 * D if form in ("views", "ntxent") else D).double()
     tau = torch.tensor(tau, dtype=torch.float64, requires_grad=True)
     options = {"temperature": tau, "variant": variant, "reduction": reduction, "group": group}
     if form == "queue":
@@ -59,8 +61,9 @@ def run_supcon(case, features, labels, upstream, past, group, ranks):
         options["queue"] = hc.NegativeBuffer(D, 16, queue=len(past[0]), dtype=torch.float64, group=group)
         options["queue"].push(*past)
     z = layer(features)
-    loss = hc.supcon_loss(z.view(-1, 2, D) if form == "views" else z, labels, **options)
-    weights = upstream[:, None] if form == "views" else upstream
+    in_pairs = form in ("views", "ntxent")
+    loss = hc.supcon_loss(z.view(-1, 2, D) if in_pairs else z, None if form == "ntxent" else labels, **options)
+    weights = upstream[:, None] if in_pairs else upstream
     objective = ranks * (loss * weights).sum() if reduction == "none" else loss
     return loss.detach(), torch.autograd.grad(objective, (*layer.parameters(), tau))
 

@@ -343,6 +343,7 @@ BAD = {
     "queue not a pair": (TypeError, "queue must be a NegativeBuffer or a pair", lambda: hc.supcon_loss(Z, Y, queue=Z)),
     "queue of another width": (ValueError, "queue must hold features of dimension 3", lambda: hc.supcon_loss(Z, Y, queue=(Z[:, :2], Y))),
     "queue with a gradient": (ValueError, "queue must not require a gradient", lambda: hc.supcon_loss(Z, Y, queue=(Z.clone().requires_grad_(), Y))),
+    "queue without labels": (ValueError, "labels must be given with a queue", lambda: hc.supcon_loss(torch.randn(4, 2, 3), queue=(Z, Y))),
     "queue with a mask": (ValueError, "mask must be None with a queue", lambda: hc.supcon_loss(Z, mask=torch.ones(4, 4) > 0, queue=(Z, Y))),
     "queue of sample anchors": (ValueError, "queue must be None for anchor='sample'", lambda: hc.nonl_loss(Z, Z, Y, anchor="sample", queue=(Z, Y))),
 }  # fmt: skip
