@@ -24,7 +24,7 @@ $(VENV)/packages: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): about 5 GB and a few minutes, once"
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hypercontrast needs Python 3.10 or newer, got " + sys.version.split()[0])'
 	@python3 -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,demo,test]' 'setuptools>=77' ninja
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,demo,test]' 'setuptools>=64,<82' ninja
 	@touch $@
 
 # The extension is optional: where it cannot be built, its Python twin runs.
