@@ -184,14 +184,9 @@ def _prototype_loss(
     if isinstance(queue, NegativeBuffer) and queue.group is not None and process_group is not None:
         raise ValueError("queue must hold this rank's samples alone, got one of all ranks: make it with group=None")
     if backend == "reference":
-        _refuse_group(process_group)
         if features.device.type == "cpu":
             _checks.check_label_range(labels, len(prototypes), options["ignore_index"])
-            _checks.check_finite_norms("features", features.detach().norm(dim=1, dtype=_checks.accumulator(features)))
-            _checks.check_finite_norms(
-                "prototypes", prototypes.detach().norm(dim=1, dtype=_checks.accumulator(prototypes))
-            )
-            _checks.check_temperature_value(options["temperature"])
+        _check_for_specification(process_group, options["temperature"], features=features, prototypes=prototypes)
         if class_means is not None:
             class_means.update(features.detach(), labels, ignore_index=options["ignore_index"])
         if past is not None:
@@ -282,10 +277,7 @@ def supcon_loss(
     if views_alone and process_group is not None:
         labels = labels + (dist.get_rank(process_group) << 40)  # every rank numbers its samples from zero
     if backend == "reference":
-        _refuse_group(process_group)
-        if features.device.type == "cpu":
-            _checks.check_finite_norms("features", features.detach().norm(dim=1, dtype=_checks.accumulator(features)))
-            _checks.check_temperature_value(temperature)
+        _check_for_specification(process_group, temperature, features=features)
         past = None if past is None else _present(past)
         loss, alone = reference.supcon_loss(
             features, labels, mask=mask, ref_features=ref_features, ref_labels=ref_labels, queue=past, **options
@@ -319,6 +311,12 @@ def _present(past: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return past[0][used], past[1][used]
 
 
-def _refuse_group(group) -> None:
+def _check_for_specification(group: dist.ProcessGroup | None, temperature: float | Tensor, **operands: Tensor) -> None:
+    """What the operators of the other backends check by themselves."""
     if group is not None:
         raise ValueError("backend='reference' computes over one process, got a group of several: pass group=None")
+    for name, x in operands.items():
+        if x.device.type == "cpu":
+            _checks.check_finite_norms(name, x.detach().norm(dim=1, dtype=_checks.accumulator(x)))
+    if operands["features"].device.type == "cpu":
+        _checks.check_temperature_value(temperature)
