@@ -28,14 +28,18 @@ class Config:
 
     loss: Literal["ce", "normface", "ntce", "nonl", "scl", "etf-dr"] = "nonl"
     """What to minimise: cross-entropy, a prototype loss, SupCon over two views, or dot regression to a simplex ETF."""
+    anchor: Literal["prototype", "sample", "both"] = "prototype"
+    """What nonl contrasts: prototypes with samples (the paper's text), samples with prototypes (its code), or both."""
     dataset: str = "mnist5k"
-    """mnist5k, cifar10, cifar100, folder:PATH ({train,val}/CLASS/*.png) or parquet:PATH ({train,test}*.parquet)."""
+    """mnist5k, cifar10, cifar100, imagenet100, imagenet1k, folder:PATH ({train,val}/CLASS/*.png) or parquet:PATH."""
     data_root: str = "data"
-    """Folder that holds cifar10 and cifar100; nothing is ever downloaded."""
+    """Folder that holds the named data sets; nothing is ever downloaded."""
     recipe: str = "none"
     """Named settings that flags override; auto takes DATASET-LOSS where there is one, none takes no recipe."""
-    model: Literal["convnet", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "convnet"
-    """Backbone; the ResNets need torchvision and take a 3x3 stem for pictures up to 64 pixels."""
+    model: str = "convnet"
+    """convnet, resnet18 to resnet152, vit_b_16, vit_l_16 or timm:NAME; ResNets take a 3x3 stem up to 64 pixels."""
+    width: int = 64
+    """Channels after a ResNet's stem; 64 is the usual network, a quarter of it costs a sixteenth."""
     neck: Literal["none", "linear", "bn"] = "none"
     """Layer after pooling; a signed one (linear, bn) puts the simplex ETF within the features' reach."""
     head: Literal["mlp", "linear", "none"] = "mlp"
@@ -43,21 +47,39 @@ class Config:
     epochs: int = 8
     """Passes over the training set."""
     warmup_epochs: int = 1
-    """Epochs over which the learning rate rises linearly to --lr; 0 starts there."""
+    """Epochs over which the learning rate rises linearly to its peak; 0 starts there."""
+    warmup_lr: float = 0.0
+    """Learning rate that the warm-up starts from."""
     batch_size: int = 128
     """Largest global batch, over all ranks; every epoch is cut into equal batches of at most this many pictures."""
     lr: float = 0.2
     """Peak learning rate of SGD with momentum 0.9; a cosine takes it to a thousandth."""
+    lr_per: int = 0
+    """Pictures in a batch that --lr is meant for: the peak is lr * batch_size / lr_per; 0 takes --lr as it is."""
     weight_decay: float = 1e-4
     """L2 penalty on every parameter; 0 for none."""
     temperature: float = 0.2
     """Temperature τ of the prototype losses and scl; ce and etf-dr have none."""
+    temperature_rule: Literal["fixed", "learned", "cosine"] = "fixed"
+    """Keep τ, learn it from --temperature on, or take it along a cosine to --final-temperature."""
+    final_temperature: float = 0.1
+    """Where the cosine rule ends."""
     seed: int = 42
     """Fixes initial weights, batches and augmentation."""
+    imbalance: float = 1.0
+    """Pictures of the smallest class over those of the largest, in training; 1 takes all there are."""
+    imbalance_shape: Literal["exp", "step"] = "exp"
+    """How class sizes fall under --imbalance: exponentially, or in one step halfway."""
+    sampling: Literal["all", "sqrt", "balanced"] = "all"
+    """Pictures of an epoch: each once, or classes drawn by the square root of their size, or all classes alike."""
+    class_weights: Literal["none", "inverse"] = "none"
+    """Weigh a sample by one over its class's size in ce and the prototype losses, or all samples alike."""
     gpus: int = 0
     """GPUs of this machine to train on, one rank each; 0 takes one if there is one, else the CPU."""
     cpu_ranks: int = 0
     """Ranks on the CPU, over Gloo; 0 leaves the choice to --gpus."""
+    sync_bn: bool = False
+    """Batch norm over the batches of all GPUs; on one GPU or on the CPU there is nothing to join."""
     backend: Literal["auto", "reference", "blockwise", "triton"] = "auto"
     """Implementation of the prototype losses and scl."""
     queue: int = 0
@@ -66,28 +88,42 @@ class Config:
     """Chunks a batch is encoded in, for the memory of one; the step stays the batch's (but batch norm sees chunks)."""
     limit: int = 0
     """Use at most this many training and this many validation pictures, evenly from every class; 0 for all."""
+    evaluate_every: int = 1
+    """Epochs between measurements of accuracy and neural collapse; the last epoch is always measured."""
+    workers: int = 8
+    """Processes a rank that decode pictures too large to live on the device; 0 decodes in the rank itself."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the network and the augmentation; auto does on a GPU."""
     run_dir: str = ""
     """Folder of the run; by default runs/DATASET-LOSS-TIME."""
     resume: str = "none"
     """auto continues the run in --run-dir if there is one, PATH the run in that folder, none starts a new one."""
     dry_run: bool = False
-    """Print batch, negatives, steps, schedule and memory, then stop."""
+    """Print batch, negatives, steps, schedule, memory and time, then stop."""
     quiet: bool = False
     """Print the final line only."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             object.__setattr__(self, name, _checked(name, getattr(self, name), hint))
-        for name in ("epochs", "batch_size", "accumulate"):
+        for name in ("epochs", "batch_size", "accumulate", "evaluate_every", "width"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("lr", "temperature"):
+        for name in ("lr", "temperature", "final_temperature"):
             self._require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
-        self._require("weight_decay", 0 <= self.weight_decay < math.inf, "finite and not negative")
-        for name in ("gpus", "cpu_ranks", "queue", "limit", "seed"):
+        for name in ("weight_decay", "warmup_lr"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "finite and not negative")
+        for name in ("gpus", "cpu_ranks", "queue", "limit", "seed", "lr_per", "workers"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         self._require("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, "between 0 and epochs")
+        self._require("imbalance", 0 < self.imbalance <= 1, "above 0 and at most 1")
+        if self.loss != "nonl":
+            self._require("anchor", self.anchor == "prototype", f"prototype with loss {self.loss}")
+        if self.loss in ("ce", "etf-dr"):
+            self._require("temperature_rule", self.temperature_rule == "fixed", f"fixed with loss {self.loss}")
         if self.loss not in ("ntce", "nonl", "scl"):
             self._require("queue", self.queue == 0, f"0 with loss {self.loss}")
+        if self.loss in ("scl", "etf-dr"):
+            self._require("class_weights", self.class_weights == "none", f"none with loss {self.loss}")
         if self.loss == "scl":
             self._require("neck", self.neck == "none", "none with loss scl, which has a --head")
         if self.gpus and self.cpu_ranks:
@@ -101,6 +137,11 @@ class Config:
     def ranks(self) -> int:
         """Ranks to start on this machine."""
         return max(self.gpus, self.cpu_ranks, 1)
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after the warm-up."""
+        return self.lr * self.batch_size / self.lr_per if self.lr_per else self.lr
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
@@ -153,13 +194,24 @@ def resume_folder(config: Config) -> str:
 
 
 def read_recipe(name: str) -> Config:
+    """A recipe by its name: its own settings on those of the recipe it names as `base`."""
     if name not in recipe_names():
         raise UsageError(f"recipe must be auto, none or one of {', '.join(recipe_names())}, got {name!r}")
-    return dataclasses.replace(read_config(RECIPES / f"{name}.yaml"), recipe=name)
+    return _config_of({**_recipe_settings(name), "recipe": name}, RECIPES / f"{name}.yaml")
+
+
+def _recipe_settings(name: str) -> dict[str, Any]:
+    settings = _read_settings(RECIPES / f"{name}.yaml")
+    base = settings.pop("base", None)
+    return {**_recipe_settings(base), **settings} if base else settings
 
 
 def read_config(path: Path) -> Config:
     """A config from a YAML mapping: plain scalars only, an unknown key is an error."""
+    return _config_of(_read_settings(path), path)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
     yaml = _yaml()
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -167,6 +219,10 @@ def read_config(path: Path) -> Config:
         raise UsageError(f"{path} must be readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
+    return values
+
+
+def _config_of(values: dict[str, Any], path: Path) -> Config:
     known = {field.name for field in dataclasses.fields(Config)}
     if unknown := sorted(str(key) for key in values if key not in known):
         raise UsageError(f"{path} must hold known settings only, got {', '.join(unknown)}")
