@@ -41,7 +41,7 @@ from hypercontrast.objective import TrainingError
 from hypercontrast.probes import CosineProbe, Probe, ProbeSettings, fit_probe, train_probe
 from hypercontrast.progress import Progress, fail
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
-from hypercontrast.workspace import Embedded, Workspace
+from hypercontrast.workspace import Embedded, Workspace, network_tensors
 
 METHODS = {
     "prototypes": "fixed prototypes",
@@ -155,10 +155,10 @@ def _run_config(options: Options) -> Config:
 
 def _restored(config: Config, ranks: Ranks, tensors: dict[str, Tensor]) -> Workspace:
     workspace = Workspace(config, ranks)
-    wanted = workspace.network.state_dict()
-    if {n: x.shape for n, x in wanted.items()} != {n: x.shape for n, x in tensors.items() if n != "class_means"}:
+    wanted, found = workspace.network.state_dict(), network_tensors(tensors)
+    if {n: x.shape for n, x in wanted.items()} != {n: x.shape for n, x in found.items()}:
         raise CheckpointError("the checkpoint must hold the network that config.yaml describes, got other tensors")
-    workspace.network.load_state_dict({name: tensors[name] for name in wanted})
+    workspace.network.load_state_dict(found)
     return workspace
 
 
@@ -243,10 +243,12 @@ def class_means(workspace: Workspace) -> Tensor:
 
 @torch.no_grad()
 def _accuracy(made: Made, validation: Sequence[Embedded], workspace: Workspace) -> float:
-    hits = torch.zeros((), dtype=torch.int64, device=workspace.ranks.device)
+    counts = torch.zeros(2, dtype=torch.int64, device=workspace.ranks.device)
     for batch in validation:
-        hits += (made.classifier(getattr(batch, made.features)).argmax(1) == batch.labels).sum()
-    return int(workspace.ranks.sum(hits)) / len(workspace.dataset.validation)
+        chosen = torch.stack([made.classifier(getattr(batch, made.features)).argmax(1), batch.labels])
+        counts += (chosen == batch.labels).sum(1)
+    right, seen = workspace.ranks.sum(counts).tolist()
+    return right / seen
 
 
 def _collapse(made: Sequence[Made], workspace: Workspace) -> list[dict[str, float]]:

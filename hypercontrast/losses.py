@@ -144,12 +144,21 @@ class SupConLoss(_Loss):
 
 
 class CELoss(nn.Module):
-    """Cross-entropy of ordinary logits [N, K], the baseline: `F.cross_entropy` in float32, averaged over the
-    samples.
+    """Cross-entropy of ordinary logits [N, K], the baseline: `F.cross_entropy` in float32, averaged over the samples.
+
+    weight: of every class [K], meant to average 1 over the samples: the sum is divided by N, not by the weights' sum,
+    so that averages over ranks stay exact.
     """
 
+    weight: Tensor | None
+
+    def __init__(self, weight: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.to(_checks.accumulator(logits)), labels)
+        logits = logits.to(_checks.accumulator(logits))
+        return F.cross_entropy(logits, labels, self.weight, reduction="sum") / len(labels)
 
 
 class ETFDRLoss(nn.Module):

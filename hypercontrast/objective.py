@@ -5,6 +5,7 @@ Shapes: N samples, D dimensions.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -32,30 +33,51 @@ class Objective:
     The losses that do not span all ranks average over this rank's samples; `share`, its part of the global batch times
     the number of ranks, makes DDP's average over ranks the average over samples.
 
-    batch: the most rows that this rank's features have in a step.
+    batch: the most rows that this rank's features have in a step. class_counts: training samples of every class [K].
     """
 
-    def __init__(self, network: Network, config: Config, ranks: Ranks, batch: int) -> None:
-        self.network, self.ranks = network, ranks
+    def __init__(self, network: Network, config: Config, ranks: Ranks, batch: int, class_counts: Tensor) -> None:
+        self.network, self.ranks, self.config = network, ranks, config
         self.queue = _queue(config, ranks, batch, network.head.prototypes.shape[1]) if config.queue else None
         self._latest: tuple[Tensor, Tensor] | None = None
+        weight = None if config.class_weights == "none" else inverse_weights(class_counts).to(ranks.device)
         if config.loss in GLOBAL_LOSSES:
-            options: dict[str, Any] = {"queue": self.queue} if self.queue else {}
-            self.loss: torch.nn.Module = GLOBAL_LOSSES[config.loss](
-                temperature=config.temperature, backend=config.backend, **options
-            )
+            options: dict[str, Any] = {"temperature": config.temperature, "backend": config.backend}
+            if self.queue is not None:
+                options["queue"] = self.queue
+            if weight is not None:
+                options["weight"] = weight
+            if config.loss == "nonl":
+                options["anchor"] = config.anchor
+            self.loss: torch.nn.Module = GLOBAL_LOSSES[config.loss](**options).to(ranks.device)
         else:
-            self.loss = CELoss() if config.loss == "ce" else ETFDRLoss()
+            self.loss = CELoss(weight).to(ranks.device) if config.loss == "ce" else ETFDRLoss()
+
+    def advance(self, progress: float) -> None:
+        """Set the temperature for the steps from `progress` on, the share of the training done."""
+        if self.config.temperature_rule == "cosine":
+            first, last = self.config.temperature, self.config.final_temperature
+            self.loss.temperature = last + (first - last) * (1 + math.cos(math.pi * progress)) / 2  # type: ignore[assignment]
+
+    @property
+    def temperature(self) -> float | Tensor | None:
+        """What the features' cosines are divided by; None where the loss has none."""
+        if self.network.log_temperature is not None:
+            return self.network.log_temperature.exp()
+        return getattr(self.loss, "temperature", None)
 
     @property
     def parameters(self) -> list[Tensor]:
         """What the loss uses besides the features."""
-        return list(self.network.head.parameters(recurse=False))
+        scale = self.network.log_temperature
+        return [*self.network.head.parameters(recurse=False), *([] if scale is None else [scale])]
 
     def __call__(self, features: Tensor, labels: Tensor, share: float) -> Tensor:
         """Of features [N, D] and labels [N]."""
         if self.queue is not None:
             self._latest = features.detach(), labels
+        if self.network.log_temperature is not None:
+            self.loss.temperature = self.temperature  # type: ignore[assignment]
         if isinstance(self.loss, SupConLoss):
             return self.loss(features, labels)
         if isinstance(self.loss, CELoss):
@@ -63,8 +85,12 @@ class Objective:
         loss = self.loss(features, self.network.head.prototypes, labels)
         return share * loss if isinstance(self.loss, ETFDRLoss) else loss
 
+    @torch.no_grad()
     def remember(self) -> None:
-        """Queue the features last seen, for the steps to come."""
+        """After a step: keep a learned temperature in its range, and queue the features last seen."""
+        if self.network.log_temperature is not None:
+            # NONL has no minimum in τ: once the classes are apart, it falls as long as τ does.
+            self.network.log_temperature.clamp_(math.log(self.config.final_temperature), 0.0)
         if self.queue is None or self._latest is None:
             return
         if self.queue.group is None:
@@ -90,6 +116,12 @@ class Objective:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def inverse_weights(class_counts: Tensor) -> Tensor:
+    """A weight for every class [K], inverse to its size, that averages 1 over the samples; 0 for an empty class."""
+    weight = torch.where(class_counts > 0, 1 / class_counts.clamp_min(1), 0.0)
+    return (weight * class_counts.sum() / (class_counts > 0).sum()).float()
 
 
 def _queue(config: Config, ranks: Ranks, batch: int, dim: int) -> NegativeBuffer:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hypercontrast.config import Config
-from hypercontrast.data import Dataset, steps_per_epoch
+from hypercontrast import data
+from hypercontrast.config import Config, UsageError
+from hypercontrast.data import FACTS, long_tailed_counts, steps_per_epoch
 from hypercontrast.launch import device_of
 from hypercontrast.models import Network
 from hypercontrast.objective import GLOBAL_LOSSES, VIEWS
@@ -19,41 +22,112 @@ FINAL_LR = 1e-3  # of the peak
 
 
 def learning_rate(step: int, steps_per_epoch: int, config: Config) -> float:
-    """Linear warm-up to `lr`, then a cosine to a thousandth of it at the end of the last epoch. Steps count from 0."""
+    """Linear warm-up to `peak_lr`, then a cosine to a thousandth of it at the end of the last epoch.
+
+    Steps count from 0.
+    """
     warmup, total = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
     if step < warmup:
-        return config.lr * (step + 1) / warmup
+        return config.warmup_lr + (config.peak_lr - config.warmup_lr) * (step + 1) / warmup
     cosine = math.cos(math.pi * (step - warmup) / (total - warmup))
-    return config.lr * (FINAL_LR + (1 - FINAL_LR) * (1 + cosine) / 2)
+    return config.peak_lr * (FINAL_LR + (1 - FINAL_LR) * (1 + cosine) / 2)
+
+
+@dataclass(frozen=True)
+class _Extent:
+    """How much there is to train on, and whether it is at hand."""
+
+    train: int
+    validation: int
+    classes: int
+    channels: int
+    image_size: int
+    resident_bytes: int
+    missing: str = ""
 
 
 def plan(config: Config) -> str:
-    """What a run would do, in lines for a person."""
+    """What a run would do, in lines for a person; of a named data set that is missing, by its published size.
+
+    Memory and time are estimates, made by sending a few pictures through the network on the device at hand.
+    """
     world = config.ranks
-    dataset = load_dataset(config)
-    check_batches(config, dataset, world)
-    samples, num_classes, views = len(dataset.train), dataset.num_classes, VIEWS.get(config.loss, 1)
-    steps = steps_per_epoch(samples, config.batch_size)
-    batch = -(-samples // steps)
-    network = build_network(config, dataset)
+    extent = _extent(config)
+    check_batches(config, extent.train, world)
+    views = VIEWS.get(config.loss, 1)
+    steps = steps_per_epoch(extent.train, config.batch_size)
+    batch = -(-extent.train // steps)
+    device = device_of(config)
+    network = build_network(config, extent.channels, extent.image_size, extent.classes).to(device)
     parameters = sum(p.numel() for p in network.parameters())
-    activations = _activation_bytes(network, dataset) * views * -(-batch // world) // config.accumulate
+    picture = torch.zeros(2, extent.channels, extent.image_size, extent.image_size, device=device)
+    activations = _activation_bytes(network, picture) * views * -(-batch // world) // config.accumulate
     # Weights, gradients and momentum.
-    memory = 12 * parameters + activations + dataset.train.pixels.nbytes + dataset.validation.pixels.nbytes
+    memory = 12 * parameters + activations + extent.resident_bytes
+    # Exact accumulation goes through the network once more without a graph, about a third of a step.
+    seconds = _seconds_per_picture(network, picture) * views * extent.train * (4 / 3 if config.accumulate > 1 else 1)
     rows = {
         "run folder": config.run_dir,
-        "data": f"{config.dataset}: {samples} training, {len(dataset.validation)} validation, {num_classes} classes",
+        "data": f"{config.dataset}: {extent.train} training, {extent.validation} validation, {extent.classes} classes",
         "model": f"{config.model}, {parameters / 1e6:.2f} million parameters, D = {network.head.prototypes.shape[1]}",
-        "loss": config.loss + (f", temperature {config.temperature}" if config.loss in GLOBAL_LOSSES else ""),
-        "ranks": f"{world} on {device_of(config).type}",
+        "loss": config.loss + _temperature(config),
+        "ranks": f"{world} on {device.type}",
         "global batch": f"{batch}, at most {-(-batch // world)} a rank" + "; two views of each" * (views == 2),
-        "negatives": _negatives(config.loss, views * batch + config.queue, num_classes),
+        "negatives": _negatives(config.loss, views * batch + config.queue, extent.classes),
         "steps": f"{steps} an epoch, {steps * config.epochs} in {config.epochs} epochs",
-        "learning rate": f"{config.lr:g}, cosine to {config.lr * FINAL_LR:g}; warm-up {config.warmup_epochs} epochs",
+        "learning rate": _learning_rate_rule(config),
         "memory": f"about {memory / 2**20:.0f} MiB a rank for weights, activations and pictures",
+        "time": f"about {_duration(seconds * config.epochs / world)} if {device.type} is this one and data keeps up",
     }
+    if extent.missing:
+        rows["missing"] = extent.missing
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _extent(config: Config) -> _Extent:
+    try:
+        dataset = load_dataset(config)
+    except UsageError as error:
+        if config.dataset not in FACTS:
+            raise
+        return _published_extent(config, str(error))
+    resident = sum(getattr(part, "pixels", torch.empty(0)).nbytes for part in (dataset.train, dataset.validation))
+    return _Extent(
+        len(dataset.train), len(dataset.validation), dataset.num_classes, dataset.channels, dataset.image_size, resident
+    )
+
+
+def _published_extent(config: Config, missing: str) -> _Extent:
+    facts = FACTS[config.dataset]
+    train, validation = (min(n, config.limit or n) for n in (facts.train, facts.validation))
+    if config.imbalance < 1:
+        largest = -(-train // facts.classes)
+        train = sum(long_tailed_counts(largest, facts.classes, config.imbalance, config.imbalance_shape))
+    picture = facts.channels * facts.image_size**2
+    resident = (train + validation) * picture
+    return _Extent(
+        train, validation, facts.classes, facts.channels, facts.image_size,
+        resident if resident <= data.RESIDENT_BYTES else 0, missing,
+    )  # fmt: skip
+
+
+def _temperature(config: Config) -> str:
+    if config.loss not in GLOBAL_LOSSES:
+        return ""
+    return {
+        "fixed": f", temperature {config.temperature:g}",
+        "learned": f", temperature learned from {config.temperature:g}, at least {config.final_temperature:g}",
+        "cosine": f", temperature from {config.temperature:g} to {config.final_temperature:g} along a cosine",
+    }[config.temperature_rule]
+
+
+def _learning_rate_rule(config: Config) -> str:
+    rule = f" ({config.lr:g} for every {config.lr_per} pictures of a batch)" if config.lr_per else ""
+    return (
+        f"{config.peak_lr:g}{rule}, cosine to {config.peak_lr * FINAL_LR:g};"
+        f" warm-up {config.warmup_epochs} epochs from {config.warmup_lr:g}"
+    )
 
 
 def _negatives(loss: str, batch: int, num_classes: int) -> str:
@@ -68,17 +142,42 @@ def _negatives(loss: str, batch: int, num_classes: int) -> str:
 
 
 @torch.no_grad()
-def _activation_bytes(network: Network, dataset: Dataset) -> int:
+def _activation_bytes(network: Network, pictures: Tensor) -> int:
     """Bytes one picture's activations take, in float32: the outputs of all layers."""
     total = 0
 
-    def count(module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
+    def count(module: torch.nn.Module, inputs: Any, output: Any) -> None:
         nonlocal total
-        total += output.nbytes
+        total += output.nbytes if isinstance(output, Tensor) else 0
 
     leaves = [m for m in network.modules() if not list(m.children())]
     handles = [leaf.register_forward_hook(count) for leaf in leaves]
-    network.eval()(dataset.train.pixels[:1].float())
+    network.eval()(pictures)
     for handle in handles:
         handle.remove()
-    return total
+    return total // len(pictures)
+
+
+def _seconds_per_picture(network: Network, pictures: Tensor) -> float:
+    """Forward and backward of one picture, timed over a few batches that double until they take long enough."""
+    network.train()
+    while True:
+        started = time.perf_counter()
+        network(pictures).float().sum().backward()
+        if pictures.is_cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        if seconds > LONG_ENOUGH or len(pictures) >= MOST_PICTURES:
+            return seconds / len(pictures)
+        pictures = torch.cat([pictures, pictures])
+
+
+LONG_ENOUGH, MOST_PICTURES = 0.2, 512
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.0f} hours" if seconds < 72 * 3600 else f"{seconds / 86400:.0f} days"

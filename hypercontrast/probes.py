@@ -66,22 +66,21 @@ def train_probe(probe: Probe, workspace: Workspace, settings: ProbeSettings, pro
     workspace.network.eval()
     for epoch in range(1, settings.epochs + 1):
         progress.start_epoch(epoch)
-        generator = torch.Generator(ranks.device)
-        generator.manual_seed(derived_seed(settings.seed, epoch, ranks.rank, "probe"))
-        batches = epoch_batches(
-            len(dataset.train),
-            settings.batch_size,
-            seed=derived_seed(settings.seed, "probe"),
-            epoch=epoch,
-            rank=ranks.rank,
-            world=ranks.world,
+        shares = list(
+            epoch_batches(
+                dataset.train.labels,
+                settings.batch_size,
+                seed=derived_seed(settings.seed, "probe"),
+                epoch=epoch,
+                rank=ranks.rank,
+                world=ranks.world,
+            )
         )
-        for index, global_size in batches:
-            batch = dataset.train[index.to(ranks.device)]
-            images = workspace.normalized(augment(batch.pixels.float(), generator))
-            features = workspace.embed(images, batch.labels).backbone
+        seed = derived_seed(settings.seed, epoch, "probe")
+        for share, batch in zip(shares, dataset.train.views(shares, augment, [seed]), strict=True):
+            features = workspace.embed(workspace.normalized(batch.pixels), batch.labels).backbone
             optimizer.zero_grad()
-            _backward(probe, features, batch.labels, global_size, ranks)
+            _backward(probe, features, batch.labels, share.global_size, ranks)
             optimizer.step()
             progress.step()
         schedule.step()

@@ -62,13 +62,18 @@ class Progress:
 
 
 def epoch_line(record: Mapping[str, Any], epochs: int) -> str:
-    """Accuracy of the head and of the class means, and the distance to the simplex ETF, within 80 columns."""
+    """Loss and, where the epoch was measured, accuracy of head and class means and the distance to the simplex ETF,
+    within 80 columns.
+    """
     width = len(str(epochs))
-    return (
-        f"epoch {record['epoch']:{width}d}/{epochs}  loss {record['loss']:7.4f}  acc {record['accuracy']:5.1%}"
-        f"  proto acc {record['prototype_accuracy']:5.1%}  to ETF {record['distance_etf']:.3f}"
-        f"  {record['seconds']:5.1f} s"
-    )
+    measured = ""
+    if "accuracy" in record:
+        measured = (
+            f"  acc {record['accuracy']:5.1%}  proto acc {record['prototype_accuracy']:5.1%}"
+            f"  to ETF {record['distance_etf']:.3f}"
+        )
+    loss, seconds = f"loss {record['loss']:7.4f}", f"{record['seconds']:5.1f} s"
+    return f"epoch {record['epoch']:{width}d}/{epochs}  {loss}{measured}  {seconds}"
 
 
 def _rich_bar() -> Any:

@@ -26,14 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hypercontrast import checkpoint, data
 from hypercontrast._ops import resolve_backend
-from hypercontrast.accumulate import accumulate_exact
 from hypercontrast.checkpoint import Checkpoint, CheckpointError
 from hypercontrast.config import Config, UsageError, parse, read_config, resume_folder, to_yaml
-from hypercontrast.data import AUGMENTATIONS, derived_seed, epoch_batches, steps_per_epoch
+from hypercontrast.data import AUGMENTATIONS, derived_seed, epoch_batches, limited_order, steps_per_epoch
 from hypercontrast.launch import (
     RankError,
     Ranks,
@@ -51,11 +50,15 @@ from hypercontrast.objective import VIEWS, LossRecord, Objective, TrainingError
 from hypercontrast.plan import learning_rate, plan
 from hypercontrast.progress import Progress, fail, python
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
-from hypercontrast.workspace import Workspace
+from hypercontrast.step import Step, compiles
+from hypercontrast.workspace import Workspace, network_tensors
 
 EMBEDDINGS_LIMIT = 1000
 # Settings a resumed run may change without becoming another run.
-FREE_ON_RESUME = {"data_root", "recipe", "gpus", "cpu_ranks", "backend", "run_dir", "resume", "dry_run", "quiet"}
+FREE_ON_RESUME = {
+    "data_root", "recipe", "gpus", "cpu_ranks", "backend", "workers", "compile",
+    "run_dir", "resume", "dry_run", "quiet",
+}  # fmt: skip
 
 OnEpoch = Callable[[dict[str, Any]], None]
 
@@ -63,9 +66,9 @@ OnEpoch = Callable[[dict[str, Any]], None]
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 with one line on stderr for a mistake in the call, 1 for a run that failed, 130 if interrupted."""
     try:
-        config = prepare(parse(sys.argv[1:] if argv is None else argv))
+        config = parse(sys.argv[1:] if argv is None else argv)
         try:
-            result = plan(config) if config.dry_run else _summary(train(config))
+            result = plan(_placed(config)) if config.dry_run else _summary(train(prepare(config)))
         except KeyboardInterrupt:
             return fail(130, f"interrupted; to continue: {python()} -m hypercontrast.train --resume {config.run_dir}")
     except UsageError as error:
@@ -82,11 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config, on_epoch: OnEpoch | None = None) -> Path:
     """Train as `config` says and return the run's folder.
 
-    Every epoch ends with a validation, and a line in metrics.jsonl: epoch (from 1), loss (mean over the epoch's
-    samples), accuracy (of the head, on the validation set), prototype_accuracy (of the training set's class means, on
-    the validation set), lr (of the last step), seconds (of the whole epoch), samples_per_second (of its training part),
-    and every metric of `NeuralCollapse` on the training set, without augmentation. Accuracies are shares of 1. scl
-    learns no classifier: its prototypes are the class means, so its two accuracies are the same number.
+    Every epoch ends with a line in metrics.jsonl: epoch (from 1), loss (mean over the epoch's samples), lr (of the last
+    step), temperature where it changes, seconds (of the whole epoch), samples_per_second (of its training part); and
+    every `evaluate_every` epochs, and after the last, with a checkpoint and a validation, which adds accuracy (of the
+    head, on the validation set), prototype_accuracy (of the training set's class means, on the validation set) and
+    every metric of `NeuralCollapse` on the training set, without augmentation. Accuracies are shares of 1. scl learns
+    no classifier: its prototypes are the class means, so its two accuracies are the same number.
+
+    Pictures that cannot be decoded are left out: `damaged` in the line counts them, and damaged.txt in the run's folder
+    names them.
 
     on_epoch: called with that line as a dict once the epoch is saved; only where this process trains (as rank 0).
 
@@ -120,7 +127,8 @@ def prepare(config: Config) -> Config:
 def _placed(config: Config) -> Config:
     """The config with its run folder named, and `resume` down to auto or none."""
     if config.resume == "none":
-        folder = Path(config.run_dir or f"runs/{_slug(config.dataset)}-{config.loss}-{time.strftime('%Y%m%d-%H%M%S')}")
+        name = f"{_slug(config.dataset)}-{config.loss}" if config.recipe == "none" else config.recipe
+        folder = Path(config.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
         if (folder / "config.yaml").exists():
             raise UsageError(
                 f"run_dir must not hold a run yet, got {folder}: continue it with --resume {folder}, or name another"
@@ -173,28 +181,26 @@ class _Run:
         self.workspace = Workspace(config, ranks)
         self.dataset, self.network = self.workspace.dataset, self.workspace.network
         self.views = VIEWS.get(config.loss, 1)
-        self.augment = AUGMENTATIONS[self.dataset.augmentation if self.views == 1 else self.dataset.view_augmentation]
-        self.steps = steps_per_epoch(len(self.dataset.train), config.batch_size)
-        self.optimizer = torch.optim.SGD(
-            self.network.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay
-        )
-        batch = -(-len(self.dataset.train) // self.steps)
-        self.objective = Objective(self.network, config, ranks, self.views * -(-batch // ranks.world))
+        name = self.dataset.augmentation if self.views == 1 else self.dataset.view_augmentation
+        self.augment = dataclasses.replace(AUGMENTATIONS[name], compile=compiles(config, ranks.device))
+        labels = self.dataset.train.labels
+        self.steps = steps_per_epoch(len(labels), config.batch_size)
+        batch = -(-len(labels) // self.steps)
+        counts = torch.bincount(labels, minlength=self.dataset.num_classes)
+        self.objective = Objective(self.network, config, ranks, self.views * -(-batch // ranks.world), counts)
+        self.step = Step(self.objective, config, ranks)
         self.history: list[dict[str, Any]] = []
+        self.damaged: list[str] = []
         self.class_means = torch.zeros_like(self.network.head.prototypes)
 
     def train(self, on_epoch: OnEpoch | None) -> Path:
         self._restore()
-        encoder: nn.Module = self.network
-        if self.ranks.world > 1:
-            encoder = nn.parallel.DistributedDataParallel(encoder)
         main = self.ranks.rank == 0
         with Progress(self.config.epochs, self.steps, silent=self.config.quiet or not main) as progress:
             for epoch in range(len(self.history) + 1, self.config.epochs + 1):
-                record = self._epoch(epoch, encoder, progress)
-                queues = self.objective.state()
+                record = self._epoch(epoch, progress)
+                self._save(epoch, record)
                 if main:
-                    self._save(epoch, record, queues)
                     progress.end_epoch(record)
                     if on_epoch is not None:
                         on_epoch(record)
@@ -202,69 +208,64 @@ class _Run:
             self._write_embeddings()
         return self.folder
 
-    def _epoch(self, epoch: int, encoder: nn.Module, progress: Progress) -> dict[str, Any]:
+    def _epoch(self, epoch: int, progress: Progress) -> dict[str, Any]:
         started = time.perf_counter()
         progress.start_epoch(epoch)
-        loss, lr = self._train_epoch(epoch, encoder, progress)
+        record: dict[str, Any] = {"epoch": epoch, **self._train_epoch(epoch, progress)}
         trained = time.perf_counter()
-        try:
-            evaluation = self._evaluate()
-        except ValueError as error:  # features or weights that are not finite
-            raise TrainingError(f"training stopped after epoch {epoch}: {error}") from error
-        self.class_means = evaluation.class_means
-        return {
-            "epoch": epoch,
-            "loss": loss,
-            **evaluation.metrics,
-            "lr": lr,
-            "seconds": time.perf_counter() - started,
-            "samples_per_second": len(self.dataset.train) / (trained - started),
-        }
+        if self._measured(epoch):
+            try:
+                evaluation = self._evaluate()
+            except ValueError as error:  # features or weights that are not finite
+                raise TrainingError(f"training stopped after epoch {epoch}: {error}") from error
+            self.class_means = evaluation.class_means
+            record |= evaluation.metrics
+        self.damaged = self._damaged()
+        if self.damaged:
+            record["damaged"] = len(self.damaged)
+        record["seconds"] = time.perf_counter() - started
+        record["samples_per_second"] = len(self.dataset.train) / (trained - started)
+        return record
 
-    def _train_epoch(self, epoch: int, encoder: nn.Module, progress: Progress) -> tuple[float, float]:
-        """The epoch's mean loss and its last learning rate."""
+    def _measured(self, epoch: int) -> bool:
+        return epoch % self.config.evaluate_every == 0 or epoch == self.config.epochs
+
+    def _train_epoch(self, epoch: int, progress: Progress) -> dict[str, float]:
+        """The epoch's mean loss, its last learning rate, and its last temperature where that changes."""
         config, ranks, train = self.config, self.ranks, self.dataset.train
         # For models that draw from the global generator, such as those with dropout.
         torch.manual_seed(derived_seed(config.seed, epoch, ranks.rank, "model"))
-        generator = torch.Generator(ranks.device)
-        generator.manual_seed(derived_seed(config.seed, epoch, ranks.rank, "augmentation"))
-        batches = epoch_batches(
-            len(train), config.batch_size, seed=config.seed, epoch=epoch, rank=ranks.rank, world=ranks.world
+        seeds = [derived_seed(config.seed, epoch, view, "augmentation") for view in range(self.views)]
+        shares = list(
+            epoch_batches(
+                train.labels,
+                config.batch_size,
+                seed=config.seed,
+                epoch=epoch,
+                rank=ranks.rank,
+                world=ranks.world,
+                sampling=config.sampling,
+            )
         )
         losses = LossRecord(self.steps, epoch, ranks)
-        encoder.train()
-        lr = config.lr
-        for step, (index, global_size) in enumerate(batches):
-            lr = learning_rate((epoch - 1) * self.steps + step, self.steps, config)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            batch = train[index.to(ranks.device)]
-            views = [self.augment(batch.pixels.float(), generator) for _ in range(self.views)]
-            images, labels = self.workspace.normalized(torch.cat(views)), batch.labels.repeat(self.views)
+        self.network.train()
+        lr = config.peak_lr
+        batches = train.views(shares, self.augment, seeds)
+        for n, (share, batch) in enumerate(zip(shares, batches, strict=True)):
+            done = (epoch - 1) * self.steps + n
+            lr = learning_rate(done, self.steps, config)
+            self.objective.advance(done / (config.epochs * self.steps))
+            images, labels = self.workspace.normalized(batch.pixels), batch.labels.repeat(self.views)
             try:
-                loss = self._step(encoder, images, labels, len(index) * ranks.world / global_size)
+                loss = self.step(images, labels, len(batch.labels) * ranks.world / share.global_size, lr)
             except ValueError as error:  # off a GPU the losses notice features that are not finite
-                raise TrainingError(f"training stopped at epoch {epoch}, step {step + 1}: {error}") from error
-            losses.add(loss, global_size)
+                raise TrainingError(f"training stopped at epoch {epoch}, step {n + 1}: {error}") from error
+            losses.add(loss, share.global_size)
             progress.step()
-        return losses.mean(), lr
-
-    def _step(self, encoder: nn.Module, images: Tensor, labels: Tensor, share: float) -> Tensor:
-        """Minimise the loss of a batch by one step; returns it, detached."""
-
-        def loss_of(features: Tensor) -> Tensor:
-            return self.objective(features, labels, share)
-
-        self.optimizer.zero_grad()
-        if self.config.accumulate == 1:
-            loss = loss_of(encoder(images))
-            loss.backward()
-        else:
-            chunks = images.tensor_split(self.config.accumulate)
-            loss = accumulate_exact(encoder, loss_of, chunks, self.objective.parameters)
-        self.optimizer.step()
-        self.objective.remember()
-        return loss.detach()
+        record = {"loss": losses.mean(), "lr": lr}
+        if config.temperature_rule != "fixed":
+            record["temperature"] = float(self.objective.temperature)  # type: ignore[arg-type]
+        return record
 
     @torch.no_grad()
     def _evaluate(self) -> Evaluation:
@@ -285,15 +286,24 @@ class _Run:
             head.prototypes.copy_(class_means)
 
         nearest_mean = PrototypeClassifier(class_means)
-        hits = torch.zeros(2, dtype=torch.int64, device=ranks.device)
+        counts = torch.zeros(3, dtype=torch.int64, device=ranks.device)  # right by head, right by mean, all
         for batch in self.workspace.embedded(self.dataset.validation):
-            chosen = [self.network.scores(batch.head).argmax(1), nearest_mean.predict(batch.head)]
-            hits += (torch.stack(chosen) == batch.labels).sum(1)
-        accuracy, prototype_accuracy = (ranks.sum(hits).double() / len(self.dataset.validation)).tolist()
+            chosen = [self.network.scores(batch.head).argmax(1), nearest_mean.predict(batch.head), batch.labels]
+            counts += (torch.stack(chosen) == batch.labels).sum(1)
+        by_head, by_mean, seen = ranks.sum(counts).tolist()
         return Evaluation(
-            {"accuracy": accuracy, "prototype_accuracy": prototype_accuracy, **collapse.compute(head.prototypes)},
+            {
+                "accuracy": by_head / seen,
+                "prototype_accuracy": by_mean / seen,
+                **collapse.compute(head.prototypes),
+            },
             class_means,
         )
+
+    def _damaged(self) -> list[str]:
+        """The pictures that no rank could decode so far."""
+        own = sorted({*self.dataset.train.damaged, *self.dataset.validation.damaged})
+        return sorted({name for names in self.ranks.gathered(own) for name in names})
 
     # Saving and restoring.
 
@@ -301,10 +311,9 @@ class _Run:
         """Start from the newest intact checkpoint, if there is one, with metrics.jsonl cut back to it."""
         saved = self.ranks.agree(lambda: checkpoint.load_checkpoint(self.folder))
         if saved is not None:
-            tensors = dict(saved.tensors)
-            self.class_means = tensors.pop("class_means").to(self.ranks.device)
-            self.network.load_state_dict(tensors)
-            self.optimizer.load_state_dict(saved.state["optimizer"])
+            self.class_means = saved.tensors["class_means"].to(self.ranks.device)
+            self.network.load_state_dict(network_tensors(saved.tensors))
+            self.step.optimizer.load_state_dict(saved.state["optimizer"])
             self.history = saved.state["history"]
             self.objective.load_state(saved.state.get("queues", []))
         if self.ranks.rank == 0:
@@ -314,12 +323,21 @@ class _Run:
             lines = "".join(json.dumps(record) + "\n" for record in self.history)
             checkpoint.write_atomic(self.folder / "metrics.jsonl", lines.encode())
 
-    def _save(self, epoch: int, record: dict[str, Any], queues: list[dict[str, Any]]) -> None:
-        """The checkpoint first: it holds all lines of metrics.jsonl, so one lost in a crash comes back from it."""
+    def _save(self, epoch: int, record: dict[str, Any]) -> None:
+        """A checkpoint where the epoch was measured; first, for it holds all lines of metrics.jsonl."""
         self.history.append(record)
-        tensors = {**self.network.state_dict(), "class_means": self.class_means}
-        state = {"optimizer": self.optimizer.state_dict(), "history": self.history, "queues": queues}
-        checkpoint.save_checkpoint(self.folder, Checkpoint(epoch, tensors, state))
+        measured = self._measured(epoch)
+        queues = self.objective.state() if measured else []
+        if self.ranks.rank != 0:
+            return
+        if measured:
+            beside = {"class_means": self.class_means, "mean": self.workspace.mean, "std": self.workspace.std}
+            tensors = {**self.network.state_dict(), **beside}
+            state = {"optimizer": self.step.optimizer.state_dict(), "history": self.history, "queues": queues}
+            checkpoint.save_checkpoint(self.folder, Checkpoint(epoch, tensors, state))
+        if self.damaged:
+            names = "".join(f"{name}\n" for name in self.damaged)
+            checkpoint.write_atomic(self.folder / "damaged.txt", names.encode())
         checkpoint.append_line(self.folder / "metrics.jsonl", json.dumps(record))
 
     @torch.no_grad()
@@ -327,10 +345,15 @@ class _Run:
         from safetensors.torch import save
 
         self.network.eval()
-        sample = self.dataset.validation.limited(EMBEDDINGS_LIMIT)
+        validation = self.dataset.validation
+        chosen = limited_order(validation.labels, EMBEDDINGS_LIMIT)
+        parts = [
+            self.workspace.embed(self.workspace.normalized(batch.pixels), batch.labels)
+            for batch in validation.plain([chosen])
+        ]
         tensors = {
-            "features": self.workspace.embed(self.workspace.normalized(sample.pixels), sample.labels).head,
-            "labels": sample.labels,
+            "features": torch.cat([part.head for part in parts]),
+            "labels": torch.cat([part.labels for part in parts]),
             "class_means": self.class_means,
             "prototypes": self.network.head.prototypes,
         }

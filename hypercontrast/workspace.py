@@ -5,7 +5,7 @@ Shapes: N samples, K classes, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hypercontrast import data
 from hypercontrast.config import Config, UsageError
-from hypercontrast.data import Dataset, Images, steps_per_epoch
+from hypercontrast.data import Dataset, Pictures, steps_per_epoch
 from hypercontrast.launch import Ranks
 from hypercontrast.models import LinearHead, Network, ProjectionHead, build_model, mixed_precision
 from hypercontrast.prototypes import PrototypeHead
@@ -34,22 +34,21 @@ class Workspace:
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         dataset = load_dataset(config)
-        check_batches(config, dataset, ranks.world)
+        check_batches(config, len(dataset.train), ranks.world)
         self.ranks = ranks
-        mean, std = dataset.statistics()
         self.dataset = dataset.to(ranks.device)
+        mean, std = self.dataset.statistics()
         self.mean, self.std = mean.to(ranks.device), std.to(ranks.device)
 
         torch.manual_seed(config.seed)
-        self.network = build_network(config, dataset).to(ranks.device)
-        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = build_network(config, dataset.channels, dataset.image_size, dataset.num_classes)
+        self.network.to(ranks.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def embedded(self, images: Images) -> Iterator[Embedded]:
+    def embedded(self, pictures: Pictures) -> Iterator[Embedded]:
         """This rank's part of the pictures through the network, batch by batch, as they are."""
         self.network.eval()
-        own = torch.arange(self.ranks.rank, len(images), self.ranks.world, device=self.ranks.device)
-        for index in own.split(EVALUATION_BATCH[self.ranks.device.type]):
-            batch = images[index]
+        own = torch.arange(self.ranks.rank, len(pictures), self.ranks.world, device=self.ranks.device)
+        for batch in pictures.plain(own.split(EVALUATION_BATCH[self.ranks.device.type])):
             yield self.embed(self.normalized(batch.pixels), batch.labels)
 
     @torch.no_grad()
@@ -63,13 +62,23 @@ class Workspace:
         return data.normalize(pixels, self.mean, self.std).contiguous(memory_format=torch.channels_last)
 
 
-def build_network(config: Config, dataset: Dataset) -> Network:
+# What a checkpoint holds besides the network: class means of the training set [K, D], mean and std of its pixels [C].
+BESIDE_NETWORK = ("class_means", "mean", "std")
+
+
+def network_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's tensors without those that are not the network's."""
+    return {name: tensor for name, tensor in tensors.items() if name not in BESIDE_NETWORK}
+
+
+def build_network(config: Config, channels: int, image_size: int, num_classes: int) -> Network:
     """Backbone and head with fresh weights from torch's global generator."""
-    backbone, dim = build_model(config.model, dataset.channels, dataset.image_size)
+    backbone, dim = build_model(config.model, channels, image_size)
     try:
-        return Network(backbone, _build_head(config, dim, dataset.num_classes))
+        head = _build_head(config, dim, num_classes)
     except ValueError as error:  # more classes than the dimension has room for in a simplex
         raise UsageError(f"model {config.model}: {error}") from None
+    return Network(backbone, head, config.temperature if config.temperature_rule == "learned" else None)
 
 
 def _build_head(config: Config, dim: int, num_classes: int) -> PrototypeHead | ProjectionHead:
@@ -82,15 +91,17 @@ def _build_head(config: Config, dim: int, num_classes: int) -> PrototypeHead | P
 
 
 def load_dataset(config: Config) -> Dataset:
-    return data.load(config.dataset, config.data_root, config.limit)
+    """The run's pictures: limited first, then long-tailed."""
+    dataset = data.load(config.dataset, config.data_root, config.limit)
+    return dataset if config.imbalance == 1 else dataset.long_tailed(config.imbalance, config.imbalance_shape)
 
 
-def check_batches(config: Config, dataset: Dataset, world: int) -> None:
+def check_batches(config: Config, samples: int, world: int) -> None:
     """Batch norm needs two samples in the smallest chunk of the smallest batch of every rank."""
-    smallest = len(dataset.train) // steps_per_epoch(len(dataset.train), config.batch_size)
+    smallest = samples // steps_per_epoch(samples, config.batch_size)
     if smallest // world // config.accumulate < 2:
         chunks = "" if config.accumulate == 1 else f" and each of accumulate={config.accumulate} chunks"
         raise UsageError(
             f"batch_size must leave every one of {world} ranks{chunks} two pictures, got batches of {smallest} from"
-            f" batch_size={config.batch_size} and {len(dataset.train)} pictures"
+            f" batch_size={config.batch_size} and {samples} pictures"
         )

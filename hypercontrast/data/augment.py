@@ -1,18 +1,71 @@
-"""Augmentation of whole batches on the device they live on, seeded by a generator.
+"""Augmentation of whole batches on the device they live on, every picture by random numbers of its own.
 
-Shapes: N pictures, C channels, H x W pixels. Pictures come in and go out as floats on the scale 0 to 255.
+Shapes: N pictures, C channels, H x W pixels. Pictures come in and go out as floats on the scale 0 to 255. Where
+torchvision has the transform, the distribution is its, and so are the pixels for the same parameters.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+from hypercontrast.data.draws import Draws
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to a training picture: where it is cut, then flip, colours and blur.
+
+    crop: "shift" moves by up to two pixels, "resized" is torchvision's RandomResizedCrop(size, scale=(0.2, 1)) to the
+    same size; with "resized" come RandomHorizontalFlip and, if asked for, `random_colour` and `random_blur`.
+    compile: fuse all of it by torch.compile.
+    """
+
+    crop: Literal["shift", "resized"]
+    colour: bool = False
+    blur: bool = False
+    compile: bool = False
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        """Of pictures [N, C, H, W], all of one size."""
+        return (_compiled(_augmented) if self.compile else _augmented)(self, images, draws)
+
+    def finished(self, images: Tensor, draws: Draws) -> Tensor:
+        """All but the crop, of pictures that were cut already."""
+        return (_compiled(_finished) if self.compile else _finished)(self, images, draws)
+
+
+def _augmented(kind: Augmentation, images: Tensor, draws: Draws) -> Tensor:
+    if kind.crop == "shift":
+        return random_shift(images, draws)
+    return _finished(kind, resized_crop(images, random_boxes(draws, images.shape[-2:])), draws)
+
+
+def _finished(kind: Augmentation, images: Tensor, draws: Draws) -> Tensor:
+    images = random_flip(images, draws)
+    if kind.colour:
+        images = random_colour(images, draws)
+    return random_blur(images, draws) if kind.blur else images
+
+
+@functools.cache
+def _compiled(apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(apply, dynamic=False)
+
+
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "shift": Augmentation("shift"),
+    "crop_flip": Augmentation("resized"),
+    "crop_flip_colour": Augmentation("resized", colour=True),
+    "crop_flip_colour_blur": Augmentation("resized", colour=True, blur=True),
+}
 
 
 def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -20,56 +73,43 @@ def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (pixels.float() - mean[:, None, None]) / std[:, None, None]
 
 
-def random_shift(images: Tensor, generator: torch.Generator, *, padding: int = 2) -> Tensor:
+def random_shift(images: Tensor, draws: Draws, *, padding: int = 2) -> Tensor:
     """Each picture moved by up to `padding` pixels either way along both axes; what comes in is black."""
     n, _, height, width = images.shape
-    offset = _integers(2 * padding + 1, (2, n, 1), generator, images.device)
-    rows = offset[0] + torch.arange(height, device=images.device)
-    cols = offset[1] + torch.arange(width, device=images.device)
+    offset = (draws.uniform(2, 1) * (2 * padding + 1)).long()
+    rows = offset[:, 0] + torch.arange(height, device=images.device)
+    cols = offset[:, 1] + torch.arange(width, device=images.device)
     samples = torch.arange(n, device=images.device)[:, None, None]
     # Indices around a slice put the channels last; they go back in front.
     shifted = F.pad(images, [padding] * 4)[samples, :, rows[:, :, None], cols[:, None, :]]
     return shifted.permute(0, 3, 1, 2)
 
 
-def random_resized_crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """torchvision's RandomResizedCrop(size, scale=(0.2, 1)) to the same size and RandomHorizontalFlip, batched."""
-    boxes = random_boxes(len(images), images.shape[-2:], generator, images.device)
-    flip = torch.rand(len(images), generator=generator, device=images.device) < 0.5
-    return resized_crop(images, boxes, flip)
+def random_flip(images: Tensor, draws: Draws) -> Tensor:
+    """torchvision's RandomHorizontalFlip: every other picture mirrored, by chance."""
+    return torch.where(_per_picture(draws.uniform() < 0.5), images.flip(-1), images)
 
 
-def random_crop_colour(images: Tensor, generator: torch.Generator) -> Tensor:
-    """`random_resized_crop_flip`, then `random_colour`: the views of contrastive learning (SimCLR, without blur)."""
-    return random_colour(random_resized_crop_flip(images, generator), generator)
-
-
-def random_colour(
-    images: Tensor, generator: torch.Generator, *, jitter_share: float = 0.8, grey_share: float = 0.2
-) -> Tensor:
+def random_colour(images: Tensor, draws: Draws, *, jitter_share: float = 0.8, grey_share: float = 0.2) -> Tensor:
     """torchvision's ColorJitter(.4, .4, .4, .1) and RandomGrayscale on these shares of the pictures [N, 3, H, W].
 
     As there, every picture has its own factors and its own order of the four adjustments.
     """
-    n, device = len(images), images.device
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, device=device)
-
-    factors = 1 + (2 * uniform(n, len(JITTER)) - 1) * torch.tensor(list(JITTER.values()), device=device)
-    order = uniform(n, len(JITTER)).argsort(dim=1)
+    factors = 1 + (2 * draws.uniform(len(JITTER)) - 1) * torch.tensor(list(JITTER.values()), device=images.device)
+    order = draws.uniform(len(JITTER)).argsort(dim=1)
     jittered = images
     for kind in order.unbind(1):
         jittered = adjusted(jittered, kind, factors.gather(1, kind[:, None])[:, 0])
-    images = torch.where(_per_picture(uniform(n) < jitter_share), jittered, images)
-    return torch.where(_per_picture(uniform(n) < grey_share), _grey(images), images)
+    images = torch.where(_per_picture(draws.uniform() < jitter_share), jittered, images)
+    return torch.where(_per_picture(draws.uniform() < grey_share), _grey(images), images)
 
 
-AUGMENTATIONS: dict[str, Augmentation] = {
-    "shift": random_shift,
-    "crop_flip": random_resized_crop_flip,
-    "crop_flip_colour": random_crop_colour,
-}
+def random_blur(images: Tensor, draws: Draws, *, share: float = 0.5, sigma: tuple[float, float] = (0.1, 2.0)) -> Tensor:
+    """torchvision's GaussianBlur on this share of the pictures, as SimCLR has it: sigma uniform, a tenth of H wide."""
+    low, high = sigma
+    blurred = gaussian_blur(images, low + (high - low) * draws.uniform())
+    return torch.where(_per_picture(draws.uniform() < share), blurred, images)
+
 
 # The adjustments of a colour jitter, and how far the factor of each may lie from 1.
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
@@ -77,49 +117,63 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 def random_boxes(
-    n: int,
-    size: torch.Size | tuple[int, int],
-    generator: torch.Generator,
-    device: torch.device,
+    draws: Draws,
+    size: torch.Size | tuple[int, int] | Tensor,
     *,
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     tries: int = 10,
 ) -> Tensor:
-    """Boxes [n, 4] as (top, left, height, width), distributed as torchvision's RandomResizedCrop draws them.
+    """Boxes [N, 4] as (top, left, height, width), distributed as torchvision's RandomResizedCrop draws them.
 
-    A share of the area in `scale` and a log-uniform aspect `ratio` are drawn until the box fits, `tries` times at most;
-    after that the box is the whole picture (torchvision's fallback for any picture whose own aspect lies in `ratio`).
+    size: (H, W) of all pictures. A share of the area in `scale` and a log-uniform aspect `ratio` are drawn until the
+    box fits, `tries` times at most; after that the box is the largest in the middle whose aspect lies in `ratio`.
     """
     height, width = size
 
     def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(tries, n, generator=generator, device=device)
+        return low + (high - low) * draws.uniform(tries)
 
     area = height * width * uniform(*scale)
     aspect = uniform(math.log(ratio[0]), math.log(ratio[1])).exp()
     box_w, box_h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (box_w >= 1) & (box_w <= width) & (box_h >= 1) & (box_h <= height)
-    first = fits.int().argmax(0, keepdim=True)
-    any_fits = fits.any(0)
-    box_h = torch.where(any_fits, box_h.gather(0, first)[0], height)
-    box_w = torch.where(any_fits, box_w.gather(0, first)[0], width)
-    room = torch.stack([height - box_h, width - box_w])
-    corner = (torch.rand(2, n, generator=generator, device=device) * (room + 1)).floor().minimum(room)
-    return torch.stack([corner[0], corner[1], box_h, box_w], dim=1)
+    first = fits.int().argmax(1, keepdim=True)
+    any_fits = fits.any(1)
+    widest, highest = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    box_h = torch.where(any_fits, box_h.gather(1, first)[:, 0], highest)
+    box_w = torch.where(any_fits, box_w.gather(1, first)[:, 0], widest)
+    room = torch.stack([height - box_h, width - box_w], dim=1)
+    corner = (draws.uniform(2) * (room + 1)).floor().minimum(room)
+    corner = torch.where(any_fits[:, None], corner, (room / 2).floor())
+    return torch.cat([corner, box_h[:, None], box_w[:, None]], dim=1)
 
 
-def resized_crop(images: Tensor, boxes: Tensor, flip: Tensor) -> Tensor:
-    """Each picture's box [N, 4] enlarged to the full size, bilinear, its edge repeated; mirrored where `flip` [N]."""
+def resized_crop(images: Tensor, boxes: Tensor) -> Tensor:
+    """Each picture's box [N, 4] enlarged to the full size, bilinear, its edge repeated."""
     height, width = images.shape[-2:]
     top, left, box_h, box_w = boxes[:, :, None].unbind(1)
     rows = _source_positions(top, box_h, height)
     cols = _source_positions(left, box_w, width)
-    cols = torch.where(flip[:, None], cols.flip(1), cols)
     # grid_sample with align_corners=True counts pixel centres from -1 to 1.
     grid_y = (rows * (2 / max(height - 1, 1)) - 1)[:, :, None].expand(-1, -1, width)
     grid_x = (cols * (2 / max(width - 1, 1)) - 1)[:, None, :].expand(-1, height, -1)
     return F.grid_sample(images, torch.stack([grid_x, grid_y], dim=-1), align_corners=True)
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Each picture [N, C, H, W] under a Gaussian of its own `sigma` [N] in pixels, its edge mirrored.
+
+    As torchvision's gaussian_blur with the odd kernel nearest to a tenth of the height: for all sigmas the same.
+    """
+    n, channels, height, _ = images.shape
+    radius = max(height // 20, 1)
+    offsets = torch.arange(-radius, radius + 1, device=images.device)
+    kernel = torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, dim=1).repeat_interleave(channels, 0)
+    # A group for every channel of every picture, along one axis and then along the other.
+    x = F.pad(images.reshape(1, n * channels, height, -1), [radius] * 4, mode="reflect")
+    x = F.conv2d(x, kernel[:, None, :, None], groups=n * channels)
+    return F.conv2d(x, kernel[:, None, None, :], groups=n * channels).view_as(images)
 
 
 def adjusted(images: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
@@ -164,7 +218,3 @@ def _source_positions(start: Tensor, extent: Tensor, size: int) -> Tensor:
     """Where [N, size] the pixels of an enlarged box [N, 1] come from, never beyond the box."""
     centres = (torch.arange(size, device=start.device) + 0.5) * (extent / size) - 0.5
     return start + centres.clamp_min(0).minimum(extent - 1)
-
-
-def _integers(high: int, shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    return torch.randint(high, shape, generator=generator, device=device)

@@ -28,6 +28,7 @@ Loader = Callable[[int], Dataset]  # from a limit, as of `load`
 
 # Pictures of mixed sizes are brought to one; larger than this is beyond what lives on the device.
 LARGEST_SIDE = 224
+RESIDENT_BYTES = 2 << 30  # of decoded pictures; larger sets stream
 LARGEST_PICTURE = 1 << 26  # pixels; a few kilobytes can claim to hold far more
 VALIDATION_NAMES = ("val", "valid", "validation", "test")
 
@@ -73,7 +74,7 @@ def _load_mnist5k(limit: int) -> Dataset:
     )
     # The last fifth of every class validates: a fixed, balanced split of 4,000 and 1,000.
     train, validation = balanced_order(digits.labels).split([4000, 1000])
-    return Dataset(digits[train], digits[validation], tuple(map(str, range(10))), "shift").limited(limit)
+    return Dataset(digits.select(train), digits.select(validation), tuple(map(str, range(10))), "shift").limited(limit)
 
 
 # CIFAR: Parquet as on Hugging Face, or the Python archive as torchvision unpacks it.

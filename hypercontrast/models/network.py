@@ -64,12 +64,21 @@ class ProjectionHead(nn.Module):
 
 
 class Network(nn.Module):
-    """Pictures [N, C, H, W] -> features [N, D] as the losses take them; `scores` gives what a class is chosen by."""
+    """Pictures [N, C, H, W] -> features [N, D] as the losses take them; `scores` gives what a class is chosen by.
 
-    def __init__(self, backbone: nn.Module, head: PrototypeHead | ProjectionHead) -> None:
+    temperature: where a temperature τ that is learned begins; `log_temperature` is then a parameter.
+    """
+
+    log_temperature: nn.Parameter | None
+
+    def __init__(
+        self, backbone: nn.Module, head: PrototypeHead | ProjectionHead, temperature: float | None = None
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        learned = None if temperature is None else nn.Parameter(torch.tensor(temperature).log())
+        self.register_parameter("log_temperature", learned)
 
     def forward(self, images: Tensor) -> Tensor:
         with mixed_precision(images.device):

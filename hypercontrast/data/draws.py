@@ -1,0 +1,53 @@
+"""Random numbers that belong to pictures: the same for a picture whatever batch, rank, process or device it is in.
+
+A generator's numbers depend on how many were drawn before, so they change with the batch. Here every number is a hash
+of (seed, picture, count): augmentation is a pure function, which needs no state saved, compiles, and gives one machine
+or eight the same views. 32-bit hashes in int64 arithmetic, so that no product overflows and all devices agree bit for
+bit. Not for cryptography.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+GOLDEN = 0x9E3779B9  # steps through 32-bit numbers as evenly as any odd constant
+
+
+class Draws:
+    """Uniform numbers for the pictures `index` [N] int64 under `seed`; every call to `uniform` gives new ones."""
+
+    def __init__(self, seed: int, index: Tensor) -> None:
+        # Bijective in the low half of the index: two pictures of an epoch never share a key.
+        self._keys = _mixed(_mixed((index & MASK) ^ (seed & MASK)) ^ ((index >> 32) + (seed >> 32) & MASK))
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @property
+    def device(self) -> torch.device:
+        return self._keys.device
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Float32 numbers [N, *shape], uniform over the multiples of 2⁻²⁴ in [0, 1)."""
+        count = math.prod(shape)
+        places = torch.arange(self._count + 1, self._count + count + 1, device=self.device)
+        self._count += count
+        keys = self._keys[:, None]
+        # The key enters twice, so that the sequences of two pictures are not one sequence from two starting points.
+        bits = _mixed(_mixed(keys ^ (places * GOLDEN & MASK)) + keys & MASK)
+        return (bits >> 8).float().mul_(2**-24).view(len(self), *shape)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """A bijection of 32-bit numbers [...] int64 that changes half of the bits, whichever bit is flipped.
+
+    Xorshift-multiply with the constants that the search of hash-prospector (C. Wellons) found least biased.
+    """
+    x = (x ^ (x >> 16)) * 0x21F0AAAD & MASK
+    x = (x ^ (x >> 15)) * 0x735A2D97 & MASK
+    return x ^ (x >> 15)
