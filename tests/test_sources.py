@@ -358,7 +358,7 @@ class Bytes:
         return opened(self.content, "it")
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore:Image size:RuntimeWarning")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_damaged_bytes_give_a_picture_or_one_error(kind):
     """Cut off anywhere, or with bits flipped: never another exception, and never another size than was asked for."""

@@ -1,7 +1,7 @@
 """Pictures that stream: the same views as those that live on the device, whatever the workers, and what damage does."""
 
 import json
-import os
+import multiprocessing
 import signal
 import time
 
@@ -268,35 +268,28 @@ def test_parquet_streams(tmp_path, monkeypatch):
     assert train.damaged == (f"{tmp_path}/train-1.parquet, row 50",)
 
 
-class Deadly:
-    """Pictures of which the fifth ends the process that opens it."""
-
-    def __len__(self):
-        return 100
-
-    def name(self, n):
-        return str(n)
-
-    def opened(self, n):
-        if n == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return picture(seed=n)
-
-
-def test_a_worker_that_dies_is_an_error_and_no_hang():
-    pictures = Streamed(Deadly(), torch.arange(100), torch.zeros(100, dtype=torch.int64), 32, "RGB", 2)
+def test_a_worker_that_dies_is_an_error_of_the_next_batch_and_no_hang(folder):
+    """Not in the middle of whatever else is done, such as a step of training."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    before = set(multiprocessing.active_children())
+    batches = streamed(files(folder) * 50, workers=1).plain(torch.arange(50 * N).split(CHUNK))
+    next(batches)
+    [worker] = set(multiprocessing.active_children()) - before
+    worker.kill()
+    worker.join(10)
+    time.sleep(0.2)
+    assert signal.getsignal(signal.SIGCHLD) == handler
     started = time.monotonic()
     with pytest.raises(
         UsageError, match="a process that decodes pictures died, try fewer --workers: DataLoader worker"
     ):
-        list(pictures.plain([torch.arange(100)]))
+        list(batches)
     assert time.monotonic() - started < 30
 
 
 # The driver
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_streams(tmp_path, monkeypatch, workers):
     """One epoch, a damaged picture in either set; the same lines whatever the workers."""

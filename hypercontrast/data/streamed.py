@@ -5,8 +5,11 @@ Shapes: n pictures of a batch, m of a chunk, V views, C channels, S pixels a sid
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NamedTuple
@@ -167,17 +170,20 @@ class Streamed:
             yield pixels, kept
 
     def _chunks(self, requests: list[_Request]) -> Iterator[_Cut]:
+        loader: DataLoader[_Cut] = DataLoader(
+            _Cutter(self.pictures, self.side, self.mode),  # type: ignore[arg-type]
+            sampler=requests,
+            batch_size=None,
+            num_workers=self.workers,
+            # Forked workers share the encoded pictures with this process; others would be sent a copy each.
+            multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
+            pin_memory=self.labels.is_cuda,
+            generator=torch.Generator(),  # or it would draw from the global one
+        )
         try:
-            yield from DataLoader(
-                _Cutter(self.pictures, self.side, self.mode),  # type: ignore[arg-type]
-                sampler=requests,
-                batch_size=None,
-                num_workers=self.workers,
-                # Forked workers share the encoded pictures with this process; others would be sent a copy each.
-                multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
-                pin_memory=self.labels.is_cuda,
-                generator=torch.Generator(),  # or it would draw from the global one
-            )
+            with _signal_kept():
+                chunks = iter(loader)
+            yield from chunks
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -190,3 +196,13 @@ class Streamed:
                 f"at most {TOLERATED:.0%} of the pictures may be damaged, got {len(self._damaged)} of {len(self)}:"
                 f" {', '.join(list(self._damaged)[:3])}"
             )
+
+
+@contextmanager
+def _signal_kept() -> Iterator[None]:
+    """A loader's own handler raises for a dead worker wherever the main thread is; without, asking for a batch does."""
+    changeable = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGCHLD) if changeable else None
+    yield
+    if handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
