@@ -24,7 +24,7 @@ from hypercontrast.progress import Progress
 from hypercontrast.prototypes import PrototypeHead
 from hypercontrast.workspace import Workspace
 
-MILESTONES, DECAY = (0.6, 0.75, 0.9), 0.2  # shares of the epochs after which the learning rate falls, and by how much
+DECAY = 0.2  # of the learning rate at every milestone
 SOLVER_STEPS = 200
 RIDGE = 1e-5  # where a linear probe separates the kept features, there is no minimum without one
 
@@ -37,6 +37,7 @@ class ProbeSettings:
     lr: float
     batch_size: int
     seed: int
+    milestones: tuple[float, ...] = (0.6, 0.75, 0.9)  # shares of the epochs after which the learning rate falls
 
 
 class CosineProbe(PrototypeHead):
@@ -61,7 +62,7 @@ def train_probe(probe: Probe, workspace: Workspace, settings: ProbeSettings, pro
     ranks, dataset = workspace.ranks, workspace.dataset
     augment = AUGMENTATIONS[dataset.augmentation]
     optimizer = torch.optim.SGD(probe.parameters(), lr=settings.lr, momentum=0.9)
-    milestones = [round(share * settings.epochs) for share in MILESTONES]
+    milestones = [round(share * settings.epochs) for share in settings.milestones]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=DECAY)
     workspace.network.eval()
     for epoch in range(1, settings.epochs + 1):
