@@ -264,7 +264,7 @@ class _Run:
             progress.step()
         record = {"loss": losses.mean(), "lr": lr}
         if config.temperature_rule != "fixed":
-            record["temperature"] = float(self.objective.temperature)  # type: ignore[arg-type]
+            record["temperature"] = float(torch.as_tensor(self.objective.temperature).detach())
         return record
 
     @torch.no_grad()
