@@ -148,7 +148,7 @@ def _run_config(options: Options) -> Config:
         cpu_ranks=options.cpu_ranks,
     )
     check_hardware(config)
-    check_model(config.model)
+    check_model(config.model, config.width)
     data.locate(config.dataset, config.data_root)
     return config
 

@@ -113,7 +113,7 @@ def train(config: Config, on_epoch: OnEpoch | None = None) -> Path:
 def prepare(config: Config) -> Config:
     """The config with its run folder settled. Raises UsageError if it cannot be run here; changes nothing on disk."""
     check_hardware(config)
-    check_model(config.model)
+    check_model(config.model, config.width)
     data.locate(config.dataset, config.data_root)
     try:
         backend = resolve_backend(config.backend, torch.empty(0, 1, device=device_of(config)))

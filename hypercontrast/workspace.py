@@ -73,7 +73,7 @@ def network_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def build_network(config: Config, channels: int, image_size: int, num_classes: int) -> Network:
     """Backbone and head with fresh weights from torch's global generator."""
-    backbone, dim = build_model(config.model, channels, image_size)
+    backbone, dim = build_model(config.model, channels, image_size, config.width)
     try:
         head = _build_head(config, dim, num_classes)
     except ValueError as error:  # more classes than the dimension has room for in a simplex
