@@ -35,8 +35,9 @@ from torch import Tensor
 
 from hypercontrast import checkpoint, data
 from hypercontrast.checkpoint import CheckpointError
-from hypercontrast.config import Config, UsageError, read_config
+from hypercontrast.config import Config, UsageError
 from hypercontrast.data import AUGMENTATIONS, Share, epoch_batches, steps_per_epoch
+from hypercontrast.frozen import run_config
 from hypercontrast.launch import RankError, Ranks, check_hardware, fail_for, is_main, is_rank, joined, start_ranks
 from hypercontrast.metrics import NeuralCollapse
 from hypercontrast.models import LinearHead, check_model
@@ -146,10 +147,7 @@ def _evaluate_rank(options: Options) -> None:
 
 def _run_config(options: Options) -> Config:
     """The run's own config, to be run as the options say. Raises UsageError if that cannot be done here."""
-    path = Path(options.run, "config.yaml")
-    if not path.is_file():
-        raise UsageError(f"RUN must be the folder of a run, with a config.yaml, got {options.run}")
-    config = read_config(path)
+    config = run_config(options.run)
     config = dataclasses.replace(
         config,
         data_root=options.data_root or config.data_root,
@@ -157,7 +155,7 @@ def _run_config(options: Options) -> Config:
         cpu_ranks=options.cpu_ranks,
     )
     check_hardware(config)
-    check_model(config.model)
+    check_model(config.model, config.width)
     data.locate(config.dataset, config.data_root)
     return config
 
@@ -343,7 +341,7 @@ def _row(result: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Mistakes as one line, as in training."""
 
     def error(self, message: str) -> NoReturn:
@@ -351,7 +349,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: Sequence[str] | None) -> Options:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m hypercontrast.evaluate",
         description="Fixed prototypes against trained probes on a frozen run. Without methods: all it has, and --nc.",
     )

@@ -124,7 +124,8 @@ def test_bad_settings_in_a_file(tmp_path, monkeypatch, text, says):
         (["--gpus", "1", "--cpu-ranks", "1"], "gpus must be 0 with cpu_ranks=1, got 1"),
         (["--cpu-ranks", "-1"], "cpu_ranks must be at least 0, got -1"),
         (["--loss", "hinge"], "invalid choice 'hinge'"),
-        (["--model", "vgg"], "invalid choice 'vgg'"),
+        (["--model", "vgg"], "model must be one of convnet, resnet18"),
+        (["--width", "32"], "width must be 64 with model convnet, which comes in one width, got 32"),
         (["--lr", "0"], "lr must be positive and finite, got 0.0"),
         (["--lr", "nan"], "lr must be positive and finite, got nan"),
         (["--lr", "fast"], "--lr"),
@@ -383,7 +384,7 @@ def test_a_queue_adds_negatives_and_survives_a_restart(loss, tmp_path):
     assert records(without)[0]["loss"] < records(whole)[0]["loss"]
 
 
-def without_batch_norm(name, channels, size):
+def without_batch_norm(name, channels, size, width):
     """A backbone for which a batch is nothing but its samples."""
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels * size * size, 16), torch.nn.ReLU()), 16
 
