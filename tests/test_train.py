@@ -713,3 +713,27 @@ def test_nonl_spreads_the_digits_at_most_half_as_unevenly_as_cross_entropy(tmp_p
             assert last["accuracy"] > 0.94
             values.append(last["cos_std"])
     assert sum(spread["nonl"]) <= sum(spread["ce"]) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "cifar10").is_dir(), reason=f"needs {SHARED / 'cifar10'}")
+def test_a_small_resnet_trains_on_5000_cifar_pictures_within_minutes(tmp_path):
+    """Through Parquet, interrupted and resumed; every number of every epoch is finite."""
+    pytest.importorskip("torchvision")
+    options = {
+        "recipe": "cifar10-nonl", "dataset": f"parquet:{SHARED / 'cifar10'}", "width": 16, "limit": 5000, "epochs": 3,
+        "batch_size": 128, "lr": 0.1, "evaluate_every": 1, "cpu_ranks": 1, "quiet": True,
+        "run_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    started = time.perf_counter()
+    with pytest.raises(Interruption):
+        train(configure(**options), on_epoch=interrupt_after(2))
+    folder = train(configure(resume="auto", **options))
+    seconds = time.perf_counter() - started
+    lines = records(folder)
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert all(set(DESCRIPTIONS) <= line.keys() for line in lines)
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert lines[-1]["accuracy"] > 0.15
+    print(f"{seconds:.0f} s")
+    assert seconds < 300
