@@ -115,16 +115,13 @@ def evaluate(options: Options) -> dict[str, Any]:
     Raises UsageError if the run cannot be evaluated here, CheckpointError if it has no intact checkpoint,
     TrainingError if a probe diverges, RankError if a rank fails.
     """
-    config = _run_config(options)
+    config = run_config(options.run, options.data_root, options.gpus, options.cpu_ranks)
     if config.ranks > 1 and not is_rank():
         start_ranks(config.ranks, _evaluate_rank, options)
         return json.loads(Path(options.run, RESULT).read_text(encoding="utf-8"))
     with joined(config) as ranks:
-        saved = ranks.agree(lambda: checkpoint.load_checkpoint(Path(options.run)))
-        if saved is None:
-            raise UsageError(f"{options.run} must hold a checkpoint: the run has not finished an epoch yet")
-        workspace = _restored(config, ranks, saved.tensors)
-        record = _evaluated(options, config, workspace, saved.epoch)
+        workspace, epoch = restored(options.run, config, ranks)
+        record = _evaluated(options, config, workspace, epoch)
         if ranks.rank == 0:
             content = json.dumps(record, indent=1) + "\n"
             checkpoint.write_atomic(Path(options.run, RESULT), content.encode())
@@ -135,31 +132,37 @@ def _evaluate_rank(options: Options) -> None:
     evaluate(options)
 
 
-def _run_config(options: Options) -> Config:
-    """The run's own config, to be run as the options say. Raises UsageError if that cannot be done here."""
-    path = Path(options.run, "config.yaml")
+def run_config(run: str, data_root: str = "", gpus: int = 0, cpu_ranks: int = 0) -> Config:
+    """The config of the run in the folder `run`, to be run with these settings; an empty data_root keeps the run's own.
+
+    Raises UsageError if that cannot be done here.
+    """
+    path = Path(run, "config.yaml")
     if not path.is_file():
-        raise UsageError(f"RUN must be the folder of a run, with a config.yaml, got {options.run}")
+        raise UsageError(f"RUN must be the folder of a run, with a config.yaml, got {run}")
     config = read_config(path)
-    config = dataclasses.replace(
-        config,
-        data_root=options.data_root or config.data_root,
-        gpus=options.gpus,
-        cpu_ranks=options.cpu_ranks,
-    )
+    config = dataclasses.replace(config, data_root=data_root or config.data_root, gpus=gpus, cpu_ranks=cpu_ranks)
     check_hardware(config)
     check_model(config.model)
     data.locate(config.dataset, config.data_root)
     return config
 
 
-def _restored(config: Config, ranks: Ranks, tensors: dict[str, Tensor]) -> Workspace:
+def restored(run: str, config: Config, ranks: Ranks) -> tuple[Workspace, int]:
+    """A run's data and network as its newest intact checkpoint left them, and the epoch of that checkpoint.
+
+    Raises UsageError if there is no checkpoint yet, CheckpointError if none is intact or it is another network's.
+    """
+    saved = ranks.agree(lambda: checkpoint.load_checkpoint(Path(run)))
+    if saved is None:
+        raise UsageError(f"{run} must hold a checkpoint: the run has not finished an epoch yet")
+    tensors = saved.tensors
     workspace = Workspace(config, ranks)
     wanted = workspace.network.state_dict()
     if {n: x.shape for n, x in wanted.items()} != {n: x.shape for n, x in tensors.items() if n != "class_means"}:
         raise CheckpointError("the checkpoint must hold the network that config.yaml describes, got other tensors")
     workspace.network.load_state_dict({name: tensors[name] for name in wanted})
-    return workspace
+    return workspace, saved.epoch
 
 
 def _evaluated(options: Options, config: Config, workspace: Workspace, epoch: int) -> dict[str, Any]:
@@ -288,7 +291,7 @@ def _row(result: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Mistakes as one line, as in training."""
 
     def error(self, message: str) -> NoReturn:
@@ -296,7 +299,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: Sequence[str] | None) -> Options:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m hypercontrast.evaluate",
         description="Fixed prototypes against trained probes on a frozen run. Without methods: all of them, and --nc.",
     )
