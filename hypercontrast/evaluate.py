@@ -125,16 +125,13 @@ def evaluate(options: Options) -> dict[str, Any]:
     Raises UsageError if the run cannot be evaluated here, CheckpointError if it has no intact checkpoint,
     TrainingError if a probe diverges, RankError if a rank fails.
     """
-    config = _run_config(options)
+    config = runnable_config(options.run, options.data_root, options.gpus, options.cpu_ranks)
     if config.ranks > 1 and not is_rank():
         start_ranks(config.ranks, _evaluate_rank, options)
         return json.loads(Path(options.run, RESULT).read_text(encoding="utf-8"))
     with joined(config) as ranks:
-        saved = ranks.agree(lambda: checkpoint.load_checkpoint(Path(options.run)))
-        if saved is None:
-            raise UsageError(f"{options.run} must hold a checkpoint: the run has not finished an epoch yet")
-        workspace = _restored(config, ranks, saved.tensors)
-        record = _evaluated(options, config, workspace, saved.epoch)
+        workspace, epoch = restored(options.run, config, ranks)
+        record = _evaluated(options, config, workspace, epoch)
         if ranks.rank == 0:
             content = json.dumps(record, indent=1) + "\n"
             checkpoint.write_atomic(Path(options.run, RESULT), content.encode())
@@ -145,28 +142,33 @@ def _evaluate_rank(options: Options) -> None:
     evaluate(options)
 
 
-def _run_config(options: Options) -> Config:
-    """The run's own config, to be run as the options say. Raises UsageError if that cannot be done here."""
-    config = run_config(options.run)
-    config = dataclasses.replace(
-        config,
-        data_root=options.data_root or config.data_root,
-        gpus=options.gpus,
-        cpu_ranks=options.cpu_ranks,
-    )
+def runnable_config(run: str, data_root: str = "", gpus: int = 0, cpu_ranks: int = 0) -> Config:
+    """The config of the run in the folder `run`, to be run with these settings; an empty data_root keeps the run's own.
+
+    Raises UsageError if that cannot be done here.
+    """
+    config = run_config(run)
+    config = dataclasses.replace(config, data_root=data_root or config.data_root, gpus=gpus, cpu_ranks=cpu_ranks)
     check_hardware(config)
     check_model(config.model, config.width)
     data.locate(config.dataset, config.data_root)
     return config
 
 
-def _restored(config: Config, ranks: Ranks, tensors: dict[str, Tensor]) -> Workspace:
+def restored(run: str, config: Config, ranks: Ranks) -> tuple[Workspace, int]:
+    """A run's data and network as its newest intact checkpoint left them, and the epoch of that checkpoint.
+
+    Raises UsageError if there is no checkpoint yet, CheckpointError if none is intact or it is another network's.
+    """
+    saved = ranks.agree(lambda: checkpoint.load_checkpoint(Path(run)))
+    if saved is None:
+        raise UsageError(f"{run} must hold a checkpoint: the run has not finished an epoch yet")
     workspace = Workspace(config, ranks)
-    wanted, found = workspace.network.state_dict(), network_tensors(tensors)
+    wanted, found = workspace.network.state_dict(), network_tensors(saved.tensors)
     if {n: x.shape for n, x in wanted.items()} != {n: x.shape for n, x in found.items()}:
         raise CheckpointError("the checkpoint must hold the network that config.yaml describes, got other tensors")
     workspace.network.load_state_dict(found)
-    return workspace
+    return workspace, saved.epoch
 
 
 def _evaluated(options: Options, config: Config, workspace: Workspace, epoch: int) -> dict[str, Any]:
