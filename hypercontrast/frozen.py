@@ -67,11 +67,10 @@ def restored_network(run: str, device: torch.device) -> FrozenRun:
             f"the checkpoint of {run} must hold mean, std and image_size of the pictures it was trained on, got no"
             f" {missing[0]}: it is of an older version, so train again"
         )
-    tensors = dict(saved.tensors)
-    image_size = int(tensors.pop("image_size"))
-    mean, std = tensors["mean"].to(device), tensors["std"].to(device)
-    network = build_network(config, len(mean), image_size, len(tensors["class_means"]))
-    wanted, found = network.state_dict(), network_tensors(tensors)
+    mean, std = (saved.tensors[name].to(device) for name in ("mean", "std"))
+    image_size = int(saved.tensors["image_size"])
+    network = build_network(config, len(mean), image_size, len(saved.tensors["class_means"]))
+    wanted, found = network.state_dict(), network_tensors(saved.tensors)
     if {n: x.shape for n, x in wanted.items()} != {n: x.shape for n, x in found.items()}:
         raise CheckpointError("the checkpoint must hold the network that config.yaml describes, got other tensors")
     network.load_state_dict(found)
