@@ -1,6 +1,6 @@
 """Linear transfer: what a run's frozen features are worth on other data sets (arXiv 2605.20302, table 4).
 
-    python -m hypercontrast.transfer RUN [--datasets food101 cifar10 ...] [--data-root DIR] [--limit N]
+    python -m hypercontrast.transfer RUN [--datasets food101 cifar10 ...] [--data-root DIR] [--workers N] ...
 
 RUN is a folder that `hypercontrast.train` wrote, finished or not: its newest intact checkpoint is taken. The values are
 written to RUN/transfer.json as they come. Every data set that is there is evaluated, the others are named as missing.
@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from hypercontrast.checkpoint import CheckpointError, write_atomic
-from hypercontrast.config import UsageError
+from hypercontrast.config import Config, UsageError
 from hypercontrast.data import Pictures
 from hypercontrast.evaluate import Parser
 from hypercontrast.frozen import FrozenRun, restored_network, run_config
@@ -58,7 +58,7 @@ STRENGTHS = tuple(10 ** (power / 2) for power in range(2, -13, -1))
 FOLD = 5  # one of so many pictures of a class is held out
 RESULT = "transfer.json"
 
-Load = Callable[..., "TransferSet"]  # from a limit, and the size and channels that pictures are to have
+Load = Callable[..., "TransferSet"]  # load(limit, size=, channels=, workers=), as of `hypercontrast.data.transfer`
 Metric = Callable[[Tensor, Tensor], float]
 
 
@@ -69,11 +69,13 @@ class Options:
     run: str
     datasets: tuple[str, ...] = ()  # none: all that are there
     data_root: str = ""
+    workers: int = Config.workers
     limit: int = 0
 
     def __post_init__(self) -> None:
-        if self.limit < 0:
-            raise UsageError(f"limit must be at least 0, got {self.limit}")
+        for name in ("workers", "limit"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} must be at least 0, got {getattr(self, name)}")
         if unknown := [name for name in self.datasets if name not in METRICS]:
             raise UsageError(f"datasets must be among {', '.join(METRICS)}, got {unknown[0]}")
 
@@ -114,9 +116,9 @@ def transfer(options: Options, say: Callable[[str], None] | None = None) -> dict
     say(_row("data set", "metric", "value", "l2", "train", "test", "damaged"))
     results = _kept(Path(options.run, RESULT), frozen.epoch)
     record = {"epoch": frozen.epoch, "results": results}
+    shape = {"size": frozen.image_size, "channels": frozen.channels}
     for name, load in loaders.items():
-        result = evaluated(name, load(options.limit, size=frozen.image_size, channels=frozen.channels), frozen)
-        results[name] = result
+        result = results[name] = evaluated(name, load(options.limit, **shape, workers=options.workers), frozen)
         write_atomic(Path(options.run, RESULT), (json.dumps(record, indent=1) + "\n").encode())
         cells = (f"{result['value']:.2%}", f"{result['l2']:.1e}", result["train"], result["test"], result["damaged"])
         say(_row(name, result["metric"], *map(str, cells)))
@@ -164,10 +166,13 @@ def chosen_strength(features: Tensor, targets: Tensor, num_classes: int, score: 
 
 
 def held_out(targets: Tensor) -> Tensor:
-    """[N] bool: every fifth sample, class by class; as they stand where a sample can be of several classes."""
-    samples = targets.argsort(stable=True) if targets.ndim == 1 else torch.arange(len(targets), device=targets.device)
+    """[N] bool: a fifth of every class, or of all samples where one can be of several; by chance, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(targets), generator=generator).to(targets.device)
+    if targets.ndim == 1:
+        order = order[targets[order].argsort(stable=True)]
     held = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
-    held[samples[1::FOLD]] = True
+    held[order[1::FOLD]] = True
     return held
 
 
@@ -299,6 +304,9 @@ def _parse(argv: Sequence[str] | None) -> Options:
         help=f"of {', '.join(METRICS)}; by default all that are there",
     )
     parser.add_argument("--data-root", default="", help="where the data sets are; by default where the run's was")
+    parser.add_argument(
+        "--workers", type=int, default=Options.workers, help="processes that decode pictures; 0 decodes in this one"
+    )
     parser.add_argument(
         "--limit", type=int, default=0, help="use at most this many training and this many test pictures; 0 for all"
     )

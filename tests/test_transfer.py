@@ -105,9 +105,15 @@ def test_the_strength_that_does_best_on_the_held_out_part_is_chosen():
 
 
 def test_a_fifth_of_every_class_is_held_out():
+    """And of all classes where a sample can be of several, whatever the order of the samples."""
     labels = torch.cat([torch.zeros(50), torch.ones(10), torch.full((5,), 2)]).long()[torch.randperm(65)]
-    assert torch.bincount(labels[held_out(labels)]).tolist() == [10, 2, 1]
-    assert held_out(torch.zeros(12, 3)).nonzero().flatten().tolist() == [1, 6, 11]
+    held = held_out(labels)
+    assert torch.bincount(labels[held]).tolist() == [10, 2, 1]
+    assert held_out(labels).equal(held)
+    periodic = F.one_hot(torch.arange(500) % 5).float()
+    held = held_out(periodic)
+    assert held.sum() == 100
+    assert periodic[held].sum(0).min() > 8
     with pytest.raises(UsageError, match="the training set must hold two pictures at least, got 1"):
         chosen_strength(torch.randn(1, 3), torch.zeros(1, dtype=torch.int64), 2, accuracy)
 
@@ -199,7 +205,7 @@ def there(monkeypatch):
     def locate(name, root):
         if name not in sets:
             raise UsageError(f"data_root must hold {name}: expected {root}/{name}/")
-        return lambda limit, size, channels: calls.append((name, limit, size, channels)) or sets[name]
+        return lambda limit, **shape: calls.append((name, limit, shape)) or sets[name]
 
     monkeypatch.setattr("hypercontrast.transfer._locate", locate)
     return calls
@@ -250,8 +256,9 @@ def test_damaged_pictures_are_left_out_with_their_targets(run):
 
 def test_what_is_there_is_evaluated_and_the_rest_is_named(run, there, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
-    assert main([str(tmp_path / "run"), "--data-root", "/sets", "--limit", "90"]) == 0
-    assert there == [("cifar10", 90, 28, 1), ("voc2007", 90, 28, 1)]
+    assert main([str(tmp_path / "run"), "--data-root", "/sets", "--limit", "90", "--workers", "3"]) == 0
+    shape = {"size": 28, "channels": 1, "workers": 3}
+    assert there == [("cifar10", 90, shape), ("voc2007", 90, shape)]
     lines = capsys.readouterr().out.splitlines()
     missing = [name for name in METRICS if name not in ("cifar10", "voc2007")]
     assert lines[:6] == [f"{n} is missing: data_root must hold {n}: expected /sets/{n}/" for n in missing]
@@ -327,6 +334,7 @@ def diverged(folder):
         (None, ["--datasets", "imagenet"], 2, "datasets must be among food101, cifar10, "),
         (None, ["--datasets"], 2, "argument --datasets: expected at least one argument"),
         (None, ["--limit", "-1"], 2, "limit must be at least 0, got -1"),
+        (None, ["--workers", "-1"], 2, "workers must be at least 0, got -1"),
         (None, ["--knn"], 2, "unrecognized arguments: --knn"),
     ],
 )
