@@ -1,4 +1,4 @@
-"""A run's backbone as it was saved, without the run's data.
+"""A run's network as it was saved, without the run's data.
 
 Shapes: N pictures, C channels, D dimensions.
 """
@@ -9,36 +9,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from hypercontrast import checkpoint
 from hypercontrast.checkpoint import CheckpointError
 from hypercontrast.config import Config, UsageError, read_config
 from hypercontrast.data import normalize
-from hypercontrast.models import build_model, mixed_precision
-
-LUMA = (0.299, 0.587, 0.114)  # a grey picture's share of red, green and blue (ITU-R BT.601), as Pillow converts
+from hypercontrast.models import Network, mixed_precision
+from hypercontrast.workspace import build_network, network_tensors
 
 
 @dataclass(frozen=True)
-class FrozenBackbone:
-    """A backbone in evaluation mode on one device, and how the run's pictures went into it."""
+class FrozenRun:
+    """A network in evaluation mode on one device, and how the run's pictures went into it."""
 
     config: Config
     epoch: int
-    network: nn.Module
+    network: Network
     mean: Tensor  # [C], of the run's training pictures on the scale 0 to 255
     std: Tensor  # [C]
     image_size: int
 
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
-        """Pictures [N, 1 or 3, H, W] uint8 of any size, on any device -> pooled features [N, D] in float32."""
-        pixels = _fitted(pixels.to(self.mean.device).float(), len(self.mean), self.image_size)
+        """Pictures [N, C, H, W] as the run's were -> the backbone's pooled features [N, D] in float32."""
         images = normalize(pixels, self.mean, self.std).contiguous(memory_format=torch.channels_last)
         with mixed_precision(images.device):
-            return self.network(images).float()
+            return self.network.backbone(images).float()
 
 
 def run_config(run: str) -> Config:
@@ -49,10 +50,10 @@ def run_config(run: str) -> Config:
     return read_config(path)
 
 
-def load_backbone(run: str, device: torch.device) -> FrozenBackbone:
-    """The backbone of the run's newest intact checkpoint.
+def restored_network(run: str, device: torch.device) -> FrozenRun:
+    """The network of the run's newest intact checkpoint.
 
-    Beside the weights a checkpoint holds `mean` and `std` [C] and `image_size` [], what the network was fed with.
+    Beside its weights a checkpoint holds class_means [K, D], and of the pictures mean and std [C] and image_size [].
 
     Raises UsageError if the folder holds no run, or one that has saved nothing yet, and CheckpointError if the
     checkpoint is damaged, or is not of the network that config.yaml describes.
@@ -68,24 +69,10 @@ def load_backbone(run: str, device: torch.device) -> FrozenBackbone:
         )
     mean, std = (saved.tensors[name].to(device) for name in ("mean", "std"))
     image_size = int(saved.tensors["image_size"])
-    network, _ = build_model(config.model, len(mean), image_size, config.width)
-    prefix = "backbone."
-    weights = {n.removeprefix(prefix): x for n, x in saved.tensors.items() if n.startswith(prefix)}
-    if {n: x.shape for n, x in network.state_dict().items()} != {n: x.shape for n, x in weights.items()}:
+    network = build_network(config, len(mean), image_size, len(saved.tensors["class_means"]))
+    wanted, found = network.state_dict(), network_tensors(saved.tensors)
+    if {n: x.shape for n, x in wanted.items()} != {n: x.shape for n, x in found.items()}:
         raise CheckpointError("the checkpoint must hold the network that config.yaml describes, got other tensors")
-    network.load_state_dict(weights)
-    network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    return FrozenBackbone(config, saved.epoch, network, mean, std, image_size)
-
-
-def _fitted(pixels: Tensor, channels: int, size: int) -> Tensor:
-    """The shorter side scaled to `size`, the middle cut out, and made grey or three-channelled as the run's were."""
-    if pixels.shape[1] > channels:
-        pixels = torch.einsum("nchw,c->nhw", pixels, pixels.new_tensor(LUMA))[:, None]
-    pixels = pixels.expand(-1, channels, -1, -1)
-    shorter = min(pixels.shape[-2:])
-    if shorter != size:
-        sides = [max(size, round(side * size / shorter)) for side in pixels.shape[-2:]]
-        pixels = F.interpolate(pixels, sides, mode="bilinear", antialias=True)
-    top, left = ((side - size) // 2 for side in pixels.shape[-2:])
-    return pixels[:, :, top : top + size, left : left + size]
+    network.load_state_dict(found)
+    network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return FrozenRun(config, saved.epoch, network.eval(), mean, std, image_size)

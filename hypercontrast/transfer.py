@@ -1,13 +1,13 @@
 """Linear transfer: what a run's frozen features are worth on other data sets (arXiv 2605.20302, table 4).
 
-    python -m hypercontrast.transfer RUN [--datasets food101 cifar10 ...] [--data-root DIR] [--limit N]
+    python -m hypercontrast.transfer RUN [--datasets food101 cifar10 ...] [--data-root DIR] [--workers N] ...
 
 RUN is a folder that `hypercontrast.train` wrote, finished or not: its newest intact checkpoint is taken. The values are
 written to RUN/transfer.json as they come. Every data set that is there is evaluated, the others are named as missing.
 
 Protocol, linear evaluation as is usual since Kornblith et al. 2019:
-- Features are the backbone's, before neck or projection. Pictures have their shorter side scaled (bilinear) and their
-  middle cut out at the size the run was trained with, and its mean and standard deviation; no augmentation.
+- Features are the backbone's, before neck or projection. Pictures come as the run's validation pictures did, shorter
+  side scaled and middle cut out, at its size and normalised by its mean and standard deviation; no augmentation.
 - Features are centred and divided by one number, the root of their mean variance over the training set. Losses on the
   sphere leave the features' scale open, and the grid of strengths below must mean the same for every run. One number
   for all dimensions leaves their geometry alone: the optimum is one of the raw features, at another strength.
@@ -30,19 +30,20 @@ import copy
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hypercontrast.checkpoint import CheckpointError, write_atomic
-from hypercontrast.config import UsageError
+from hypercontrast.config import Config, UsageError
+from hypercontrast.data import Pictures
 from hypercontrast.evaluate import Parser
-from hypercontrast.frozen import FrozenBackbone, load_backbone, run_config
+from hypercontrast.frozen import FrozenRun, restored_network, run_config
 from hypercontrast.launch import Ranks, device_of
 from hypercontrast.models import LinearHead
 from hypercontrast.objective import TrainingError
@@ -50,29 +51,15 @@ from hypercontrast.probes import fit_features
 from hypercontrast.progress import fail
 from hypercontrast.workspace import EVALUATION_BATCH
 
+if TYPE_CHECKING:
+    from hypercontrast.data.transfer import TransferSet
+
 STRENGTHS = tuple(10 ** (power / 2) for power in range(2, -13, -1))
 FOLD = 5  # one of so many pictures of a class is held out
 RESULT = "transfer.json"
 
+Load = Callable[..., "TransferSet"]  # load(limit, size=, channels=, workers=), as of `hypercontrast.data.transfer`
 Metric = Callable[[Tensor, Tensor], float]
-
-
-class Pictures(Protocol):
-    """What a set of pictures has to offer here, see `hypercontrast.data`."""
-
-    labels: Tensor
-
-    def __len__(self) -> int: ...
-
-    def plain(self, batches: Iterable[Tensor]) -> Iterator[Any]:
-        """For each batch of indices its `pixels` [n, C, H, W] uint8 and the `index` [n] of those that are intact."""
-
-
-class TransferSet(Protocol):
-    train: Pictures
-    test: Pictures
-    class_names: tuple[str, ...]
-    targets: tuple[Tensor, Tensor] | None  # of train and test, [N, K] of 0, 1 and NaN (ignore), instead of labels
 
 
 @dataclass(frozen=True)
@@ -82,11 +69,13 @@ class Options:
     run: str
     datasets: tuple[str, ...] = ()  # none: all that are there
     data_root: str = ""
+    workers: int = Config.workers
     limit: int = 0
 
     def __post_init__(self) -> None:
-        if self.limit < 0:
-            raise UsageError(f"limit must be at least 0, got {self.limit}")
+        for name in ("workers", "limit"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} must be at least 0, got {getattr(self, name)}")
         if unknown := [name for name in self.datasets if name not in METRICS]:
             raise UsageError(f"datasets must be among {', '.join(METRICS)}, got {unknown[0]}")
 
@@ -121,27 +110,27 @@ def transfer(options: Options, say: Callable[[str], None] | None = None) -> dict
     say = say or (lambda line: None)
     config = run_config(options.run)
     loaders, missing = _located(options, options.data_root or config.data_root)
-    backbone = load_backbone(options.run, device_of(dataclasses.replace(config, gpus=0, cpu_ranks=0)))
+    frozen = restored_network(options.run, device_of(dataclasses.replace(config, gpus=0, cpu_ranks=0)))
     for name, reason in missing.items():
         say(f"{name} is missing: {reason}")
     say(_row("data set", "metric", "value", "l2", "train", "test", "damaged"))
-    results = _kept(Path(options.run, RESULT), backbone.epoch)
-    record = {"epoch": backbone.epoch, "results": results}
+    results = _kept(Path(options.run, RESULT), frozen.epoch)
+    record = {"epoch": frozen.epoch, "results": results}
+    shape = {"size": frozen.image_size, "channels": frozen.channels}
     for name, load in loaders.items():
-        result = evaluated(name, load(options.limit), backbone)
-        results[name] = result
+        result = results[name] = evaluated(name, load(options.limit, **shape, workers=options.workers), frozen)
         write_atomic(Path(options.run, RESULT), (json.dumps(record, indent=1) + "\n").encode())
         cells = (f"{result['value']:.2%}", f"{result['l2']:.1e}", result["train"], result["test"], result["damaged"])
         say(_row(name, result["metric"], *map(str, cells)))
     return record
 
 
-def evaluated(name: str, pictures: TransferSet, backbone: FrozenBackbone) -> dict[str, Any]:
+def evaluated(name: str, pictures: TransferSet, frozen: FrozenRun) -> dict[str, Any]:
     """The result of one data set."""
     metric, score = METRICS[name]
     targets = pictures.targets or (pictures.train.labels, pictures.test.labels)
-    train, train_targets = _embedded(name, pictures.train, targets[0], backbone)
-    test, test_targets = _embedded(name, pictures.test, targets[1], backbone)
+    train, train_targets = _embedded(name, pictures.train, targets[0], frozen)
+    test, test_targets = _embedded(name, pictures.test, targets[1], frozen)
     centre, scale = train.mean(0), train.var(0, correction=0).mean().sqrt()
     scale = torch.where(scale > 0, scale, 1.0)  # a backbone that gives one answer to everything
     train, test = (train - centre) / scale, (test - centre) / scale
@@ -165,9 +154,10 @@ def chosen_strength(features: Tensor, targets: Tensor, num_classes: int, score: 
     probe = LinearHead(features.shape[1], num_classes).to(features.device)
     for parameter in probe.parameters():
         nn.init.zeros_(parameter)
+    rest, rest_targets = features[~held], targets[~held]
     best, l2, chosen = -1.0, STRENGTHS[0], probe
     for strength in STRENGTHS:
-        fit_features(probe, features[~held], targets[~held], _alone(features), ridge=strength)
+        fit_features(probe, rest, rest_targets, _alone(rest), ridge=strength)
         with torch.no_grad():
             value = score(probe(features[held]), targets[held])
         if value > best:
@@ -176,10 +166,13 @@ def chosen_strength(features: Tensor, targets: Tensor, num_classes: int, score: 
 
 
 def held_out(targets: Tensor) -> Tensor:
-    """[N] bool: every fifth sample, class by class; as they stand where a sample can be of several classes."""
-    samples = targets.argsort(stable=True) if targets.ndim == 1 else torch.arange(len(targets), device=targets.device)
+    """[N] bool: a fifth of every class, or of all samples where one can be of several; by chance, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(targets), generator=generator).to(targets.device)
+    if targets.ndim == 1:
+        order = order[targets[order].argsort(stable=True)]
     held = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
-    held[samples[1::FOLD]] = True
+    held[order[1::FOLD]] = True
     return held
 
 
@@ -242,7 +235,7 @@ METRICS: dict[str, tuple[str, Metric]] = {
 }
 
 
-def _located(options: Options, root: str) -> tuple[dict[str, Callable[[int], TransferSet]], dict[str, str]]:
+def _located(options: Options, root: str) -> tuple[dict[str, Load], dict[str, str]]:
     """What loads each data set, and why others are missing. Those that were asked for by name must be there."""
     loaders, missing = {}, {}
     for name in options.datasets or METRICS:
@@ -257,24 +250,25 @@ def _located(options: Options, root: str) -> tuple[dict[str, Callable[[int], Tra
     return loaders, missing
 
 
-def _locate(name: str, root: str) -> Callable[[int], TransferSet]:
+def _locate(name: str, root: str) -> Load:
     from hypercontrast.data.transfer import locate
 
     return locate(name, root)
 
 
-def _embedded(name: str, pictures: Pictures, targets: Tensor, backbone: FrozenBackbone) -> tuple[Tensor, Tensor]:
+def _embedded(name: str, pictures: Pictures, targets: Tensor, frozen: FrozenRun) -> tuple[Tensor, Tensor]:
     """Features [n, D] and targets of the pictures that are intact."""
-    device = backbone.mean.device
-    order = torch.arange(len(pictures), device=pictures.labels.device)
+    device = frozen.mean.device
+    pictures, targets = pictures.to(device), targets.to(device)
+    order = torch.arange(len(pictures), device=device)
     features, places = [], []
     for batch in pictures.plain(order.split(EVALUATION_BATCH[device.type])):
-        features.append(backbone.features(batch.pixels))
-        places.append(batch.index)
+        features.append(frozen.features(batch.pixels))
+        places.append(batch.indices)
     embedded = torch.cat(features)
     if not embedded.isfinite().all():
         raise TrainingError(f"features of {name} must be finite, got some that are not: the run has diverged")
-    return embedded, targets.to(device)[torch.cat(places).to(device)]
+    return embedded, targets[torch.cat(places)]
 
 
 def _alone(features: Tensor) -> Ranks:
@@ -287,7 +281,7 @@ def _kept(path: Path, epoch: int) -> dict[str, Any]:
         return {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return record["results"] if record["epoch"] == epoch else {}
+        return dict(record["results"]) if record["epoch"] == epoch else {}
     except (ValueError, TypeError, KeyError):
         raise UsageError(f"{path} must hold results of this command: delete it, or move it away") from None
 
@@ -310,6 +304,9 @@ def _parse(argv: Sequence[str] | None) -> Options:
         help=f"of {', '.join(METRICS)}; by default all that are there",
     )
     parser.add_argument("--data-root", default="", help="where the data sets are; by default where the run's was")
+    parser.add_argument(
+        "--workers", type=int, default=Options.workers, help="processes that decode pictures; 0 decodes in this one"
+    )
     parser.add_argument(
         "--limit", type=int, default=0, help="use at most this many training and this many test pictures; 0 for all"
     )

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,9 +14,10 @@ import torch.nn.functional as F
 from hypercontrast import data
 from hypercontrast.checkpoint import load_checkpoint, save_checkpoint
 from hypercontrast.config import UsageError, configure, read_config
-from hypercontrast.frozen import load_backbone
+from hypercontrast.data import Images
+from hypercontrast.frozen import restored_network
 from hypercontrast.launch import Ranks
-from hypercontrast.models import LinearHead
+from hypercontrast.models import LinearHead, Network
 from hypercontrast.probes import fit_features
 from hypercontrast.train import train
 from hypercontrast.transfer import (
@@ -34,7 +34,7 @@ from hypercontrast.transfer import (
     mean_average_precision,
     transfer,
 )
-from hypercontrast.workspace import Workspace
+from hypercontrast.workspace import Workspace, network_tensors
 
 for extra in ("mlxtend", "safetensors", "yaml"):
     pytest.importorskip(extra)
@@ -105,9 +105,15 @@ def test_the_strength_that_does_best_on_the_held_out_part_is_chosen():
 
 
 def test_a_fifth_of_every_class_is_held_out():
+    """And of all classes where a sample can be of several, whatever the order of the samples."""
     labels = torch.cat([torch.zeros(50), torch.ones(10), torch.full((5,), 2)]).long()[torch.randperm(65)]
-    assert torch.bincount(labels[held_out(labels)]).tolist() == [10, 2, 1]
-    assert held_out(torch.zeros(12, 3)).nonzero().flatten().tolist() == [1, 6, 11]
+    held = held_out(labels)
+    assert torch.bincount(labels[held]).tolist() == [10, 2, 1]
+    assert held_out(labels).equal(held)
+    periodic = F.one_hot(torch.arange(500) % 5).float()
+    held = held_out(periodic)
+    assert held.sum() == 100
+    assert periodic[held].sum(0).min() > 8
     with pytest.raises(UsageError, match="the training set must hold two pictures at least, got 1"):
         chosen_strength(torch.randn(1, 3), torch.zeros(1, dtype=torch.int64), 2, accuracy)
 
@@ -153,57 +159,37 @@ def test_accuracies():
 # A run on other pictures
 
 
-class Batch(NamedTuple):
-    pixels: torch.Tensor
-    labels: torch.Tensor
-    index: torch.Tensor
-
-
-@dataclass(frozen=True)
-class FakePictures:
-    """As those of `hypercontrast.data`: what cannot be decoded is left out of its batch."""
-
-    pixels: torch.Tensor
-    labels: torch.Tensor
-    damaged: tuple[int, ...] = ()
-
-    def __len__(self):
-        return len(self.labels)
+class HalfDamaged(Images):
+    """Of its pictures every second one cannot be decoded: it is left out of its batch."""
 
     def plain(self, batches):
-        for index in batches:
-            intact = index[~torch.isin(index, torch.tensor(self.damaged, dtype=torch.int64))]
-            yield Batch(self.pixels[intact], self.labels[intact], intact)
+        return super().plain(indices[indices % 2 == 0] for indices in batches)
 
 
 @dataclass(frozen=True)
 class FakeSet:
-    train: FakePictures
-    test: FakePictures
+    train: Images
+    test: Images
     class_names: tuple[str, ...] = ("left", "middle", "right")
     targets: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def stripes(n):
-    """Colour pictures with a bright stripe, in one of three places, on noise."""
+    """Grey pictures with a bright stripe, in one of three directions, on noise."""
     labels = torch.arange(n) % 3
-    pixels = torch.randint(120, (n, 3, 40, 56), dtype=torch.uint8)
-    for k in range(3):
-        pixels[labels == k, :, :, 12 + 12 * k : 20 + 12 * k] = 250
-    return FakePictures(pixels, labels)
+    pixels = torch.randint(120, (n, 1, 28, 28), dtype=torch.uint8)
+    pixels[labels == 0, :, :, 12:16] = 250
+    pixels[labels == 1, :, 12:16] = 250
+    pixels[labels == 2] = pixels[labels == 2].masked_fill(torch.eye(28, dtype=torch.bool), 250)
+    return Images(pixels, labels)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run on a few digits, with what was fed to the network beside the weights in its checkpoint."""
+    """A run on a few digits."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs") / "nonl"
-    train(configure(run_dir=str(folder), epochs=1, limit=200, batch_size=50, quiet=True, cpu_ranks=1))
-    saved = load_checkpoint(folder)
-    mean, std = data.load("mnist5k", limit=200).statistics()
-    fed = {"mean": mean, "std": std, "image_size": torch.tensor(28)}
-    save_checkpoint(folder, replace(saved, tensors={**saved.tensors, **fed}))
-    return folder
+    return train(configure(run_dir=str(folder), epochs=1, limit=200, batch_size=50, quiet=True, cpu_ranks=1))
 
 
 @pytest.fixture
@@ -219,7 +205,7 @@ def there(monkeypatch):
     def locate(name, root):
         if name not in sets:
             raise UsageError(f"data_root must hold {name}: expected {root}/{name}/")
-        return lambda limit: calls.append((name, limit)) or sets[name]
+        return lambda limit, **shape: calls.append((name, limit, shape)) or sets[name]
 
     monkeypatch.setattr("hypercontrast.transfer._locate", locate)
     return calls
@@ -229,67 +215,50 @@ def test_features_are_those_the_run_was_trained_on(run):
     """On the run's own pictures: the backbone's output in evaluation mode, before neck and projection."""
     config = read_config(run / "config.yaml")
     workspace = Workspace(config, ALONE)
-    workspace.network.load_state_dict(
-        {n: x for n, x in load_checkpoint(run).tensors.items() if n in workspace.network.state_dict()}
-    )
+    workspace.network.load_state_dict(network_tensors(load_checkpoint(run).tensors))
     expected = torch.cat([batch.backbone for batch in workspace.embedded(workspace.dataset.validation)])
-    frozen = load_backbone(str(run), ALONE.device)
+    frozen = restored_network(str(run), ALONE.device)
     assert (frozen.epoch, frozen.image_size) == (1, 28)
     pixels = data.load("mnist5k", limit=200).validation.pixels
     torch.testing.assert_close(frozen.features(pixels), expected)
-    # Three equal channels are grey, and what is around the middle does not count.
-    wide = F.pad(pixels.expand(-1, 3, -1, -1), (7, 7), value=90)
-    torch.testing.assert_close(frozen.features(wide), expected, rtol=1e-3, atol=1e-3)
-
-
-def test_pictures_of_another_size_are_scaled_as_pillow_does(run):
-    Image = pytest.importorskip("PIL.Image")
-    frozen = load_backbone(str(run), ALONE.device)
-    smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8) * 255, (60, 80), mode="bicubic")
-    pixels = smooth.clamp(0, 255).to(torch.uint8)
-    picture = (
-        Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).convert("L").resize((37, 28), Image.Resampling.BILINEAR)
-    )
-    theirs = torch.from_numpy(np.array(picture.crop((4, 0, 32, 28))))[None, None]
-    torch.testing.assert_close(frozen.features(pixels), frozen.features(theirs), rtol=0.02, atol=0.02)
 
 
 def test_the_scale_of_the_features_does_not_matter(run):
-    frozen = load_backbone(str(run), ALONE.device)
+    frozen = restored_network(str(run), ALONE.device)
     pictures = FakeSet(stripes(90), stripes(60))
     usual = evaluated("cifar10", pictures, frozen)
 
+    def with_backbone(backbone):
+        return replace(frozen, network=Network(backbone, frozen.network.head))
+
     class Louder(torch.nn.Module):
         def forward(self, images):
-            return 1e4 * frozen.network(images) + 3
+            return 1e4 * frozen.network.backbone(images) + 3
 
-    louder = evaluated("cifar10", pictures, replace(frozen, network=Louder()))
-    assert louder == pytest.approx(usual, abs=0.02)
+    assert evaluated("cifar10", pictures, with_backbone(Louder())) == pytest.approx(usual, abs=0.02)
 
     class Deaf(torch.nn.Module):
         def forward(self, images):
             return torch.ones(len(images), 4)
 
-    deaf = evaluated("cifar10", pictures, replace(frozen, network=Deaf()))
-    assert deaf["value"] == pytest.approx(1 / 3)
+    assert evaluated("cifar10", pictures, with_backbone(Deaf()))["value"] == pytest.approx(1 / 3)
 
 
 def test_damaged_pictures_are_left_out_with_their_targets(run):
-    frozen = load_backbone(str(run), ALONE.device)
-    torch.manual_seed(1)
+    """Were targets and features out of step, the value would be that of chance."""
+    frozen = restored_network(str(run), ALONE.device)
     training, test = stripes(90), stripes(60)
-    whole = evaluated("cifar10", FakeSet(training, test), frozen)
-    result = evaluated("cifar10", FakeSet(replace(training, damaged=(0, 17)), replace(test, damaged=(3,))), frozen)
-    assert (result["train"], result["test"], result["damaged"]) == (88, 59, 3)
-    # Were targets and features out of step, the value would be that of chance.
-    assert result["value"] == pytest.approx(whole["value"], abs=0.05)
-    assert whole["value"] > 0.8
+    damaged = FakeSet(HalfDamaged(training.pixels, training.labels), HalfDamaged(test.pixels, test.labels))
+    result = evaluated("cifar10", damaged, frozen)
+    assert (result["train"], result["test"], result["damaged"]) == (45, 30, 75)
+    assert result["value"] > 0.8
 
 
 def test_what_is_there_is_evaluated_and_the_rest_is_named(run, there, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
-    assert main([str(tmp_path / "run"), "--data-root", "/sets", "--limit", "90"]) == 0
-    assert there == [("cifar10", 90), ("voc2007", 90)]
+    assert main([str(tmp_path / "run"), "--data-root", "/sets", "--limit", "90", "--workers", "3"]) == 0
+    shape = {"size": 28, "channels": 1, "workers": 3}
+    assert there == [("cifar10", 90, shape), ("voc2007", 90, shape)]
     lines = capsys.readouterr().out.splitlines()
     missing = [name for name in METRICS if name not in ("cifar10", "voc2007")]
     assert lines[:6] == [f"{n} is missing: data_root must hold {n}: expected /sets/{n}/" for n in missing]
@@ -365,6 +334,7 @@ def diverged(folder):
         (None, ["--datasets", "imagenet"], 2, "datasets must be among food101, cifar10, "),
         (None, ["--datasets"], 2, "argument --datasets: expected at least one argument"),
         (None, ["--limit", "-1"], 2, "limit must be at least 0, got -1"),
+        (None, ["--workers", "-1"], 2, "workers must be at least 0, got -1"),
         (None, ["--knn"], 2, "unrecognized arguments: --knn"),
     ],
 )
