@@ -217,8 +217,8 @@ def _grey(images: Tensor) -> Tensor:
 def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     """Each picture [N, C, H, W] under a Gaussian of its own `sigma` [N] in pixels, its edge mirrored.
 
-    As torchvision's gaussian_blur with the odd kernel nearest to a tenth of the height, for all sigmas the same. Half of
-    it must be shorter than either side.
+    As torchvision's gaussian_blur with the odd kernel nearest to a tenth of the height, for all sigmas the same. Either
+    side must be longer than half of it.
     """
     n, channels, height, width = images.shape
     if n == 0:  # a convolution cannot have no groups
