@@ -20,7 +20,7 @@ from hypercontrast.report import read_epochs
 from hypercontrast.train import FREE_ON_RESUME
 
 # Settings that change where, how fast or how often, or which of the equally good draws, but not what is measured.
-FREE = FREE_ON_RESUME | {"seed", "evaluate_every", "workers", "compile"}
+FREE = FREE_ON_RESUME | {"seed", "evaluate_every"}
 RESULT_FILES = ("evaluation.json", "transfer.json", "corruptions.json")
 SMOOTHING = 0.9  # an epoch
 COVERED = 0.95
