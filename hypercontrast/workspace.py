@@ -93,7 +93,7 @@ def _build_head(config: Config, dim: int, num_classes: int) -> PrototypeHead | P
 
 def load_dataset(config: Config) -> Dataset:
     """The run's pictures: limited first, then long-tailed."""
-    dataset = data.load(config.dataset, config.data_root, config.limit)
+    dataset = data.load(config.dataset, config.data_root, config.limit, config.workers)
     return dataset if config.imbalance == 1 else dataset.long_tailed(config.imbalance, config.imbalance_shape)
 
 

