@@ -25,8 +25,8 @@ from torch import Tensor
 
 from hypercontrast.config import UsageError
 from hypercontrast.data.dataset import Pictures, limited_order
-from hypercontrast.data.sampler import derived_seed
 from hypercontrast.data.encoded import UNREADABLE, need, opened
+from hypercontrast.data.sampler import derived_seed
 
 CORRUPTIONS = (
     "gaussian_noise",
