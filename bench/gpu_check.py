@@ -5,7 +5,8 @@
 2. extension     the negative buffer's extension is built and tested: its kernel, streams, NCCL, ranks that share a GPU
 3. large index   an input past 2^31 elements, against float64
 4. matrix        forward and forward + backward against eager and torch.compile, with errors and peak memory
-5. sanitizer     compute-sanitizer's memcheck, racecheck and initcheck over every kernel, without the caching allocator
+5. training      seconds per epoch of the CIFAR-10 recipes, compiled and not, with no step that waits for the device
+6. sanitizer     compute-sanitizer's memcheck, racecheck and initcheck over every kernel, without the caching allocator
 
 Each stage's output goes to bench/results/DATE-DEVICE/ and its verdict to the terminal; the exit code is 0 when all that
 ran passed. Needs torch, triton, pytest and the checkout alone. Without a GPU, --rehearse walks the same stages on the
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.metadata
+import importlib.util
 import itertools
 import os
 import shutil
@@ -198,11 +200,34 @@ def matrix(folder: Path, rehearse: bool) -> bool:
     return good
 
 
+def training(folder: Path, rehearse: bool) -> bool:
+    """The driver's epochs; a step that waits for the device raises."""
+    # PyYAML and torchvision are the driver's, and part of the usual GPU image.
+    if missing := [name for name in ("yaml", "torchvision") if importlib.util.find_spec(name) is None]:
+        print(f"    needs {' and '.join(missing)}")
+        return False
+    from bench.epoch import measure
+
+    pictures, options = (64, {"batch_size": 32, "width": 8}) if rehearse else (50_000, {})
+    rows = []
+    for loss, mode in itertools.product(
+        ("nonl",) if rehearse else ("nonl", "ce", "scl"), ("off",) if rehearse else ("off", "on")
+    ):
+        rows.append(measure(loss, pictures, 2, compile=mode, **options))
+        print("    " + "  ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
+    with (folder / "training.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    return True
+
+
 STAGES = {
     "correctness": correctness,
     "extension": extension,
     "large index": large_index,
     "matrix": matrix,
+    "training": training,
     "sanitizer": sanitizer,
 }
 

@@ -1,12 +1,15 @@
 """What the frozen features of a run are worth: fixed prototypes against trained probes, in one table.
 
-    python -m hypercontrast.evaluate RUN [--prototypes] [--linear-probe] [--normalized-probe] [--nc] [--cached] ...
+    python -m hypercontrast.evaluate RUN [--head] [--prototypes] [--linear-probe] [--normalized-probe] [--nc] ...
 
 Methods
+- trained head: what the run itself learned to classify by; scl learns none.
 - fixed prototypes: class means of the training set, one pass, no training; the nearest by cosine classifies. In the
   space the losses see: after scl's projection, or after the neck.
 - linear probe: a linear classifier on the backbone's features, the usual protocol.
 - normalised probe: the same with cosine logits at the run's temperature.
+- averaged prototypes: fixed prototypes as the paper's public code has them, an exponential average over the augmented,
+  full batches of one rank; only when asked for.
 
 RUN is a folder that `hypercontrast.train` wrote, finished or not: its newest intact checkpoint is taken, and its
 pictures and limit. The table is also written to RUN/evaluation.json, with every neural-collapse metric.
@@ -22,7 +25,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,8 +35,9 @@ from torch import Tensor
 
 from hypercontrast import checkpoint, data
 from hypercontrast.checkpoint import CheckpointError
-from hypercontrast.config import Config, UsageError, read_config
-from hypercontrast.data import steps_per_epoch
+from hypercontrast.config import Config, UsageError
+from hypercontrast.data import AUGMENTATIONS, Share, epoch_batches, steps_per_epoch
+from hypercontrast.frozen import run_config
 from hypercontrast.launch import RankError, Ranks, check_hardware, fail_for, is_main, is_rank, joined, start_ranks
 from hypercontrast.metrics import NeuralCollapse
 from hypercontrast.models import LinearHead, check_model
@@ -44,9 +48,11 @@ from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
 from hypercontrast.workspace import Embedded, Workspace, network_tensors
 
 METHODS = {
+    "head": "trained head",
     "prototypes": "fixed prototypes",
     "linear-probe": "linear probe",
     "normalized-probe": "normalised probe",
+    "averaged-prototypes": "averaged prototypes",
 }
 # The columns of the paper's table 3.
 NC_COLUMNS = {
@@ -58,10 +64,13 @@ NC_COLUMNS = {
     "mir": "MIR",
     "hdr": "HDR",
 }
-# A probe's training: the paper's on CIFAR, 100 epochs at a learning rate of 5 with batches of 512. Runs shorter than
+# A probe's training is the paper's on CIFAR, 100 epochs at a learning rate of 5 with batches of 512. Runs shorter than
 # that get shorter probes, and smaller batches a learning rate in proportion.
 MOST_EPOCHS, LEAST_EPOCHS = 100, 20
 LR_PER_PICTURE = 5 / 512
+# On ImageNet the learning rate and the epochs after which it falls are others, out of 90.
+IMAGENET_LR = {"imagenet100": 2.0, "imagenet1k": 0.8}
+IMAGENET_EPOCHS, IMAGENET_MILESTONES = 90, (30 / 90, 60 / 90, 80 / 90)
 RESULT = "evaluation.json"
 
 
@@ -70,7 +79,7 @@ class Options:
     """What to evaluate and how; the flags of the command line."""
 
     run: str
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = ()  # empty for all that the run has, but for averaged prototypes
     nc: bool = True
     cached: bool = False
     epochs: int = 0  # of a probe; 0 chooses by the run's
@@ -110,21 +119,19 @@ def evaluate(options: Options) -> dict[str, Any]:
     Keys: epoch (of the checkpoint), device, ranks, probe (how the probes were trained) and results, a list with
     method, features ("backbone" or "head"), dim, accuracy (share of 1, on the validation set), seconds (to make the
     classifier, without reading the data and without validation), share_of_linear_probe (of its seconds, if it was
-    run too) and nc (every metric of `NeuralCollapse`, on the training set as it is).
+    run too), nc (every metric of `NeuralCollapse`, on the training set as it is) and nc_compat (the same as the paper's
+    public code computes them).
 
     Raises UsageError if the run cannot be evaluated here, CheckpointError if it has no intact checkpoint,
     TrainingError if a probe diverges, RankError if a rank fails.
     """
-    config = _run_config(options)
+    config = runnable_config(options.run, options.data_root, options.gpus, options.cpu_ranks)
     if config.ranks > 1 and not is_rank():
         start_ranks(config.ranks, _evaluate_rank, options)
         return json.loads(Path(options.run, RESULT).read_text(encoding="utf-8"))
     with joined(config) as ranks:
-        saved = ranks.agree(lambda: checkpoint.load_checkpoint(Path(options.run)))
-        if saved is None:
-            raise UsageError(f"{options.run} must hold a checkpoint: the run has not finished an epoch yet")
-        workspace = _restored(config, ranks, saved.tensors)
-        record = _evaluated(options, config, workspace, saved.epoch)
+        workspace, epoch = restored(options.run, config, ranks)
+        record = _evaluated(options, config, workspace, epoch)
         if ranks.rank == 0:
             content = json.dumps(record, indent=1) + "\n"
             checkpoint.write_atomic(Path(options.run, RESULT), content.encode())
@@ -135,45 +142,47 @@ def _evaluate_rank(options: Options) -> None:
     evaluate(options)
 
 
-def _run_config(options: Options) -> Config:
-    """The run's own config, to be run as the options say. Raises UsageError if that cannot be done here."""
-    path = Path(options.run, "config.yaml")
-    if not path.is_file():
-        raise UsageError(f"RUN must be the folder of a run, with a config.yaml, got {options.run}")
-    config = read_config(path)
-    config = dataclasses.replace(
-        config,
-        data_root=options.data_root or config.data_root,
-        gpus=options.gpus,
-        cpu_ranks=options.cpu_ranks,
-    )
+def runnable_config(run: str, data_root: str = "", gpus: int = 0, cpu_ranks: int = 0) -> Config:
+    """The config of the run in the folder `run`, to be run with these settings; an empty data_root keeps the run's own.
+
+    Raises UsageError if that cannot be done here.
+    """
+    config = run_config(run)
+    config = dataclasses.replace(config, data_root=data_root or config.data_root, gpus=gpus, cpu_ranks=cpu_ranks)
     check_hardware(config)
-    check_model(config.model)
+    check_model(config.model, config.width)
     data.locate(config.dataset, config.data_root)
     return config
 
 
-def _restored(config: Config, ranks: Ranks, tensors: dict[str, Tensor]) -> Workspace:
+def restored(run: str, config: Config, ranks: Ranks) -> tuple[Workspace, int]:
+    """A run's data and network as its newest intact checkpoint left them, and the epoch of that checkpoint.
+
+    Raises UsageError if there is no checkpoint yet, CheckpointError if none is intact or it is another network's.
+    """
+    saved = ranks.agree(lambda: checkpoint.load_checkpoint(Path(run)))
+    if saved is None:
+        raise UsageError(f"{run} must hold a checkpoint: the run has not finished an epoch yet")
     workspace = Workspace(config, ranks)
-    wanted, found = workspace.network.state_dict(), network_tensors(tensors)
+    wanted, found = workspace.network.state_dict(), network_tensors(saved.tensors)
     if {n: x.shape for n, x in wanted.items()} != {n: x.shape for n, x in found.items()}:
         raise CheckpointError("the checkpoint must hold the network that config.yaml describes, got other tensors")
     workspace.network.load_state_dict(found)
-    return workspace
+    return workspace, saved.epoch
 
 
 def _evaluated(options: Options, config: Config, workspace: Workspace, epoch: int) -> dict[str, Any]:
-    settings = ProbeSettings(
-        epochs=options.epochs or min(max(config.epochs, LEAST_EPOCHS), MOST_EPOCHS),
-        lr=options.lr or LR_PER_PICTURE * config.batch_size,
-        batch_size=config.batch_size,
-        seed=config.seed,
+    settings = _probe_settings(options, config)
+    methods = options.methods or tuple(
+        name for name in METHODS if name != "averaged-prototypes" and not (name == "head" and config.loss == "scl")
     )
+    if "head" in methods and config.loss == "scl":
+        raise UsageError("method head needs a run that trained one, got loss scl: take --prototypes")
     torch.optim.SGD([torch.zeros(1)])  # a process's first optimiser imports for seconds: no method's business
     validation = list(workspace.embedded(workspace.dataset.validation))
     results: list[dict[str, Any]] = []
     classifiers = []
-    for method in options.methods:
+    for method in methods:
         started = time.perf_counter()
         made = _make(method, config, workspace, validation[0].backbone.shape[1], None if options.cached else settings)
         if workspace.ranks.device.type == "cuda":
@@ -184,7 +193,7 @@ def _evaluated(options: Options, config: Config, workspace: Workspace, epoch: in
             {
                 "method": method,
                 "features": made.features,
-                "dim": made.classifier.prototypes.shape[1],
+                "dim": made.prototypes.shape[1],
                 "accuracy": _accuracy(made, validation, workspace),
                 "seconds": seconds,
             }
@@ -193,8 +202,8 @@ def _evaluated(options: Options, config: Config, workspace: Workspace, epoch: in
     for result in results:
         result["share_of_linear_probe"] = linear and result["seconds"] / linear
     if options.nc:
-        for result, nc in zip(results, _collapse(classifiers, workspace), strict=True):
-            result["nc"] = nc
+        for result, (nc, compat) in zip(results, _collapse(classifiers, workspace), strict=True):
+            result |= {"nc": nc, "nc_compat": compat}
     return {
         "epoch": epoch,
         "device": workspace.ranks.device.type,
@@ -204,18 +213,35 @@ def _evaluated(options: Options, config: Config, workspace: Workspace, epoch: in
     }
 
 
+def _probe_settings(options: Options, config: Config) -> ProbeSettings:
+    imagenet = config.dataset in IMAGENET_LR
+    epochs = min(max(config.epochs, LEAST_EPOCHS), IMAGENET_EPOCHS if imagenet else MOST_EPOCHS)
+    lr = IMAGENET_LR[config.dataset] if imagenet else LR_PER_PICTURE * config.batch_size
+    return ProbeSettings(
+        epochs=options.epochs or epochs,
+        lr=options.lr or lr,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        milestones=IMAGENET_MILESTONES if imagenet else ProbeSettings.milestones,
+    )
+
+
 @dataclass(frozen=True)
 class Made:
-    """A classifier and which features of `Embedded` it takes. Its rows of weights are `prototypes`."""
+    """A classifier, from features to scores, which features of `Embedded` it takes, and the rows of its weights."""
 
     features: str
-    classifier: PrototypeClassifier | Probe
+    classifier: Callable[[Tensor], Tensor]
+    prototypes: Tensor
 
 
 def _make(method: str, config: Config, workspace: Workspace, dim: int, settings: ProbeSettings | None) -> Made:
     """Train by `settings`, or without them fit on kept features."""
-    if method == "prototypes":
-        return Made("head", PrototypeClassifier(class_means(workspace)))
+    if method == "head":
+        return Made("head", workspace.network.scores, workspace.network.head.prototypes)
+    if method in ("prototypes", "averaged-prototypes"):
+        means = class_means(workspace) if method == "prototypes" else averaged_means(workspace, config)
+        return Made("head", PrototypeClassifier(means), means)
     torch.manual_seed(config.seed)  # all ranks start alike
     num_classes = workspace.dataset.num_classes
     probe: Probe = (
@@ -227,7 +253,7 @@ def _make(method: str, config: Config, workspace: Workspace, dim: int, settings:
         steps = steps_per_epoch(len(workspace.dataset.train), settings.batch_size)
         with Progress(settings.epochs, steps, silent=not is_main()) as progress:
             train_probe(probe, workspace, settings, progress)
-    return Made("backbone", probe)
+    return Made("backbone", probe, probe.prototypes)
 
 
 @torch.no_grad()
@@ -242,6 +268,24 @@ def class_means(workspace: Workspace) -> Tensor:
 
 
 @torch.no_grad()
+def averaged_means(workspace: Workspace, config: Config) -> Tensor:
+    """Fixed prototypes [K, D] as the paper's public code makes them, for comparison: see the module's text."""
+    train, ranks = workspace.dataset.train, workspace.ranks
+    means = ClassMeans(*workspace.network.head.prototypes.shape, mode="ema").to(ranks.device)
+    full = [
+        indices
+        for indices in torch.arange(len(train), device=ranks.device).split(config.batch_size)
+        if len(indices) == min(config.batch_size, len(train))
+    ]
+    order = torch.cat([share.indices for share in epoch_batches(train.labels, len(train), seed=config.seed, epoch=0)])
+    shares = [Share(order[places], places, len(places)) for places in full[ranks.rank :: ranks.world]]
+    workspace.network.eval()
+    for batch in train.views(shares, AUGMENTATIONS[workspace.dataset.augmentation], [config.seed]):
+        means.update(workspace.embed(workspace.normalized(batch.pixels), batch.labels).head, batch.labels)
+    return means.prototypes()
+
+
+@torch.no_grad()
 def _accuracy(made: Made, validation: Sequence[Embedded], workspace: Workspace) -> float:
     counts = torch.zeros(2, dtype=torch.int64, device=workspace.ranks.device)
     for batch in validation:
@@ -251,9 +295,11 @@ def _accuracy(made: Made, validation: Sequence[Embedded], workspace: Workspace) 
     return right / seen
 
 
-def _collapse(made: Sequence[Made], workspace: Workspace) -> list[dict[str, float]]:
-    """The metrics of the training set's features as they are, with each classifier's weights as prototypes."""
-    dims = {m.features: m.classifier.prototypes.shape for m in made}
+def _collapse(made: Sequence[Made], workspace: Workspace) -> list[tuple[dict[str, float], dict[str, float]]]:
+    """The metrics of the training set's features as they are, with each classifier's weights as prototypes: ours, and
+    the public code's.
+    """
+    dims = {m.features: m.prototypes.shape for m in made}
     metrics = {name: NeuralCollapse(*shape, device=workspace.ranks.device) for name, shape in dims.items()}
     for batch in workspace.embedded(workspace.dataset.train):
         for name, metric in metrics.items():
@@ -261,7 +307,14 @@ def _collapse(made: Sequence[Made], workspace: Workspace) -> list[dict[str, floa
     if workspace.ranks.world > 1:
         for metric in metrics.values():
             metric.all_reduce()
-    return [metrics[m.features].compute(m.classifier.prototypes.detach()) for m in made]
+    results = []
+    for m in made:
+        metric = metrics[m.features]
+        both = []
+        for metric.compat in (False, True):
+            both.append(metric.compute(m.prototypes.detach()))
+        results.append((both[0], both[1]))
+    return results
 
 
 def table(record: dict[str, Any]) -> str:
@@ -290,7 +343,7 @@ def _row(result: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Mistakes as one line, as in training."""
 
     def error(self, message: str) -> NoReturn:
@@ -298,9 +351,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: Sequence[str] | None) -> Options:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m hypercontrast.evaluate",
-        description="Fixed prototypes against trained probes on a frozen run. Without methods: all of them, and --nc.",
+        description="Fixed prototypes against trained probes on a frozen run. Without methods: all it has, and --nc.",
     )
     parser.add_argument("run", metavar="RUN", help="folder written by hypercontrast.train")
     for name, title in METHODS.items():
@@ -324,7 +377,7 @@ def _parse(argv: Sequence[str] | None) -> Options:
     args = vars(parser.parse_args(argv))
     named = args.pop("methods")
     args["nc"] |= named is None
-    return Options(methods=tuple(name for name in METHODS if named is None or name in named), **args)
+    return Options(methods=tuple(name for name in METHODS if named and name in named), **args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The report's drawings: plain numbers in, one SVG element as text out.
+"""Drawings of the report and of figure 2: plain numbers in, one SVG element as text out.
 
-Colours come from CSS variables, which `hypercontrast.report` sets, so that one drawing suits the light and the dark
-scheme; words are real text, about as large as the rest of the page is on a phone.
+Colours come from CSS variables, those of `SCHEME`, so that one drawing suits the light and the dark scheme; words are
+real text, about as large as the rest of the page is on a phone.
 
 Shapes: N samples, K classes.
 """
@@ -26,6 +26,8 @@ Array = npt.NDArray[Any]
 # SVG units are about the CSS pixels that a phone has.
 SQUARE = 380
 CHART_WIDTH, CHART_HEIGHT = 360, 220
+MARGIN = 24  # around the charts of a sheet
+MOST_DOTS = 40  # points of a curve, beyond which dots would only thicken its line
 RUN_COLOURS = 6  # --run0 ... --run5, then again from the start
 COSINE_COLOURS = {1: (18, 133, 122), -1: (176, 94, 22)}  # teal and brown: told apart in every colour vision
 CLASS_COLOURS = (
@@ -34,6 +36,15 @@ CLASS_COLOURS = (
 )  # fmt: skip
 MOST_NAMES = 20  # classes, beyond which names no longer fit
 MOST_VALUES = 12  # classes, beyond which the numbers in the cells no longer do
+
+SCHEME = """
+:root { color-scheme: light dark;
+  --paper: #fdfcfa; --ink: #1d2125; --soft: #5a636b; --rule: #dfdcd5; --card: #ffffff;
+  --run0: #b0440a; --run1: #0b5fa0; --run2: #0b7557; --run3: #98377a; --run4: #6f6000; --run5: #4a4f55; }
+@media (prefers-color-scheme: dark) { :root {
+  --paper: #14171a; --ink: #e9e7e2; --soft: #a3abb2; --rule: #343a40; --card: #1a1e22;
+  --run0: #ff9f63; --run1: #74bcff; --run2: #55d3a8; --run3: #f09fd3; --run4: #d8c850; --run5: #c2c7cc; } }
+"""
 
 STYLE = """
 svg { display: block; width: 100%; height: auto; }
@@ -56,6 +67,13 @@ g.back { opacity: .35; } .samples.back { opacity: .2; }
 svg .name { font-size: 13px; font-weight: 700; }
 svg .name { paint-order: stroke; stroke: var(--card); stroke-width: 4px; stroke-linejoin: round; }
 svg .name.back { fill: var(--soft); font-weight: 500; }
+"""
+
+# A drawing takes the width of what it stands in: on a sheet that would be all of it, where browsers style inner ones.
+SHEET_STYLE = f"""
+:root {{ max-width: 1000px; background: var(--paper); font-family: system-ui, sans-serif; }}
+svg svg {{ width: {CHART_WIDTH}px; height: {CHART_HEIGHT}px; }}
+svg .title {{ font-size: 14px; font-weight: 600; }}
 """
 
 
@@ -131,9 +149,9 @@ def chart(curves: Sequence[Curve], label: str, *, ideal: float | None = None) ->
     label_ys = _spread([y(curve.points[-1][1]) for curve in curves], gap=14, limit=bottom)
     for curve, label_y in zip(curves, label_ys, strict=True):
         places = [f"{x(epoch):.1f} {y(value):.1f}" for epoch, value in curve.points]
+        dots = f'<path class="dots" d="{_dots(places)}"/>' if len(places) <= MOST_DOTS else ""
         parts.append(
-            f'<g class="run{curve.colour % RUN_COLOURS}"><path class="line" d="M{"L".join(places)}"/>'
-            f'<path class="dots" d="{_dots(places)}"/>'
+            f'<g class="run{curve.colour % RUN_COLOURS}"><path class="line" d="M{"L".join(places)}"/>{dots}'
             f"{_text(right + 8, label_y, shorten(curve.name, 12), 'mid label')}</g>"
         )
     return _svg(CHART_WIDTH, CHART_HEIGHT, label, parts)
@@ -230,6 +248,22 @@ def _class_colour(c: int) -> str:
     return CLASS_COLOURS[c % len(CLASS_COLOURS)]
 
 
+def sheet(title: str, drawings: Sequence[tuple[str, str]], columns: int = 2) -> str:
+    """Titled charts, row by row, as an SVG file of its own: with the styles that a page would set."""
+    width, height = CHART_WIDTH + 2 * MARGIN, CHART_HEIGHT + 2 * MARGIN
+    parts = [_text(MARGIN, MARGIN + 8, title, "title")]
+    for place, (name, drawing) in enumerate(drawings):
+        row, column = divmod(place, columns)
+        left, top = MARGIN + column * width, 3 * MARGIN + row * height
+        parts.append(f'<g transform="translate({left} {top})">{_text(0, 0, name, "title")}')
+        parts.append(f'<g transform="translate(0 {MARGIN / 2:g})">{drawing}</g></g>')
+    width, height = columns * width, 2 * MARGIN + -(-len(drawings) // columns) * height
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
+        f"<title>{escape(title)}</title><style>{SCHEME}{STYLE}{SHEET_STYLE}</style>{''.join(parts)}</svg>\n"
+    )
+
+
 # Parts of every drawing.
 
 
@@ -268,4 +302,5 @@ def _text(x: float, y: float, text: str, css: str = "centre", *, turned: bool = 
 
 def _svg(width: int, height: int, label: str, parts: Iterable[str]) -> str:
     drawing = "".join(parts)
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{drawing}</svg>'
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    return f'<svg {size} role="img" aria-label="{escape(label)}">{drawing}</svg>'

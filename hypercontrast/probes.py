@@ -2,7 +2,7 @@
 
 A probe sees the backbone's pooled features [N, D], before the projection or neck, as is usual for linear evaluation
 (Khosla et al. 2020). Two ways to train one: `train_probe` sends newly augmented pictures through the backbone every
-epoch, as the paper does; `fit_probe` sends them through once, as they are, and solves on the kept features.
+epoch, as the paper does; `fit_probe` sends them through once, as they are, and `fit_features` solves on the kept ones.
 
 Both minimise the cross-entropy over the samples of all ranks, `train_probe` without weight decay, and every rank ends
 with the same weights. Shapes: N samples, K classes, D dimensions. Source: arXiv 2605.20302, appendix E.
@@ -24,7 +24,7 @@ from hypercontrast.progress import Progress
 from hypercontrast.prototypes import PrototypeHead
 from hypercontrast.workspace import Workspace
 
-MILESTONES, DECAY = (0.6, 0.75, 0.9), 0.2  # shares of the epochs after which the learning rate falls, and by how much
+DECAY = 0.2  # of the learning rate at every milestone
 SOLVER_STEPS = 200
 RIDGE = 1e-5  # where a linear probe separates the kept features, there is no minimum without one
 
@@ -37,6 +37,7 @@ class ProbeSettings:
     lr: float
     batch_size: int
     seed: int
+    milestones: tuple[float, ...] = (0.6, 0.75, 0.9)  # shares of the epochs after which the learning rate falls
 
 
 class CosineProbe(PrototypeHead):
@@ -61,7 +62,7 @@ def train_probe(probe: Probe, workspace: Workspace, settings: ProbeSettings, pro
     ranks, dataset = workspace.ranks, workspace.dataset
     augment = AUGMENTATIONS[dataset.augmentation]
     optimizer = torch.optim.SGD(probe.parameters(), lr=settings.lr, momentum=0.9)
-    milestones = [round(share * settings.epochs) for share in MILESTONES]
+    milestones = [round(share * settings.epochs) for share in settings.milestones]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=DECAY)
     workspace.network.eval()
     for epoch in range(1, settings.epochs + 1):
@@ -89,19 +90,27 @@ def train_probe(probe: Probe, workspace: Workspace, settings: ProbeSettings, pro
 
 
 def fit_probe(probe: Probe, workspace: Workspace) -> None:
-    """L-BFGS on the features of the training pictures as they are, computed once and kept.
-
-    On the linear probe's weights with a ridge of 1e-5/2·|W|², so that the answer is one, whatever the start.
-    """
-    ranks, train = workspace.ranks, workspace.dataset.train
-    batches = list(workspace.embedded(train))
+    """`fit_features` on the training pictures as they are, computed once and kept; the linear probe's ridge is 1e-5."""
+    batches = list(workspace.embedded(workspace.dataset.train))
     features, labels = torch.cat([b.backbone for b in batches]), torch.cat([b.labels for b in batches])
-    ridge = RIDGE if isinstance(probe, LinearHead) else 0.0
+    fit_features(probe, features, labels, workspace.ranks, ridge=RIDGE if isinstance(probe, LinearHead) else 0.0)
+
+
+def fit_features(probe: Probe, features: Tensor, targets: Tensor, ranks: Ranks, *, ridge: float) -> None:
+    """L-BFGS from the probe's weights as they are, to the minimum of mean loss + ridge/2·|W|², the bias left free.
+
+    With a ridge the answer is one for a linear probe, whatever the start.
+
+    features: [N, D] of this rank's samples.
+    targets: labels [N] for the cross-entropy; or [N, K] of 0 and 1 for K logistic regressions of a class against the
+        rest, NaN for a sample that one of them is to leave out. The mean is over samples, the sum over classes.
+    """
+    total = int(ranks.sum(torch.tensor(len(features), device=features.device)))
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=SOLVER_STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        mean = _backward(probe, features, labels, len(train), ranks)
+        mean = _backward(probe, features, targets, total, ranks)
         penalty = ridge / 2 * probe.prototypes.square().sum()
         penalty.backward()  # the same on every rank, so after the sum over them
         return mean + penalty.detach()
@@ -109,11 +118,18 @@ def fit_probe(probe: Probe, workspace: Workspace) -> None:
     optimizer.step(loss)
 
 
-def _backward(probe: Probe, features: Tensor, labels: Tensor, global_size: int, ranks: Ranks) -> Tensor:
+def _backward(probe: Probe, features: Tensor, targets: Tensor, global_size: int, ranks: Ranks) -> Tensor:
     """The mean loss over all ranks' samples; leaves its gradient on every rank."""
-    loss = F.cross_entropy(probe(features), labels, reduction="sum") / global_size
+    loss = _summed_loss(probe(features), targets) / global_size
     loss.backward()
     for parameter in probe.parameters():
         assert parameter.grad is not None
         ranks.sum(parameter.grad)
     return ranks.sum(loss.detach())
+
+
+def _summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    if targets.ndim == 1:
+        return F.cross_entropy(logits, targets, reduction="sum")
+    known = (~targets.isnan()).to(logits.dtype)
+    return F.binary_cross_entropy_with_logits(logits, targets.nan_to_num(), known, reduction="sum")

@@ -44,8 +44,12 @@ class Progress:
             self._bar.stop()
 
     def start_epoch(self, epoch: int) -> None:
+        self.start(f"epoch {epoch}/{self.epochs}")
+
+    def start(self, title: str) -> None:
+        """Begin another `steps` steps under this title."""
         if self._bar:
-            self._bar.reset(self._task, description=f"epoch {epoch}/{self.epochs}", total=self.steps)
+            self._bar.reset(self._task, description=title, total=self.steps)
 
     def step(self) -> None:
         if self._bar:

@@ -92,7 +92,8 @@ class Run:
 
     @property
     def final(self) -> dict[str, float]:
-        return self.epochs[-1]
+        """The last epoch that was measured; before there is one, the last."""
+        return next((row for row in reversed(self.epochs) if "accuracy" in row), self.epochs[-1])
 
     def series(self, key: str) -> list[tuple[float, float]]:
         """(epoch, value) pairs of one metric, without the epochs where it is missing or not finite."""
@@ -122,7 +123,7 @@ def _load_run(path: Path, name: str) -> Run:
         raise FileNotFoundError(f"run folder does not exist: {path}")
     if not metrics.is_file():
         raise FileNotFoundError(f"not a run folder (no metrics.jsonl): {path}")
-    epochs = _read_epochs(metrics)
+    epochs = read_epochs(metrics)
     if not epochs:
         raise ValueError(f"no finished epoch yet in {metrics}")
     embeddings = path / "embeddings.safetensors"
@@ -135,7 +136,8 @@ def _load_run(path: Path, name: str) -> Run:
     )
 
 
-def _read_epochs(path: Path) -> list[dict[str, float]]:
+def read_epochs(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl, numbers only. Raises ValueError naming a line that is none."""
     text = path.read_text(encoding="utf-8")
     # A run in progress may be in the middle of its last line.
     whole = text[: text.rfind("\n") + 1]
@@ -295,7 +297,7 @@ def _curves_section(runs: Sequence[Run]) -> str:
     )
     return f"""
 <section aria-labelledby="curves"><h2 id="curves">Over the epochs</h2>
-<p>Measured on the training set after every epoch, accuracies on the validation set. A dashed line is the ideal.</p>
+<p>Measured on the training set, accuracies on the validation set. A dashed line is the ideal.</p>
 <div class="grid">{"".join(_chart(key, runs) for key in headline)}</div>
 {more}</section>"""
 
@@ -438,7 +440,7 @@ def _metrics_section(runs: Sequence[Run]) -> str:
         rows.append([name, *(number(run.final.get(key, math.nan)) for run in runs), f"<small>{escape(ideal)}</small>"])
     header = ["Metric", *(escape(run.name) for run in runs), "Ideal"]
     return f"""
-<section aria-labelledby="metrics"><h2 id="metrics">Every metric, after the last epoch</h2>
+<section aria-labelledby="metrics"><h2 id="metrics">Every metric, at the last measurement</h2>
 {_table(header, rows, "Every metric of every run")}</section>"""
 
 
@@ -506,12 +508,6 @@ def _environment() -> str:
 # -------------------------------------------------------------------------------------------- the page
 
 STYLE = """
-:root { color-scheme: light dark;
-  --paper: #fdfcfa; --ink: #1d2125; --soft: #5a636b; --rule: #dfdcd5; --card: #ffffff;
-  --run0: #b0440a; --run1: #0b5fa0; --run2: #0b7557; --run3: #98377a; --run4: #6f6000; --run5: #4a4f55; }
-@media (prefers-color-scheme: dark) { :root {
-  --paper: #14171a; --ink: #e9e7e2; --soft: #a3abb2; --rule: #343a40; --card: #1a1e22;
-  --run0: #ff9f63; --run1: #74bcff; --run2: #55d3a8; --run3: #f09fd3; --run4: #d8c850; --run5: #c2c7cc; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font-variant-numeric: tabular-nums;
   font: 17px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; -webkit-text-size-adjust: 100%; }
@@ -595,7 +591,7 @@ def render(runs: Sequence[Run]) -> str:
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(names)} on {escape(datasets)} – hypercontrast</title>
-<style>{STYLE}{figures.STYLE}</style>
+<style>{figures.SCHEME}{STYLE}{figures.STYLE}</style>
 </head>
 <body>
 <header><h1>{escape(names)} on {escape(datasets)}</h1></header>

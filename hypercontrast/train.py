@@ -113,7 +113,7 @@ def train(config: Config, on_epoch: OnEpoch | None = None) -> Path:
 def prepare(config: Config) -> Config:
     """The config with its run folder settled. Raises UsageError if it cannot be run here; changes nothing on disk."""
     check_hardware(config)
-    check_model(config.model)
+    check_model(config.model, config.width)
     data.locate(config.dataset, config.data_root)
     try:
         backend = resolve_backend(config.backend, torch.empty(0, 1, device=device_of(config)))
@@ -264,7 +264,7 @@ class _Run:
             progress.step()
         record = {"loss": losses.mean(), "lr": lr}
         if config.temperature_rule != "fixed":
-            record["temperature"] = float(self.objective.temperature)  # type: ignore[arg-type]
+            record["temperature"] = float(torch.as_tensor(self.objective.temperature).detach())
         return record
 
     @torch.no_grad()
@@ -331,8 +331,13 @@ class _Run:
         if self.ranks.rank != 0:
             return
         if measured:
-            beside = {"class_means": self.class_means, "mean": self.workspace.mean, "std": self.workspace.std}
-            tensors = {**self.network.state_dict(), **beside}
+            tensors = {
+                **self.network.state_dict(),
+                "class_means": self.class_means,
+                "mean": self.workspace.mean,
+                "std": self.workspace.std,
+                "image_size": torch.tensor(self.dataset.image_size),
+            }
             state = {"optimizer": self.step.optimizer.state_dict(), "history": self.history, "queues": queues}
             checkpoint.save_checkpoint(self.folder, Checkpoint(epoch, tensors, state))
         if self.damaged:

@@ -62,8 +62,9 @@ class Workspace:
         return data.normalize(pixels, self.mean, self.std).contiguous(memory_format=torch.channels_last)
 
 
-# What a checkpoint holds besides the network: class means of the training set [K, D], mean and std of its pixels [C].
-BESIDE_NETWORK = ("class_means", "mean", "std")
+# What a checkpoint holds besides the network: the training set's class means [K, D], and of its pictures the pixels'
+# mean and std [C] and the size [].
+BESIDE_NETWORK = ("class_means", "mean", "std", "image_size")
 
 
 def network_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -73,7 +74,7 @@ def network_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def build_network(config: Config, channels: int, image_size: int, num_classes: int) -> Network:
     """Backbone and head with fresh weights from torch's global generator."""
-    backbone, dim = build_model(config.model, channels, image_size)
+    backbone, dim = build_model(config.model, channels, image_size, config.width)
     try:
         head = _build_head(config, dim, num_classes)
     except ValueError as error:  # more classes than the dimension has room for in a simplex

@@ -1,5 +1,6 @@
 """Fixed prototypes and probes on frozen runs: what they compute, the table, mistakes."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,12 +14,12 @@ import torch.nn.functional as F
 from hypercontrast import ClassMeans, neural_collapse
 from hypercontrast.checkpoint import load_checkpoint
 from hypercontrast.config import UsageError, configure, read_config
-from hypercontrast.evaluate import NC_COLUMNS, Options, evaluate, main, table
+from hypercontrast.evaluate import NC_COLUMNS, Options, averaged_means, class_means, evaluate, main, table
 from hypercontrast.launch import Ranks
 from hypercontrast.models import LinearHead
 from hypercontrast.probes import CosineProbe, fit_probe
 from hypercontrast.train import train
-from hypercontrast.workspace import Embedded, Workspace
+from hypercontrast.workspace import Embedded, Workspace, network_tensors
 
 for extra in ("mlxtend", "safetensors", "yaml"):
     pytest.importorskip(extra)
@@ -86,7 +87,10 @@ def test_everything_is_measured_and_written(runs, capsys):
     for result in results.values():
         assert 0 <= result["accuracy"] <= 1
         assert result["seconds"] > 0
-        assert set(NC_COLUMNS) <= result["nc"].keys()
+        assert set(NC_COLUMNS) <= result["nc"].keys() == result["nc_compat"].keys()
+        # They differ in the entropies alone.
+        assert result["nc"]["hdr"] != result["nc_compat"]["hdr"]
+        assert result["nc"]["nc1"] == result["nc_compat"]["nc1"]
     assert results["linear-probe"]["share_of_linear_probe"] == 1
     assert results["linear-probe"]["accuracy"] > 0.5
 
@@ -104,12 +108,39 @@ def test_fixed_prototypes_are_those_of_the_last_epoch(runs):
             assert result["nc"]["instance_alignment"] == pytest.approx(last["instance_alignment"])
 
 
+def test_the_trained_head_is_the_runs_own(runs, capsys):
+    last = json.loads((runs["ce"] / "metrics.jsonl").read_text().splitlines()[-1])
+    (result,) = evaluate(Options(str(runs["ce"]), methods=("head",), **ONE_RANK))["results"]
+    assert result["accuracy"] == pytest.approx(last["accuracy"])
+    for key in NC_COLUMNS:
+        assert result["nc"][key] == pytest.approx(last[key], rel=1e-6, abs=1e-9)
+    methods = evaluate(Options(str(runs["ce"]), cached=True, **ONE_RANK))["results"]
+    assert [r["method"] for r in methods] == ["head", "prototypes", "linear-probe", "normalized-probe"]
+    assert main([str(runs["scl"]), "--head"]) == 2
+    assert "head needs a run that trained one, got loss scl" in capsys.readouterr().err
+
+
+def test_averaged_prototypes_follow_the_public_code(runs):
+    """One batch of everything: their average is that batch's means, of augmented pictures."""
+    config = dataclasses.replace(read_config(runs["ce"] / "config.yaml"), batch_size=10_000)
+    workspace = Workspace(config, Ranks(0, 1, torch.device("cpu")))
+    workspace.network.load_state_dict(network_tensors(load_checkpoint(runs["ce"]).tensors))
+    averaged, means = averaged_means(workspace, config), class_means(workspace)
+    torch.testing.assert_close(averaged.norm(dim=1), torch.ones(10))
+    cosines = (averaged * means).sum(1)
+    assert (cosines < 1 - 1e-6).all()  # augmentation moves them,
+    assert (cosines > 0.9).all()  # but not far
+    # Many batches: the last ones count most, so that it is not their plain mean.
+    several = averaged_means(workspace, dataclasses.replace(config, batch_size=50))
+    assert not torch.allclose(several, averaged, atol=1e-4)
+    record = evaluate(Options(str(runs["ce"]), methods=("averaged-prototypes",), nc=False, **ONE_RANK))
+    assert record["results"][0]["accuracy"] > 0.25
+
+
 def test_probes_see_the_backbone_and_prototypes_the_head(runs):
     config = read_config(runs["scl"] / "config.yaml")
     workspace = Workspace(config, Ranks(0, 1, torch.device("cpu")))
-    workspace.network.load_state_dict(
-        {name: x for name, x in load_checkpoint(runs["scl"]).tensors.items() if name != "class_means"}
-    )
+    workspace.network.load_state_dict(network_tensors(load_checkpoint(runs["scl"]).tensors))
     pixels, labels = workspace.dataset.train.pixels, workspace.dataset.train.labels
     with torch.no_grad():
         images = workspace.normalized(pixels)
@@ -131,7 +162,9 @@ def test_probes_see_the_backbone_and_prototypes_the_head(runs):
 def test_a_probe_trained_on_new_views_learns_as_well(runs):
     options = {"methods": ("linear-probe", "normalized-probe"), "nc": False, **ONE_RANK}
     record = evaluate(Options(str(runs["ce"]), epochs=15, **options))
-    assert record["probe"] == {"epochs": 15, "lr": pytest.approx(5 * 50 / 512), "batch_size": 50, "seed": 42}
+    assert record["probe"] == {
+        "epochs": 15, "lr": pytest.approx(5 * 50 / 512), "batch_size": 50, "seed": 42, "milestones": (0.6, 0.75, 0.9),
+    }  # fmt: skip
     assert all(result["accuracy"] > 0.25 for result in record["results"])
     assert all("nc" not in result for result in record["results"])
     again = evaluate(Options(str(runs["ce"]), epochs=15, **options))

@@ -250,6 +250,25 @@ def test_run_in_progress(tmp_path):
     assert Page(text).count("image") == 0
 
 
+def test_epochs_that_were_not_measured(tmp_path):
+    """The last measured epoch is the result, its numbers are the curves, every epoch has a loss."""
+    run = make_run(tmp_path / "r", cosine=0.3, epochs=2)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"epoch": e, "loss": 1 / e, "lr": 0.1, "seconds": 1.0}) + "\n" for e in (3, 4))
+    (loaded,) = report.load_runs([run])
+    assert loaded.final["epoch"] == 2
+    assert loaded.series("accuracy") == [(1, 0.9), (2, 0.9)]
+    assert [epoch for epoch, _ in loaded.series("loss")] == [1, 2, 3, 4]
+    text = report.render([loaded])
+    Page(text)
+    assert "0.600 for r" in report.outcome([loaded])
+    assert "4 epochs in 6 s" in text
+    (run / "metrics.jsonl").write_text('{"epoch": 1, "loss": 2.0, "lr": 0.1, "seconds": 1.0}\n')
+    (loaded,) = report.load_runs([run])
+    assert report.outcome([loaded]) == "No run here measured the geometry of its class means."
+    Page(report.render([loaded]))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

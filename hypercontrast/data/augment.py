@@ -1,7 +1,8 @@
 """Augmentation of whole batches on the device they live on, every picture by random numbers of its own.
 
-Shapes: N pictures, C channels, H x W pixels. Pictures come in and go out as floats on the scale 0 to 255. Where
-torchvision has the transform, the distribution is its, and so are the pixels for the same parameters.
+Shapes: N pictures, C channels, H x W pixels. Pictures come in and go out as float32 on the scale 0 to 255. Where
+torchvision has the transform, the distribution is its, and so are the pixels for the same parameters, as it computes
+them on floats. Every operation has shapes known beforehand and reads nothing back, so a GPU never waits.
 """
 
 from __future__ import annotations
@@ -34,12 +35,22 @@ class Augmentation:
     compile: bool = False
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        """Of pictures [N, C, H, W], all of one size."""
-        return (_compiled(_augmented) if self.compile else _augmented)(self, images, draws)
+        """Of pictures [N, C, H, W], all of one size, by their `draws`.
+
+        Raises ValueError if there are not N draws, or if colours are asked for and C is not 3.
+        """
+        return self._apply(_augmented, images, draws)
 
     def finished(self, images: Tensor, draws: Draws) -> Tensor:
-        """All but the crop, of pictures that were cut already."""
-        return (_compiled(_finished) if self.compile else _finished)(self, images, draws)
+        """All but the crop, of pictures that were cut already; `draws` goes on where it was left by `random_boxes`."""
+        return self._apply(_finished, images, draws)
+
+    def _apply(self, function: Callable[..., Tensor], images: Tensor, draws: Draws) -> Tensor:
+        if len(draws) != len(images):  # one picture's draws would be broadcast to all
+            raise ValueError(f"draws must be as many as images, got {len(draws)} for {len(images)}")
+        if self.colour and images.shape[1] != 3:
+            raise ValueError(f"images must have 3 channels for their colours to change, got {images.shape[1]}")
+        return (_compiled(function) if self.compile else function)(self, images, draws)
 
 
 def _augmented(kind: Augmentation, images: Tensor, draws: Draws) -> Tensor:
@@ -91,34 +102,21 @@ def random_flip(images: Tensor, draws: Draws) -> Tensor:
 
 
 def random_colour(images: Tensor, draws: Draws, *, jitter_share: float = 0.8, grey_share: float = 0.2) -> Tensor:
-    """torchvision's ColorJitter(.4, .4, .4, .1) and RandomGrayscale on these shares of the pictures [N, 3, H, W].
-
-    As there, every picture has its own factors and its own order of the four adjustments.
-    """
-    factors = 1 + (2 * draws.uniform(len(JITTER)) - 1) * torch.tensor(list(JITTER.values()), device=images.device)
-    order = draws.uniform(len(JITTER)).argsort(dim=1)
-    jittered = images
-    for kind in order.unbind(1):
-        jittered = adjusted(jittered, kind, factors.gather(1, kind[:, None])[:, 0])
+    """torchvision's ColorJitter(.4, .4, .4, .1) and RandomGrayscale on these shares of the pictures [N, 3, H, W]."""
+    jittered = colour_jitter(images, *random_jitter(draws))
     images = torch.where(_per_picture(draws.uniform() < jitter_share), jittered, images)
     return torch.where(_per_picture(draws.uniform() < grey_share), _grey(images), images)
 
 
 def random_blur(images: Tensor, draws: Draws, *, share: float = 0.5, sigma: tuple[float, float] = (0.1, 2.0)) -> Tensor:
     """torchvision's GaussianBlur on this share of the pictures, as SimCLR has it: sigma uniform, a tenth of H wide."""
-    low, high = sigma
-    blurred = gaussian_blur(images, low + (high - low) * draws.uniform())
+    blurred = gaussian_blur(images, draws.uniform(between=sigma))
     return torch.where(_per_picture(draws.uniform() < share), blurred, images)
-
-
-# The adjustments of a colour jitter, and how far the factor of each may lie from 1.
-JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 def random_boxes(
     draws: Draws,
-    size: torch.Size | tuple[int, int] | Tensor,
+    size: torch.Size | tuple[int, int],
     *,
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
@@ -130,21 +128,17 @@ def random_boxes(
     box fits, `tries` times at most; after that the box is the largest in the middle whose aspect lies in `ratio`.
     """
     height, width = size
-
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * draws.uniform(tries)
-
-    area = height * width * uniform(*scale)
-    aspect = uniform(math.log(ratio[0]), math.log(ratio[1])).exp()
+    area = height * width * draws.uniform(tries, between=scale)
+    aspect = draws.uniform(tries, between=(math.log(ratio[0]), math.log(ratio[1]))).exp()
     box_w, box_h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (box_w >= 1) & (box_w <= width) & (box_h >= 1) & (box_h <= height)
     first = fits.int().argmax(1, keepdim=True)
     any_fits = fits.any(1)
     widest, highest = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
-    box_h = torch.where(any_fits, box_h.gather(1, first)[:, 0], highest)
-    box_w = torch.where(any_fits, box_w.gather(1, first)[:, 0], widest)
+    box_h = box_h.gather(1, first)[:, 0].masked_fill(~any_fits, highest)
+    box_w = box_w.gather(1, first)[:, 0].masked_fill(~any_fits, widest)
     room = torch.stack([height - box_h, width - box_w], dim=1)
-    corner = (draws.uniform(2) * (room + 1)).floor().minimum(room)
+    corner = (draws.uniform(2) * (room + 1)).floor()
     corner = torch.where(any_fits[:, None], corner, (room / 2).floor())
     return torch.cat([corner, box_h[:, None], box_w[:, None]], dim=1)
 
@@ -161,53 +155,82 @@ def resized_crop(images: Tensor, boxes: Tensor) -> Tensor:
     return F.grid_sample(images, torch.stack([grid_x, grid_y], dim=-1), align_corners=True)
 
 
-def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Each picture [N, C, H, W] under a Gaussian of its own `sigma` [N] in pixels, its edge mirrored.
+# The adjustments of a colour jitter, and what their factors are drawn from.
+JITTER = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.6, 1.4), "hue": (-0.1, 0.1)}
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
-    As torchvision's gaussian_blur with the odd kernel nearest to a tenth of the height: for all sigmas the same.
+
+def random_jitter(draws: Draws) -> tuple[Tensor, Tensor]:
+    """Factors [N, 4] and order [N, 4] for `colour_jitter`, distributed as torchvision's ColorJitter draws them."""
+    factors = torch.stack([draws.uniform(between=limits) for limits in JITTER.values()], dim=1)
+    # Stable, so that all devices agree where two numbers are equal.
+    return factors, draws.uniform(len(JITTER)).argsort(dim=1, stable=True)
+
+
+def colour_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """Each picture [N, 3, H, W] under the four adjustments of `JITTER`, one after another in an order of its own.
+
+    factors: [N, 4]. Brightness, contrast and saturation mix the picture with black, its mean grey and its own grey,
+    and leave it as it is at 1; hue turns the colour circle by this share of a full turn.
+    order: [N, 4] int64, which adjustment comes first, second, third and last.
     """
-    n, channels, height, _ = images.shape
-    radius = max(height // 20, 1)
-    offsets = torch.arange(-radius, radius + 1, device=images.device)
-    kernel = torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, dim=1).repeat_interleave(channels, 0)
-    # A group for every channel of every picture, along one axis and then along the other.
-    x = F.pad(images.reshape(1, n * channels, height, -1), [radius] * 4, mode="reflect")
-    x = F.conv2d(x, kernel[:, None, :, None], groups=n * channels)
-    return F.conv2d(x, kernel[:, None, None, :], groups=n * channels).view_as(images)
+    hue_place = order.argsort(dim=1)[:, HUE]
+    # Choosing by picture would make a GPU wait for the choice, so all go through everything. Hue costs the most and
+    # comes once: it stands between the three places that may be before it and the three that may be after it.
+    steps = list(zip(order.unbind(1), factors.gather(1, order).unbind(1), strict=True))
+    for place, (kind, factor) in enumerate(steps[:-1]):
+        images = _mixed(images, kind, factor.masked_fill(hue_place <= place, 1))
+    images = _hue_turned(images, _per_picture(factors[:, HUE]))
+    for place, (kind, factor) in enumerate(steps[1:], start=1):
+        images = _mixed(images, kind, factor.masked_fill(hue_place >= place, 1))
+    return images
 
 
-def adjusted(images: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
-    """Each picture [N, 3, H, W] under one adjustment of its own, `kind` [N], by its own `factor` [N].
-
-    Brightness, contrast and saturation mix the picture with black, its mean grey and its own grey; a factor of 1 leaves
-    it as it is. Hue turns the colour circle by factor - 1 of a full turn. Every picture goes through both, since
-    choosing by picture would make a GPU wait for the choice.
-    """
+def _mixed(images: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
+    """Brightness, contrast or saturation, by `kind` [N]; a `factor` [N] of 1 changes nothing, not even by rounding."""
     grey = _grey(images)
-    base = torch.where(_per_picture(kind == CONTRAST), grey.mean(dim=(1, 2, 3), keepdim=True), grey)
-    base = torch.where(_per_picture(kind == BRIGHTNESS), 0, base)
-    mixed = torch.lerp(base.expand_as(images), images, _per_picture(factor)).clamp(0, 255)
-    return torch.where(_per_picture(kind == HUE), _hue_turned(images, _per_picture(factor - 1)), mixed)
+    mean_share, grey_share = (1 - factor) * (kind == CONTRAST), (1 - factor) * (kind == SATURATION)
+    base = _per_picture(mean_share) * grey.mean(dim=(1, 2, 3), keepdim=True) + _per_picture(grey_share) * grey
+    return torch.addcmul(base, images, _per_picture(factor)).clamp_(0, 255)
 
 
 def _hue_turned(images: Tensor, turn: Tensor) -> Tensor:
     """Hue shifted by `turn` [N, 1, 1, 1] of a full turn, value and saturation (of HSV) kept."""
     red, green, blue = images.split(1, dim=1)
-    value, least = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
+    value, least = red.maximum(green).maximum(blue), red.minimum(green).minimum(blue)
     chroma = value - least
     sixths = torch.where(
         value == red, green - blue, torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
-    ) / torch.where(chroma == 0, 1, chroma)
-    # Along the circle every channel is a trapezoid, the same for all three but for where it starts.
-    starts = torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
-    place = (starts + sixths + 6 * turn) % 6
-    return value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
+    ) / chroma.masked_fill(chroma == 0, 1)
+    hue = (sixths + 6 * turn) % 6
+    # Along the circle every channel is a trapezoid: red is least around 3, green is full around 2 and blue around 4.
+    heights = torch.cat([(hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs()], dim=1).clamp_(0, 1)
+    return heights.mul_(chroma).add_(least)
 
 
 def _grey(images: Tensor) -> Tensor:
     """Luma [N, 1, H, W] with torchvision's weights."""
-    weights = torch.tensor([0.2989, 0.587, 0.114], device=images.device)
-    return (images * weights[:, None, None]).sum(1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Each picture [N, C, H, W] under a Gaussian of its own `sigma` [N] in pixels, its edge mirrored.
+
+    As torchvision's gaussian_blur with the odd kernel nearest to a tenth of the height, for all sigmas the same. Either
+    side must be longer than half of it.
+    """
+    n, channels, height, width = images.shape
+    if n == 0:  # a convolution cannot have no groups
+        return images
+    radius = max(height // 20, 1)
+    offsets = torch.arange(-radius, radius + 1, device=images.device)
+    kernel = torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, dim=1).repeat_interleave(channels, 0)
+    # A group for every channel of every picture, along one axis and then along the other. Products with banded matrices
+    # would need ten times the arithmetic, and round pixels to 11 bits wherever TF32 is allowed.
+    x = F.pad(images.reshape(1, n * channels, height, width), [radius] * 4, mode="reflect")
+    x = F.conv2d(x, kernel[:, None, :, None], groups=n * channels)
+    return F.conv2d(x, kernel[:, None, None, :], groups=n * channels).view_as(images)
 
 
 def _per_picture(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ bit. Not for cryptography.
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,13 +17,19 @@ from torch import Tensor
 MASK = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9  # steps through 32-bit numbers as evenly as any odd constant
 
+T = TypeVar("T", int, Tensor)
+
 
 class Draws:
     """Uniform numbers for the pictures `index` [N] int64 under `seed`; every call to `uniform` gives new ones."""
 
     def __init__(self, seed: int, index: Tensor) -> None:
+        # The seed is mixed first: under two that differ by little, neighbours would only change places. The constant
+        # keeps the high half apart from what the mixing below makes of the low half.
+        low = _mixed(seed & MASK)
+        high = _mixed((seed >> 32) + low + GOLDEN & MASK)
         # Bijective in the low half of the index: two pictures of an epoch never share a key.
-        self._keys = _mixed(_mixed((index & MASK) ^ (seed & MASK)) ^ ((index >> 32) + (seed >> 32) & MASK))
+        self._keys = _mixed(_mixed((index & MASK) ^ low) ^ ((index >> 32) + high & MASK))
         self._count = 0
 
     def __len__(self) -> int:
@@ -32,19 +39,23 @@ class Draws:
     def device(self) -> torch.device:
         return self._keys.device
 
-    def uniform(self, *shape: int) -> Tensor:
-        """Float32 numbers [N, *shape], uniform over the multiples of 2⁻²⁴ in [0, 1)."""
+    def uniform(self, *shape: int, between: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        """Float32 numbers [N, *shape] that are uniform `between` two limits.
+
+        From 0 to 1 they are multiples of 2⁻²⁴ below 1, so that one times a whole number k stays below k when rounded.
+        """
         count = math.prod(shape)
         places = torch.arange(self._count + 1, self._count + count + 1, device=self.device)
         self._count += count
         keys = self._keys[:, None]
         # The key enters twice, so that the sequences of two pictures are not one sequence from two starting points.
         bits = _mixed(_mixed(keys ^ (places * GOLDEN & MASK)) + keys & MASK)
-        return (bits >> 8).float().mul_(2**-24).view(len(self), *shape)
+        low, high = between
+        return ((bits >> 8).float() * 2**-24 * (high - low) + low).view(len(self), *shape)
 
 
-def _mixed(x: Tensor) -> Tensor:
-    """A bijection of 32-bit numbers [...] int64 that changes half of the bits, whichever bit is flipped.
+def _mixed(x: T) -> T:
+    """A bijection of 32-bit numbers, in [...] int64 or one int, that changes half the bits, whichever bit is flipped.
 
     Xorshift-multiply with the constants that the search of hash-prospector (C. Wellons) found least biased.
     """

@@ -1,0 +1,78 @@
+"""A run's network as it was saved, without the run's data.
+
+Shapes: N pictures, C channels, D dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hypercontrast import checkpoint
+from hypercontrast.checkpoint import CheckpointError
+from hypercontrast.config import Config, UsageError, read_config
+from hypercontrast.data import normalize
+from hypercontrast.models import Network, mixed_precision
+from hypercontrast.workspace import build_network, network_tensors
+
+
+@dataclass(frozen=True)
+class FrozenRun:
+    """A network in evaluation mode on one device, and how the run's pictures went into it."""
+
+    config: Config
+    epoch: int
+    network: Network
+    mean: Tensor  # [C], of the run's training pictures on the scale 0 to 255
+    std: Tensor  # [C]
+    image_size: int
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> Tensor:
+        """Pictures [N, C, H, W] as the run's were -> the backbone's pooled features [N, D] in float32."""
+        images = normalize(pixels, self.mean, self.std).contiguous(memory_format=torch.channels_last)
+        with mixed_precision(images.device):
+            return self.network.backbone(images).float()
+
+
+def run_config(run: str) -> Config:
+    """The config a run was trained with. Raises UsageError if the folder holds no run."""
+    path = Path(run, "config.yaml")
+    if not path.is_file():
+        raise UsageError(f"RUN must be the folder of a run, with a config.yaml, got {run}")
+    return read_config(path)
+
+
+def restored_network(run: str, device: torch.device) -> FrozenRun:
+    """The network of the run's newest intact checkpoint.
+
+    Beside its weights a checkpoint holds class_means [K, D], and of the pictures mean and std [C] and image_size [].
+
+    Raises UsageError if the folder holds no run, or one that has saved nothing yet, and CheckpointError if the
+    checkpoint is damaged, or is not of the network that config.yaml describes.
+    """
+    config = run_config(run)
+    saved = checkpoint.load_checkpoint(Path(run))
+    if saved is None:
+        raise UsageError(f"{run} must hold a checkpoint: the run has not finished an epoch yet")
+    if missing := [name for name in ("mean", "std", "image_size") if name not in saved.tensors]:
+        raise CheckpointError(
+            f"the checkpoint of {run} must hold mean, std and image_size of the pictures it was trained on, got no"
+            f" {missing[0]}: it is of an older version, so train again"
+        )
+    mean, std = (saved.tensors[name].to(device) for name in ("mean", "std"))
+    image_size = int(saved.tensors["image_size"])
+    network = build_network(config, len(mean), image_size, len(saved.tensors["class_means"]))
+    wanted, found = network.state_dict(), network_tensors(saved.tensors)
+    if {n: x.shape for n, x in wanted.items()} != {n: x.shape for n, x in found.items()}:
+        raise CheckpointError("the checkpoint must hold the network that config.yaml describes, got other tensors")
+    network.load_state_dict(found)
+    network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return FrozenRun(config, saved.epoch, network.eval(), mean, std, image_size)

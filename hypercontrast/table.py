@@ -1,0 +1,499 @@
+"""The paper's tables beside ours, value by value; and its figure 2 from our runs.
+
+    python -m hypercontrast.table TABLE [TABLE ...] [RUN ...] [--data-root DIR] [--markdown]
+    python -m hypercontrast.table figure2 RUN [RUN ...] [--output FILE]
+
+TABLE is 1 to 14, or all; RUN is a folder that `hypercontrast.train` wrote, finished or not. Runs that differ in their
+seed alone are taken together: ours is their mean, with the standard deviation (of a sample) from two runs on.
+
+States of a value
+- reproduced: the recipe was followed in everything that matters, the run is finished, and ours lies within
+  2·sqrt(s_paper² + s_ours²) of the paper's. s_paper is the standard deviation of table 13 where the value is there,
+  else `paper.ASSUMED`; s_ours is 0 for a single seed.
+- differs: finished, but further off, or not run as the recipe says; a note says which.
+- running: not finished; a note says which epoch it is in.
+- needs data: no run, and the pictures are not there. - not run: a note gives the command.
+
+Runs on data the paper does not have, or on a part of its own, are stand-ins: they are shown apart, beside the column
+with as many classes (in tables 4 and 5, which have one column, beside that), and never called reproduced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import shlex
+import statistics
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NoReturn
+
+from hypercontrast import checkpoint, data, figures
+from hypercontrast.config import Config, UsageError, read_recipe
+from hypercontrast.figures import Curve
+from hypercontrast.metrics import DESCRIPTIONS
+from hypercontrast.paper import (
+    ACCURACY,
+    ASSUMED,
+    BEST_TEMPERATURE,
+    CLASSES,
+    COLLAPSE,
+    DATASETS,
+    PROBES,
+    TABLES,
+    TEMPERATURES,
+    TRAINING_PICTURES,
+    TRANSFER,
+    Cell,
+    Table,
+)
+from hypercontrast.progress import fail
+from hypercontrast.report import DRIVER_METRICS, LOSS_TITLES
+from hypercontrast.results import FREE, Group, Run, read_groups
+
+FIGURE = "figure2"
+COLUMNS = 100
+RULE = (
+    "reproduced: the recipe was followed, the run is finished, and |ours − paper| ≤ 2·sqrt(s_paper² + s_ours²)."
+    f" s_paper is the standard deviation in table 13 where the value is there, else {ASSUMED};"
+    " s_ours is that over seeds, 0 for a single one."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0; 2 with one line on stderr for a mistake in the call or a damaged run."""
+    try:
+        args = _parse(argv)
+        names, paths = _split(args.words)
+        groups = read_groups(paths)
+        if names == [FIGURE]:
+            checkpoint.write_atomic(Path(args.output), figure2(groups).encode())
+            print(args.output)
+        else:
+            print(render(names, groups, args.data_root, markdown=args.markdown))
+    except (UsageError, OSError) as error:
+        return fail(2, str(error))
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes as one line, as in training."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="python -m hypercontrast.table", description="The paper's tables beside ours.")
+    parser.add_argument(
+        "words", nargs="+", metavar="TABLE|RUN", help=f"1 to {len(TABLES)}, all or {FIGURE}; then run folders"
+    )
+    parser.add_argument("--data-root", default="data", help="where the data sets are, to say which are missing")
+    parser.add_argument("--markdown", action="store_true", help="Markdown, for a file")
+    parser.add_argument("--output", default=f"{FIGURE}.svg", metavar="FILE", help=f"what {FIGURE} writes")
+    return parser.parse_args(argv)
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names of tables, which come first, and the run folders."""
+    count = next((n for n, word in enumerate(words) if not re.fullmatch(rf"\d+|all|{FIGURE}", word)), len(words))
+    names, paths = list(words[:count]), list(words[count:])
+    if "all" in names:
+        names = [*dict.fromkeys([*TABLES, *(name for name in names if name != "all")])]
+    if not names or any(name not in (*TABLES, FIGURE) for name in names) or (FIGURE in names and len(names) > 1):
+        raise UsageError(f"table must be 1 to {len(TABLES)}, all, or {FIGURE} alone, got {' '.join(words)!r}")
+    return names, paths
+
+
+# What our runs have for a value.
+
+
+@dataclass(frozen=True)
+class Ours:
+    """The runs of one value.
+
+    values: one a seed, in the paper's unit. departures: how they differ from the recipe, in words.
+    lacking: finished runs that have no value. unfinished: how far the others are, in words, empty without others.
+    """
+
+    runs: Sequence[Run]
+    values: Sequence[float]
+    departures: Sequence[str]
+    lacking: Sequence[Run]
+    unfinished: str
+
+
+@cache
+def _recipe(name: str) -> Config:
+    return read_recipe(name)
+
+
+def _belongs(config: Config, cell: Cell) -> bool:
+    return config.limit == 0 and _shares(config, cell, cell.identity)
+
+
+def _shares(config: Config, cell: Cell, settings: Iterable[str]) -> bool:
+    settings = tuple(settings)
+    return any(
+        all(getattr(config, name) == getattr(_recipe(recipe), name) for name in settings) for recipe in cell.recipes
+    )
+
+
+def _stands_in(group: Group, cell: Cell) -> bool:
+    config = group.config
+    if not _shares(config, cell, (name for name in cell.identity if name != "dataset")):
+        return False
+    if config.dataset == cell.dataset:
+        return config.limit > 0
+    if cell.source[0] in ("transfer.json", "corruptions.json"):  # what was measured has its own classes
+        return any(cell.source[0] in run.files for run in group.runs)
+    return config.dataset not in DATASETS and CLASSES.get(group.classes or 0) == cell.dataset
+
+
+def _departures(config: Config, recipe: Config, besides: Iterable[str] = ()) -> list[str]:
+    """What the settings have that the recipe has not; what a reader asks first comes first."""
+    settings = dataclasses.asdict(recipe)
+    order = dict.fromkeys(("dataset", "limit", "epochs", *settings))
+    changed = [n for n in order if n not in FREE and n not in besides and getattr(config, n) != settings[n]]
+    return [_departure(name, config, recipe) for name in changed]
+
+
+def _departure(name: str, config: Config, recipe: Config) -> str:
+    value, wanted = getattr(config, name), getattr(recipe, name)
+    if name == "dataset":
+        return f"{_short(value)} for {wanted}"
+    if name == "limit" and config.dataset in TRAINING_PICTURES:
+        return f"{value:,} of {TRAINING_PICTURES[config.dataset]:,} pictures"
+    if name == "epochs" and value < wanted:
+        return f"{value} of {wanted} epochs"
+    return f"{name.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
+
+
+def _short(dataset: str) -> str:
+    """`parquet:/data/tin100` as `tin100`."""
+    return Path(dataset.rpartition(":")[2]).name or dataset
+
+
+def _measured_otherwise(run: Run, cell: Cell) -> list[str]:
+    """How a run's result file departs from the paper's protocol."""
+    file = run.files.get(cell.source[0], {})
+    found = []
+    if "epoch" in file and file["epoch"] != run.config.epochs:
+        found.append(f"measured at epoch {file['epoch']} of {run.config.epochs}")
+    if cell.source[0] == "evaluation.json" and cell.source[1].endswith("probe"):
+        probe, (epochs, lr) = file.get("probe"), PROBES[cell.dataset]
+        if not isinstance(probe, dict):
+            found.append(f"probe by {probe}")
+        elif (probe.get("epochs"), probe.get("lr")) != (epochs, lr):
+            found.append(f"probe of {probe.get('epochs')} epochs at lr {probe.get('lr')}, not {epochs} at {lr}")
+    if cell.source[0] == "transfer.json":
+        test, all_of_them = run.find((*cell.source[:-1], "test")), TRANSFER[cell.source[2]][1]
+        if test != all_of_them:
+            found.append(f"{test} of {all_of_them:,} test pictures")
+    if cell.source[0] == "corruptions.json":
+        if file.get("source") != "imagenet-c":
+            found.append(f"{file.get('source')} corruptions")
+        if file.get("reference") != "AlexNet":
+            found.append(f"relative to {file.get('reference')}")
+    return found
+
+
+def _closest(cell: Cell, groups: Sequence[Group]) -> Ours:
+    """The group that follows one of the cell's recipes best."""
+
+    def rank(choice: tuple[Group, int]) -> tuple[int, int, int]:
+        group, recipe = choice
+        return len(_departures(group.config, _recipe(cell.recipes[recipe]))), recipe, -len(group.finished)
+
+    group, recipe = min(((group, n) for group in groups for n in range(len(cell.recipes))), key=rank)
+    found = [(run, value) for run in group.finished if (value := run.value(cell.source)) is not None]
+    departures = _departures(group.config, _recipe(cell.recipes[recipe]))
+    departures += dict.fromkeys(phrase for run, _ in found for phrase in _measured_otherwise(run, cell))
+    if found and len(found) < cell.seeds:
+        departures.append(f"{len(found)} of {cell.seeds} seeds")
+    values = [value * cell.quantity.scale for _, value in found]
+    lacking = [run for run in group.finished if run.value(cell.source) is None]
+    return Ours(group.runs, values, departures, lacking, _unfinished(group.runs))
+
+
+def _best_temperature(cell: Cell, groups: Sequence[Group]) -> Ours:
+    """The temperature with the highest mean accuracy, among runs that differ in it and in their seed alone."""
+    recipe = _recipe(cell.recipes[0])
+    sweeps: dict[tuple[str, ...], list[Group]] = {}
+    for group in groups:
+        sweeps.setdefault(tuple(_departures(group.config, recipe, besides=["temperature"])), []).append(group)
+    departures, sweep = min(sweeps.items(), key=lambda item: (len(item[0]), -len(item[1])))
+    found = {group.config.temperature: [run.value(ACCURACY) for run in group.finished] for group in sweep}
+    accuracy = {tau: statistics.fmean(known) for tau, values in found.items() if (known := _known(values))}
+    tried = len(accuracy.keys() & set(TEMPERATURES))
+    short = [f"{tried} of {len(TEMPERATURES)} temperatures"] if tried < len(TEMPERATURES) else []
+    best = [max(sorted(accuracy), key=accuracy.__getitem__)] if accuracy else []
+    runs = [run for group in sweep for run in group.runs]
+    lacking = [run for run in runs if run.finished and run.value(ACCURACY) is None]
+    return Ours(runs, best, [*departures, *short], lacking, _unfinished(runs))
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _paths(runs: Iterable[Run]) -> str:
+    return ", ".join(str(run.path) for run in runs)
+
+
+def _unfinished(runs: Iterable[Run]) -> str:
+    epochs = [f"epoch {run.epoch} of {run.config.epochs}" for run in runs if not run.finished]
+    return ", ".join(dict.fromkeys(epochs))
+
+
+# What is said about a value.
+
+
+@dataclass(frozen=True)
+class Line:
+    """One value as text; `note` is what the state needs said, empty where it needs nothing."""
+
+    labels: tuple[str, str, str]
+    paper: str
+    ours: str
+    difference: str
+    state: str
+    note: str
+
+
+def _line(cell: Cell, ours: Ours | None, root: str, stand_in: str = "") -> Line:
+    quantity = cell.quantity
+    paper = f"{cell.value:.{quantity.digits}f}"
+    if cell.seeds > 1 and cell.std is not None:
+        paper += f" ± {cell.std:.{quantity.digits}f}"
+    title = DATASETS[cell.dataset]
+    labels = (cell.method, f"{stand_in} for {title}" if stand_in else title, cell.column)
+    if ours is None or not ours.values:
+        return Line(labels, paper, "–", "–", *_unmeasured(cell, ours, root))
+    mean, digits = statistics.fmean(ours.values), quantity.our_digits
+    n, std = len(ours.values), statistics.stdev(ours.values) if len(ours.values) > 1 else 0.0
+    text = f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if n > 1 else "")
+    if cell.source != BEST_TEMPERATURE:  # which is one, whatever the number of seeds
+        text += f", n = {n}"
+    state, note = _verdict(cell, ours, abs(mean - cell.value), std)
+    difference = round(mean - cell.value, digits) + 0.0  # no −0.00
+    return Line(labels, paper, text, f"{difference:+.{digits}f}".replace("-", "−"), state, note)
+
+
+def _verdict(cell: Cell, ours: Ours, off: float, std: float) -> tuple[str, str]:
+    published = cell.quantity.assumed_std(cell.value) if cell.std is None else cell.std
+    tolerance = 2 * (published**2 + std**2) ** 0.5
+    notes = list(ours.departures)
+    rounding = 1e-9  # of 0.3 - 0.3 and its like
+    if not notes and off > tolerance + rounding:
+        digits = cell.quantity.our_digits
+        notes.append(f"{off:.{digits}f} off, at most {tolerance:.{digits}f} expected")
+    state = "differs" if notes else "reproduced"
+    if ours.lacking:
+        notes.append(f"nothing yet from {_paths(ours.lacking)}")
+    if ours.unfinished:
+        notes.append(f"others running, {ours.unfinished}")
+    return state, ", ".join(notes)
+
+
+def _unmeasured(cell: Cell, ours: Ours | None, root: str) -> tuple[str, str]:
+    """State and note of a value that we do not have."""
+    where = "" if root == "data" else f" --data-root {shlex.quote(root)}"
+    if ours is None:
+        if reason := _missing(cell.dataset, root):
+            return f"needs data {cell.dataset}", reason
+        command = f"python -m hypercontrast.train --recipe {cell.recipes[0]}{where}"
+        if cell.source == BEST_TEMPERATURE:
+            command += f" --temperature T, with T = {', '.join(f'{t:g}' for t in TEMPERATURES)}"
+        elif cell.seeds > 1:
+            command += f" --seed S, with {cell.seeds} seeds"
+        return "not run", command
+    if ours.unfinished:
+        return "running", ", ".join([ours.unfinished, *ours.departures])
+    run = ours.lacking[0]
+    folder = shlex.quote(str(run.path))
+    if cell.source[0] == "evaluation.json":
+        if reason := _missing(run.config.dataset, run.config.data_root):
+            return f"needs data {_short(run.config.dataset)}", reason
+        return "not run", f"python -m hypercontrast.evaluate {folder}"
+    if cell.source[0] == "transfer.json":
+        name = cell.source[2]
+        if reason := _missing_transfer(name, root):
+            return f"needs data {name}", reason
+        return "not run", f"python -m hypercontrast.transfer {folder} --datasets {name}{where}"
+    if cell.source[0] == "corruptions.json":
+        if run.config.dataset != "imagenet1k":
+            return "not run", f"python -m hypercontrast.corruptions {folder} --reference RUN"
+        if not (images := Path(root, "imagenet-c")).is_dir():
+            return "needs data imagenet-c", f"data_root must hold {images}/CORRUPTION/SEVERITY/CLASS/*.JPEG"
+        return "not run", f"python -m hypercontrast.corruptions {folder}{where}"
+    return "not measured", f"{run.path / 'metrics.jsonl'} holds no {cell.source[-1]}"
+
+
+@cache
+def _missing(name: str, root: str) -> str:
+    """Why a data set cannot be read, empty where it can."""
+    try:
+        data.locate(name, root)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+@cache
+def _missing_transfer(name: str, root: str) -> str:
+    from hypercontrast.data.transfer import locate
+
+    try:
+        locate(name, root)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def lines(table: Table, groups: Sequence[Group], root: str) -> tuple[list[Line], list[Line], list[Path]]:
+    """The table's values, the stand-ins beside them, and the runs of its cells that others follow more closely."""
+    own, stand_ins = [], []
+    shown: list[Path] = []
+    candidates: list[Path] = []
+
+    def ours_of(cell: Cell, chosen: Sequence[Group]) -> Ours:
+        ours = (_best_temperature if cell.source == BEST_TEMPERATURE else _closest)(cell, chosen)
+        shown.extend(run.path for run in ours.runs)
+        candidates.extend(run.path for group in chosen for run in group.runs)
+        return ours
+
+    for cell in table.cells:
+        chosen = [group for group in groups if _belongs(group.config, cell)]
+        own.append(_line(cell, ours_of(cell, chosen) if chosen else None, root))
+        beside: dict[tuple[str, int], list[Group]] = {}
+        for group in groups:
+            if _stands_in(group, cell):
+                beside.setdefault((group.config.dataset, group.config.limit), []).append(group)
+        for (dataset, _), members in beside.items():
+            stand_ins.append(_line(cell, ours_of(cell, members), root, stand_in=_short(dataset)))
+    stand_ins.sort(key=lambda line: line.labels[1])  # one data set after the other
+    return own, stand_ins, [path for path in dict.fromkeys(candidates) if path not in shown]
+
+
+# As text.
+
+
+def render(names: Iterable[str], groups: Sequence[Group], root: str = "data", *, markdown: bool = False) -> str:
+    """The tables of these names, each once, then the rule that says what counts as reproduced.
+
+    root: where the data sets are looked for. Raises UsageError if a recipe cannot be read.
+    """
+    tables = dict.fromkeys(TABLES[name] for name in names)
+    parts = [_section(table, groups, root, markdown) for table in tables]
+    return "\n\n".join([*parts, _paragraph(RULE, markdown)])
+
+
+def _section(table: Table, groups: Sequence[Group], root: str, markdown: bool) -> str:
+    own, stand_ins, passed_over = lines(table, groups, root)
+    notes = list(dict.fromkeys(f"{line.state}: {line.note}" for line in (*own, *stand_ins) if line.note))
+    header = ("method", "data", table.heading, "paper", "ours", "difference", "state")
+    grid = _markdown_grid if markdown else _text_grid
+
+    def block(chosen: Sequence[Line]) -> str:
+        rows = [
+            (*line.labels, line.paper, line.ours, line.difference, line.state + _mark(line, notes)) for line in chosen
+        ]
+        kept = [column for column, name in enumerate(header) if name]
+        return grid([[row[column] for column in kept] for row in (header, *rows)])
+
+    parts = [f"{'## ' if markdown else ''}{table.name}: {table.title}"]
+    if own:
+        parts.append(block(own))
+    if stand_ins:
+        parts.append(
+            _paragraph(
+                "Stand-ins: other data, beside the paper's column with as many classes if there is one.", markdown
+            )
+        )
+        parts.append(block(stand_ins))
+    if notes:
+        parts.append("\n".join(f"{'- ' * markdown}[{n}] {note}" for n, note in enumerate(notes, start=1)))
+    if passed_over:
+        runs = ", ".join(map(str, passed_over))
+        parts.append(_paragraph(f"Not shown, for other runs follow the recipes more closely: {runs}.", markdown))
+    parts += [_paragraph(note, markdown) for note in table.notes]
+    return "\n\n".join(parts)
+
+
+def _mark(line: Line, notes: Sequence[str]) -> str:
+    return f" [{notes.index(f'{line.state}: {line.note}') + 1}]" if line.note else ""
+
+
+def _paragraph(text: str, markdown: bool) -> str:
+    return text if markdown else textwrap.fill(text, COLUMNS, break_long_words=False, break_on_hyphens=False)
+
+
+def _text_grid(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numbers = range(len(widths) - 4, len(widths) - 1)
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in numbers else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _markdown_grid(rows: Sequence[Sequence[str]]) -> str:
+    header, *body = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    columns = len(rows[0])
+    rule = "|" + "|".join("--:" if columns - 4 <= column < columns - 1 else "---" for column in range(columns)) + "|"
+    return "\n".join([header, rule, *body])
+
+
+# Figure 2.
+
+
+def figure2(groups: Sequence[Group]) -> str:
+    """The metrics of table 3 and the accuracy over the epochs, as one SVG: a curve a loss, the mean over its seeds.
+
+    A curve has the epochs that all seeds measured. Raises UsageError for runs on several data sets, for a loss with
+    runs that differ in more than their seed, and where nothing was measured yet.
+    """
+    datasets = dict.fromkeys(group.config.dataset for group in groups)
+    if len(datasets) > 1:
+        raise UsageError(f"{FIGURE} must have runs on one data set, got {', '.join(datasets)}")
+    by_loss: dict[str, Group] = {}
+    for group in groups:
+        if other := by_loss.get(group.config.loss):
+            what = ", ".join(_departures(group.config, other.config))
+            raise UsageError(
+                f"{FIGURE} must have runs of a loss that differ in their seed alone,"
+                f" got {other.runs[0].path} and {group.runs[0].path}: {what}"
+            )
+        by_loss[group.config.loss] = group
+    drawings = []
+    for key in (*COLLAPSE, "accuracy"):
+        title = (DRIVER_METRICS | DESCRIPTIONS)[key][0]
+        curves = [
+            Curve(name, colour, points)
+            for colour, (loss, name) in enumerate(LOSS_TITLES.items())
+            if loss in by_loss and (points := _mean_course(by_loss[loss], key))
+        ]
+        if curves:
+            drawings.append((title, figures.chart(curves, f"{title} over the epochs")))
+    if not drawings:
+        raise UsageError(f"{FIGURE} must have runs with a measured epoch, got {len(groups)} without")
+    return figures.sheet(f"Neural collapse on {_short(next(iter(datasets)))}, mean over seeds", drawings)
+
+
+def _mean_course(group: Group, key: str) -> list[tuple[float, float]]:
+    courses = [dict(run.series(key)) for run in group.runs]
+    common = set.intersection(*map(set, courses))
+    return [(epoch, statistics.fmean(course[epoch] for course in courses)) for epoch in sorted(common)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
