@@ -63,7 +63,7 @@ class Config:
     temperature_rule: Literal["fixed", "learned", "cosine"] = "fixed"
     """Keep τ, learn it from --temperature on, or take it along a cosine to --final-temperature."""
     final_temperature: float = 0.1
-    """Where the cosine rule ends."""
+    """Where the cosine rule ends, and the least that the learned rule may come to."""
     seed: int = 42
     """Fixes initial weights, batches and augmentation."""
     imbalance: float = 1.0
@@ -95,7 +95,7 @@ class Config:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the network and the augmentation; auto does on a GPU."""
     run_dir: str = ""
-    """Folder of the run; by default runs/DATASET-LOSS-TIME."""
+    """Folder of the run; by default runs/RECIPE-TIME, or runs/DATASET-LOSS-TIME without a recipe."""
     resume: str = "none"
     """auto continues the run in --run-dir if there is one, PATH the run in that folder, none starts a new one."""
     dry_run: bool = False

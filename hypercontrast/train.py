@@ -33,6 +33,7 @@ from hypercontrast._ops import resolve_backend
 from hypercontrast.checkpoint import Checkpoint, CheckpointError
 from hypercontrast.config import Config, UsageError, parse, read_config, resume_folder, to_yaml
 from hypercontrast.data import AUGMENTATIONS, derived_seed, epoch_batches, limited_order, steps_per_epoch
+from hypercontrast.data.streamed import TOLERATED
 from hypercontrast.launch import (
     RankError,
     Ranks,
@@ -301,9 +302,15 @@ class _Run:
         )
 
     def _damaged(self) -> list[str]:
-        """The pictures that no rank could decode so far."""
-        own = sorted({*self.dataset.train.damaged, *self.dataset.validation.damaged})
-        return sorted({name for names in self.ranks.gathered(own) for name in names})
+        """The pictures that some rank could not decode so far. Raises UsageError if they are too many."""
+        train, validation = self.dataset.train, self.dataset.validation
+        own = sorted({*train.damaged, *validation.damaged})
+        damaged = sorted({name for names in self.ranks.gathered(own) for name in names})
+        if len(damaged) > TOLERATED * (len(train) + len(validation)):
+            raise UsageError(
+                f"at most {TOLERATED:.0%} of the pictures may be damaged, got {len(damaged)}: {', '.join(damaged[:3])}"
+            )
+        return damaged
 
     # Saving and restoring.
 

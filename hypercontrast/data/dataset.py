@@ -130,12 +130,13 @@ class Dataset:
     def to(self, device: torch.device) -> Dataset:
         return replace(self, train=self.train.to(device), validation=self.validation.to(device))
 
-    def statistics(self, limit: int = 50_000) -> tuple[Tensor, Tensor]:
+    def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of every channel [C] over the training set, on the scale 0 to 255.
 
-        Of `limit` pictures at most, evenly spaced: decoding all of a large set would take longer than it tells.
+        Of 10,000 pictures, evenly spaced, where they would have to be decoded for it.
         """
-        count, device = min(len(self.train), limit), self.train.labels.device
+        count = len(self.train) if isinstance(self.train, Images) else min(len(self.train), 10_000)
+        device = self.train.labels.device
         chosen = torch.arange(count, device=device) * len(self.train) // count
         seen, total = 0, torch.zeros(2, self.channels, dtype=torch.float64)
         for batch in self.train.plain(chosen.split(4096)):
