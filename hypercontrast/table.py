@@ -35,6 +35,7 @@ from typing import NoReturn
 
 from hypercontrast import checkpoint, data, figures
 from hypercontrast.config import Config, UsageError, read_recipe
+from hypercontrast.data.transfer import locate as locate_transfer_set
 from hypercontrast.figures import Curve
 from hypercontrast.metrics import DESCRIPTIONS
 from hypercontrast.paper import (
@@ -347,10 +348,8 @@ def _missing(name: str, root: str) -> str:
 
 @cache
 def _missing_transfer(name: str, root: str) -> str:
-    from hypercontrast.data.transfer import locate
-
     try:
-        locate(name, root)
+        locate_transfer_set(name, root)
     except UsageError as error:
         return str(error)
     return ""

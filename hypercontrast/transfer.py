@@ -34,7 +34,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from hypercontrast.checkpoint import CheckpointError, write_atomic
 from hypercontrast.config import Config, UsageError
 from hypercontrast.data import Pictures
+from hypercontrast.data.transfer import TransferSet, locate
 from hypercontrast.evaluate import Parser
 from hypercontrast.frozen import FrozenRun, restored_network, run_config
 from hypercontrast.launch import Ranks, device_of
@@ -51,14 +52,11 @@ from hypercontrast.probes import fit_features
 from hypercontrast.progress import fail
 from hypercontrast.workspace import EVALUATION_BATCH
 
-if TYPE_CHECKING:
-    from hypercontrast.data.transfer import TransferSet
-
 STRENGTHS = tuple(10 ** (power / 2) for power in range(2, -13, -1))
 FOLD = 5  # one of so many pictures of a class is held out
 RESULT = "transfer.json"
 
-Load = Callable[..., "TransferSet"]  # load(limit, size=, channels=, workers=), as of `hypercontrast.data.transfer`
+Load = Callable[..., TransferSet]  # load(limit, size=, channels=, workers=), as of `hypercontrast.data.transfer`
 Metric = Callable[[Tensor, Tensor], float]
 
 
@@ -240,7 +238,7 @@ def _located(options: Options, root: str) -> tuple[dict[str, Load], dict[str, st
     loaders, missing = {}, {}
     for name in options.datasets or METRICS:
         try:
-            loaders[name] = _locate(name, root)
+            loaders[name] = locate(name, root)
         except UsageError as error:
             if options.datasets:
                 raise
@@ -248,12 +246,6 @@ def _located(options: Options, root: str) -> tuple[dict[str, Load], dict[str, st
     if not loaders:
         raise UsageError(f"data_root must hold one of {', '.join(missing)}, got none ({next(iter(missing.values()))})")
     return loaders, missing
-
-
-def _locate(name: str, root: str) -> Load:
-    from hypercontrast.data.transfer import locate
-
-    return locate(name, root)
 
 
 def _embedded(name: str, pictures: Pictures, targets: Tensor, frozen: FrozenRun) -> tuple[Tensor, Tensor]:

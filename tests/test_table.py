@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 import xml.etree.ElementTree as ET
 from collections import Counter
 
@@ -249,7 +248,7 @@ def transfer_sets(monkeypatch):
         if name != "food101":
             raise UsageError(f"data_root must hold {name}")
 
-    monkeypatch.setitem(sys.modules, "hypercontrast.data.transfer", types.SimpleNamespace(locate=locate))
+    monkeypatch.setattr("hypercontrast.table.locate_transfer_set", locate)
 
 
 def test_run_that_was_not_transferred(tmp_path, transfer_sets):

@@ -207,7 +207,7 @@ def there(monkeypatch):
             raise UsageError(f"data_root must hold {name}: expected {root}/{name}/")
         return lambda limit, **shape: calls.append((name, limit, shape)) or sets[name]
 
-    monkeypatch.setattr("hypercontrast.transfer._locate", locate)
+    monkeypatch.setattr("hypercontrast.transfer.locate", locate)
     return calls
 
 
@@ -356,7 +356,7 @@ def test_nothing_is_there(run, monkeypatch, capsys):
     def locate(name, root):
         raise UsageError(f"data_root must hold {name}")
 
-    monkeypatch.setattr("hypercontrast.transfer._locate", locate)
+    monkeypatch.setattr("hypercontrast.transfer.locate", locate)
     assert main([str(run)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
