@@ -3,21 +3,27 @@
     python -m bench.study [PART ...] [--output DIR] [--data-root DIR]
 
 Every part is a grid of runs of `hypercontrast.train`, three seeds each, evaluated when they end: trained head, fixed
-prototypes and, after SCL, a linear probe. A run that is there is not made again, one that was interrupted goes on. What
-the tables and figures are made from is then copied out: config.yaml, metrics.jsonl and evaluation.json of every run.
+prototypes and, after SCL, a linear probe. A run that is there is not made again, one that was interrupted goes on.
 
-    python -m hypercontrast.table 1 2 3 6 7 DIR/*
+    python -m bench.study --collect RESULTS
+
+copies out what tables and figures are made from, config.yaml, metrics.jsonl and evaluation.json of every run, with
+figures and a table of every part: means and standard deviations over the seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hypercontrast.config import Config, configure
 from hypercontrast.evaluate import Options, evaluate
+from hypercontrast.results import Run, read_groups
+from hypercontrast.table import figure2
 from hypercontrast.train import train
 
 LOSSES = ("ce", "normface", "ntce", "nonl", "scl")
@@ -36,6 +42,17 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "beyond": {f"mnist5k-nonl-{way}": {} for way in ("signed", "queue", "accumulate", "learned", "cosine")},
 }
 KEPT = ("config.yaml", "metrics.jsonl", "evaluation.json")
+# Column -> (key of a measured epoch, factor, decimals).
+COLUMNS = {
+    "top-1, %": ("accuracy", 100, 1),
+    "by class means, %": ("prototype_accuracy", 100, 1),
+    "to simplex": ("distance_etf", 1, 3),
+    "to orthogonal frame": ("distance_frame", 1, 3),
+    "prototypes to simplex": ("weight_distance_etf", 1, 3),
+    "weight alignment": ("weight_alignment", 1, 3),
+    "NC1": ("nc1", 1, 2),
+    "temperature": ("temperature", 1, 3),
+}
 
 
 def run(part: str, output: Path, data_root: str) -> None:
@@ -69,6 +86,34 @@ def collect(output: Path, results: Path) -> None:
         kept.mkdir(parents=True, exist_ok=True)
         for name in KEPT:
             shutil.copyfile(folder / name, kept / name)
+    for part in sorted(path for path in results.iterdir() if path.is_dir()):
+        (results / f"{part.name}.md").write_text(summary(sorted(part.iterdir())), encoding="utf-8")
+        if part.name != "beyond":  # whose runs share their loss
+            (results / f"{part.name}.svg").write_text(figure2(read_groups(sorted(part.iterdir()))), encoding="utf-8")
+
+
+def summary(folders: Sequence[Path]) -> str:
+    """A table of runs in Markdown, a row for those that differ in their seed alone."""
+    groups = read_groups(folders)
+    used = {title: how for title, how in COLUMNS.items() if any(_values(group.runs, how[0]) for group in groups)}
+    rows = [["run", "n", *used], ["---"] * (len(used) + 2)]
+    for group in groups:
+        name = group.runs[0].path.name.rpartition("-")[0]
+        rows.append(
+            [name, str(len(group.finished)), *(_cell(_values(group.runs, *how[:2]), how[2]) for how in used.values())]
+        )
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _values(runs: Sequence[Run], key: str, factor: float = 1) -> list[float]:
+    return [factor * run.measured[-1][key] for run in runs if run.finished and key in run.measured[-1]]
+
+
+def _cell(values: Sequence[float], decimals: int) -> str:
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{decimals}f}{spread}"
 
 
 def main() -> None:
