@@ -175,10 +175,11 @@ def _by_architecture(usual: dict, tight: dict, crowded: bool) -> list[tuple[_lau
 
 def _backward_narrow() -> Iterator[AotConfiguration]:
     for dtype, (rows, cols, exclude_own) in itertools.product((torch.bfloat16, torch.float16), _RULES):
-        configs = _by_architecture(_launch.BACKWARD_NARROW, _launch.BACKWARD_NARROW_TIGHT, cols)
-        for (config, archs), (tensor_temperature, compact) in itertools.product(configs, _flags(rows, cols)):
-            endings = [(True, False), (False, True), (False, False)]  # (SPLIT, NORMALIZE)
-            for a_is_classes, (split, normalize) in itertools.product((True, False), endings):
+        endings = [(True, False), (False, True), (False, False)]  # (SPLIT, NORMALIZE)
+        for (tensor_temperature, compact), a_is_classes in itertools.product(_flags(rows, cols), (True, False)):
+            crowded = cols or (compact and a_is_classes)
+            configs = _by_architecture(_launch.BACKWARD_NARROW, _launch.BACKWARD_NARROW_TIGHT, crowded)
+            for (config, archs), (split, normalize) in itertools.product(configs, endings):
                 meta = {
                     "A_IS_CLASSES": a_is_classes,
                     "EXCLUDE_OWN": exclude_own,

@@ -253,7 +253,9 @@ def _launch_narrow(
 ) -> None:
     """dA, by recomputing the logits."""
     num_rows, (num_columns, dim) = len(a.x), b.x.shape
-    tight = _launch.is_tight((b if a_is_classes else a).lse is not None, a.x.device)
+    # Listed classes take their rows from memory, which leaves no registers for the usual tile.
+    listed_rows = a_is_classes and operands.present is not None
+    tight = _launch.is_tight(listed_rows or (b if a_is_classes else a).lse is not None, a.x.device)
     config = _launch.narrow_config(_launch.BACKWARD_NARROW_TIGHT if tight else _launch.BACKWARD_NARROW, dim)
     row_blocks = cdiv(num_rows, config.block_r)
     splits = _launch.split_count(row_blocks, cdiv(num_columns, config.block_c), 4 * num_rows * dim)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -363,6 +364,19 @@ def test_epochs_between_measurements_hold_losses_only(tmp_path):
         train(small(tmp_path / "again", epochs=5, evaluate_every=2), on_epoch=interrupt_after(3))
     assert load_checkpoint(tmp_path / "again").epoch == 2
     assert_same_run(train(small(tmp_path / "again", epochs=5, evaluate_every=2, resume="auto")), seldom)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.parametrize("options", [{"loss": "nonl", "accumulate": 2}, {"loss": "scl", "lr": 0.1}])
+def test_compiled_training_takes_the_same_steps(options, tmp_path):
+    """On the CPU; 83 pictures in batches of 42 and 41, so that two sizes are compiled."""
+    options = {"epochs": 2, "limit": 83, "batch_size": 42, **options}
+    eager = train(small(tmp_path / "eager", **options))
+    compiled = train(small(tmp_path / "compiled", compile="on", **options))
+    for line, expected in zip(records(compiled), records(eager), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+        assert line["instance_alignment"] == pytest.approx(expected["instance_alignment"], rel=1e-2)
 
 
 # A queue of past features, and batches in chunks
