@@ -15,7 +15,7 @@ from hypercontrast.config import Config, configure
 @pytest.mark.parametrize("part", PARTS)
 def test_the_study_is_made_of_recipes(part):
     configs = [configure(recipe=recipe, **options) for recipe, options in PARTS[part].items()]
-    assert len(configs) == 5
+    assert len(configs) >= 2
     assert len(SEEDS) == 3
     # Within a part the losses meet the same data, network and schedule.
     shared = ("dataset", "model", "width", "imbalance", "limit", "weight_decay")
