@@ -9,6 +9,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -594,3 +595,24 @@ def test_figure_2_draws_means_over_common_epochs(tmp_path):
     ]
     (group,) = read_groups(runs)
     assert _mean_course(group, "accuracy") == [(5, 0.6), (10, 0.6)]
+
+
+STUDY = Path(__file__).parents[1] / "bench" / "results" / "2026-11-23-study"
+
+
+@pytest.mark.parametrize(
+    ("table", "part", "rows"),
+    [("1", "mnist5k", 4), ("1", "cifar10", 4), ("2", "mnist5k", 2), ("3", "cifar10", 4 * 7), ("6", "longtail", 4)],
+)
+def test_the_committed_study_stands_beside_the_paper(table, part, rows, tmp_path, capsys):
+    """As stand-ins of three seeds each, whose settings are told, and which are never called reproduced."""
+    folders = [str(folder) for folder in sorted((STUDY / part).iterdir())]
+    assert main([table, *folders, "--data-root", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    # The study has no normalised probe; SCL's lines of table 3 are those of other classifiers.
+    wanted = "SCL" if table == "2" else ("CE", "NormFace", "NTCE", "NONL")
+    beside = [line for line in out.splitlines() if line.startswith(wanted) and " for CIFAR-10 " in line]
+    beside = [line for line in beside if "normalised probe" not in line]
+    assert len(beside) == rows
+    assert all("n = 3" in line and "differs [" in line for line in beside)
+    assert "of 1000 epochs" in out
