@@ -1,6 +1,7 @@
 """The measuring scripts that a test run can afford: the study's grid, and the clock of training epochs."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -9,7 +10,7 @@ pytest.importorskip("torchvision")
 
 from bench.epoch import measure
 from bench.study import PARTS, SEEDS, collect
-from hypercontrast.config import Config, configure
+from hypercontrast.config import Config, configure, to_yaml
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -24,14 +25,24 @@ def test_the_study_is_made_of_recipes(part):
 
 
 def test_collecting_keeps_what_the_tables_read(tmp_path):
-    run = tmp_path / "runs" / "part" / "recipe-0"
-    run.mkdir(parents=True)
-    for name in ("config.yaml", "metrics.jsonl", "evaluation.json", "embeddings.safetensors"):
-        (run / name).write_text(name)
+    for seed, accuracy in enumerate((0.5, 0.6)):
+        run = tmp_path / "runs" / "part" / f"mnist5k-nonl-{seed}"
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(to_yaml(configure(recipe="mnist5k-nonl", seed=seed, epochs=2)))
+        lines = [{"epoch": epoch, "loss": 1.0, "accuracy": accuracy, "nc1": 0.25} for epoch in (1, 2)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run / "evaluation.json").write_text('{"results": []}')
+        (run / "embeddings.safetensors").write_text("large")
     (tmp_path / "runs" / "part" / "unfinished").mkdir()
-    collect(tmp_path / "runs", tmp_path / "kept")
-    kept = sorted(str(path.relative_to(tmp_path / "kept")) for path in (tmp_path / "kept").rglob("*") if path.is_file())
-    assert kept == [f"part/recipe-0/{name}" for name in ("config.yaml", "evaluation.json", "metrics.jsonl")]
+    kept = tmp_path / "kept"
+    collect(tmp_path / "runs", kept)
+    assert sorted(path.name for path in (kept / "part").iterdir()) == ["mnist5k-nonl-0", "mnist5k-nonl-1"]
+    names = sorted(path.name for path in (kept / "part" / "mnist5k-nonl-0").iterdir())
+    assert names == ["config.yaml", "evaluation.json", "metrics.jsonl"]
+    lines = (kept / "part.md").read_text().splitlines()
+    assert lines[0] == "| run | n | top-1, % | NC1 |"
+    assert lines[2:] == ["| mnist5k-nonl | 2 | 55.0 ± 7.1 | 0.25 ± 0.00 |"]
+    assert (kept / "part.svg").read_text().startswith("<svg")
 
 
 @pytest.mark.parametrize("loss", ["nonl", "scl"])
