@@ -55,7 +55,7 @@ class Epochs:
         shares = list(epoch_batches(self.train.labels, self.config.batch_size, seed=0, epoch=epoch))
         seeds = [derived_seed(epoch, view) for view in range(self.views)]
         for share, batch in zip(shares, self.train.views(shares, self.augment, seeds), strict=True):
-            images = normalize(batch.pixels, self.mean, self.std).contiguous(memory_format=torch.channels_last)
+            images = normalize(batch.pixels, self.mean, self.std)
             yield share, images, batch.labels.repeat(self.views)
 
     def run(self, epoch: int) -> None:

@@ -45,7 +45,7 @@ from hypercontrast.objective import TrainingError
 from hypercontrast.probes import CosineProbe, Probe, ProbeSettings, fit_probe, train_probe
 from hypercontrast.progress import Progress, fail
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
-from hypercontrast.workspace import Embedded, Workspace, network_tensors
+from hypercontrast.workspace import Embedded, Workspace, load_network, newest_checkpoint
 
 METHODS = {
     "head": "trained head",
@@ -160,14 +160,9 @@ def restored(run: str, config: Config, ranks: Ranks) -> tuple[Workspace, int]:
 
     Raises UsageError if there is no checkpoint yet, CheckpointError if none is intact or it is another network's.
     """
-    saved = ranks.agree(lambda: checkpoint.load_checkpoint(Path(run)))
-    if saved is None:
-        raise UsageError(f"{run} must hold a checkpoint: the run has not finished an epoch yet")
+    saved = ranks.agree(lambda: newest_checkpoint(run))
     workspace = Workspace(config, ranks)
-    wanted, found = workspace.network.state_dict(), network_tensors(saved.tensors)
-    if {n: x.shape for n, x in wanted.items()} != {n: x.shape for n, x in found.items()}:
-        raise CheckpointError("the checkpoint must hold the network that config.yaml describes, got other tensors")
-    workspace.network.load_state_dict(found)
+    load_network(workspace.network, saved.tensors)
     return workspace, saved.epoch
 
 

@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hypercontrast import checkpoint
 from hypercontrast.checkpoint import CheckpointError
 from hypercontrast.config import Config, UsageError, read_config
 from hypercontrast.data import normalize
 from hypercontrast.models import Network, mixed_precision
-from hypercontrast.workspace import build_network, network_tensors
+from hypercontrast.workspace import build_network, load_network, newest_checkpoint
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class FrozenRun:
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
         """Pictures [N, C, H, W] as the run's were -> the backbone's pooled features [N, D] in float32."""
-        images = normalize(pixels, self.mean, self.std).contiguous(memory_format=torch.channels_last)
+        images = normalize(pixels, self.mean, self.std)
         with mixed_precision(images.device):
             return self.network.backbone(images).float()
 
@@ -59,9 +58,7 @@ def restored_network(run: str, device: torch.device) -> FrozenRun:
     checkpoint is damaged, or is not of the network that config.yaml describes.
     """
     config = run_config(run)
-    saved = checkpoint.load_checkpoint(Path(run))
-    if saved is None:
-        raise UsageError(f"{run} must hold a checkpoint: the run has not finished an epoch yet")
+    saved = newest_checkpoint(run)
     if missing := [name for name in ("mean", "std", "image_size") if name not in saved.tensors]:
         raise CheckpointError(
             f"the checkpoint of {run} must hold mean, std and image_size of the pictures it was trained on, got no"
@@ -70,9 +67,6 @@ def restored_network(run: str, device: torch.device) -> FrozenRun:
     mean, std = (saved.tensors[name].to(device) for name in ("mean", "std"))
     image_size = int(saved.tensors["image_size"])
     network = build_network(config, len(mean), image_size, len(saved.tensors["class_means"]))
-    wanted, found = network.state_dict(), network_tensors(saved.tensors)
-    if {n: x.shape for n, x in wanted.items()} != {n: x.shape for n, x in found.items()}:
-        raise CheckpointError("the checkpoint must hold the network that config.yaml describes, got other tensors")
-    network.load_state_dict(found)
+    load_network(network, saved.tensors)
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return FrozenRun(config, saved.epoch, network.eval(), mean, std, image_size)

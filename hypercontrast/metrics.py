@@ -196,7 +196,7 @@ class NeuralCollapse:
         _checks.check_finite_norms("features", torch.linalg.vector_norm(z, dim=1))
 
         u = unit_rows(z)
-        keep = self._counts_K[y] + _position_in_class(y, self.num_classes) < self._quota
+        keep = self._counts_K[y] + position_in_class(y) < self._quota
         self._kept.append((u[keep].float(), y[keep]))
         self._counts_K += torch.bincount(y, minlength=self.num_classes)
         self._sums_KD.index_add_(0, y, u)
@@ -226,7 +226,7 @@ class NeuralCollapse:
         room_RK = (self._quota - (kept_RK.cumsum(0) - kept_RK)).clamp(min=0)
         sent_RK = torch.minimum(kept_RK, room_RK)
         u, y = self._kept_samples()
-        sent = _position_in_class(y, self.num_classes) < sent_RK[dist.get_rank(resolved)][y]
+        sent = position_in_class(y) < sent_RK[dist.get_rank(resolved)][y]
         self._kept = _exchange(u[sent], y[sent], sent_RK.sum(1).tolist(), resolved)
 
     @torch.no_grad()
@@ -368,10 +368,10 @@ def _check_classes(labels: Tensor, num_classes: int) -> None:
     _checks.check_label_range(labels, num_classes, ignore_index=0)
 
 
-def _position_in_class(y: Tensor, num_classes: int) -> Tensor:
+def position_in_class(y: Tensor) -> Tensor:
     """For each sample how many of its class stand before it, [N]."""
     order = y.argsort(stable=True)
-    counts_K = torch.bincount(y, minlength=num_classes)
+    counts_K = torch.bincount(y)
     first_K = counts_K.cumsum(0) - counts_K
     position = torch.empty_like(y)
     position[order] = torch.arange(len(y), device=y.device) - first_K[y[order]]

@@ -31,11 +31,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NoReturn
 
 from hypercontrast import checkpoint, data, figures
 from hypercontrast.config import Config, UsageError, read_recipe
 from hypercontrast.data.transfer import locate as locate_transfer_set
+from hypercontrast.evaluate import Parser
 from hypercontrast.figures import Curve
 from hypercontrast.metrics import DESCRIPTIONS
 from hypercontrast.paper import (
@@ -82,15 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Mistakes as one line, as in training."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m hypercontrast.table", description="The paper's tables beside ours.")
+    parser = Parser(prog="python -m hypercontrast.table", description="The paper's tables beside ours.")
     parser.add_argument(
         "words", nargs="+", metavar="TABLE|RUN", help=f"1 to {len(TABLES)}, all or {FIGURE}; then run folders"
     )

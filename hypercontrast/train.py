@@ -33,7 +33,7 @@ from hypercontrast._ops import resolve_backend
 from hypercontrast.checkpoint import Checkpoint, CheckpointError
 from hypercontrast.config import Config, UsageError, parse, read_config, resume_folder, to_yaml
 from hypercontrast.data import AUGMENTATIONS, derived_seed, epoch_batches, limited_order, steps_per_epoch
-from hypercontrast.data.streamed import TOLERATED
+from hypercontrast.data.streamed import check_damage
 from hypercontrast.launch import (
     RankError,
     Ranks,
@@ -306,10 +306,7 @@ class _Run:
         train, validation = self.dataset.train, self.dataset.validation
         own = sorted({*train.damaged, *validation.damaged})
         damaged = sorted({name for names in self.ranks.gathered(own) for name in names})
-        if len(damaged) > TOLERATED * (len(train) + len(validation)):
-            raise UsageError(
-                f"at most {TOLERATED:.0%} of the pictures may be damaged, got {len(damaged)}: {', '.join(damaged[:3])}"
-            )
+        check_damage(damaged, len(train) + len(validation))
         return damaged
 
     # Saving and restoring.

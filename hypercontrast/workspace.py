@@ -6,12 +6,14 @@ Shapes: N samples, K classes, D dimensions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hypercontrast import data
+from hypercontrast import checkpoint, data
+from hypercontrast.checkpoint import Checkpoint, CheckpointError
 from hypercontrast.config import Config, UsageError
 from hypercontrast.data import Dataset, Pictures, steps_per_epoch
 from hypercontrast.launch import Ranks
@@ -59,7 +61,7 @@ class Workspace:
         return Embedded(backbone.float(), head.float(), labels)
 
     def normalized(self, pixels: Tensor) -> Tensor:
-        return data.normalize(pixels, self.mean, self.std).contiguous(memory_format=torch.channels_last)
+        return data.normalize(pixels, self.mean, self.std)
 
 
 # What a checkpoint holds besides the network: the training set's class means [K, D], and of its pictures the pixels'
@@ -70,6 +72,25 @@ BESIDE_NETWORK = ("class_means", "mean", "std", "image_size")
 def network_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A checkpoint's tensors without those that are not the network's."""
     return {name: tensor for name, tensor in tensors.items() if name not in BESIDE_NETWORK}
+
+
+def newest_checkpoint(run: str) -> Checkpoint:
+    """The newest intact checkpoint of the run in this folder.
+
+    Raises UsageError if the run has not saved one yet, CheckpointError if none is intact.
+    """
+    saved = checkpoint.load_checkpoint(Path(run))
+    if saved is None:
+        raise UsageError(f"{run} must hold a checkpoint: the run has not finished an epoch yet")
+    return saved
+
+
+def load_network(network: Network, tensors: Mapping[str, Tensor]) -> None:
+    """Fill the network from a checkpoint's tensors. Raises CheckpointError if they are another network's."""
+    wanted, found = network.state_dict(), network_tensors(tensors)
+    if {n: x.shape for n, x in wanted.items()} != {n: x.shape for n, x in found.items()}:
+        raise CheckpointError("the checkpoint must hold the network that config.yaml describes, got other tensors")
+    network.load_state_dict(found)
 
 
 def build_network(config: Config, channels: int, image_size: int, num_classes: int) -> Network:

@@ -25,6 +25,8 @@ from . import _launch
 from ._launch import cdiv
 from ._tiles import add_exponentials, load_inverse_temperature, load_rows, log_sum
 
+MAX_FIXED_SHIFT = 64.0  # |s| below this: exp(s) neither overflows a sum of 2^34 terms in fp32 nor underflows
+
 
 @dataclass(frozen=True)
 class Scaling:

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch, class_sums
-from ._epilogue import Scaling, combine
+from ._epilogue import MAX_FIXED_SHIFT, Scaling, combine
 from ._launch import cdiv
 from ._pair_tiles import load_ids, load_mask, pair_logits, valid_pairs
 from ._tiles import (
@@ -36,8 +36,6 @@ from ._tiles import (
     product,
     split_range,
 )
-
-_MAX_FIXED_SHIFT = 64.0  # |s| below this: exp(s) neither overflows a sum of 2^34 terms in fp32 nor underflows
 
 
 @triton.jit
@@ -400,7 +398,7 @@ def _forward_variant(scaling: Scaling, rows: Tensor, num_columns: int) -> tuple[
     else:
         config = _launch.wide_config(_launch.PAIR_FORWARD_WIDE, rows.dtype, num_rows, num_columns)
     return config, {
-        "FIXED_SHIFT": scaling.fixed_shift(rows.dtype, _MAX_FIXED_SHIFT),
+        "FIXED_SHIFT": scaling.fixed_shift(rows.dtype, MAX_FIXED_SHIFT),
         "NARROW": narrow,
         "INPUT_PRECISION": _launch.input_precision(rows.dtype),
         **scaling.arguments(),

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._epilogue import combine
+from ._epilogue import MAX_FIXED_SHIFT, combine
 from ._launch import cdiv
 from ._prototype_tiles import Operands, Options, class_logits, load_classes
 from ._tiles import (
@@ -21,8 +21,6 @@ from ._tiles import (
     product,
     split_range,
 )
-
-_MAX_FIXED_SHIFT = 64.0  # |s| below this: exp(s) neither overflows a sum of 2^34 terms in fp32 nor underflows
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -224,7 +222,7 @@ def lse(
             stride_a=a.stride(0),
             stride_b=b.stride(0),
             A_IS_CLASSES=a_is_classes,
-            FIXED_SHIFT=options.fixed_shift(a.dtype, _MAX_FIXED_SHIFT),
+            FIXED_SHIFT=options.fixed_shift(a.dtype, MAX_FIXED_SHIFT),
             NARROW=narrow,
             INPUT_PRECISION=_launch.input_precision(a.dtype),
             **operands.class_arguments(),

@@ -80,8 +80,9 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 
 
 def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Pictures [N, C, H, W] with every channel shifted by `mean` [C] and scaled by `std` [C], in float32."""
-    return (pixels.float() - mean[:, None, None]) / std[:, None, None]
+    """Pictures [N, C, H, W] less the channels' `mean` [C], by their `std` [C]; in float32, channels last."""
+    normal = (pixels.float() - mean[:, None, None]) / std[:, None, None]
+    return normal.contiguous(memory_format=torch.channels_last)
 
 
 def random_shift(images: Tensor, draws: Draws, *, padding: int = 2) -> Tensor:

@@ -13,6 +13,7 @@ from hypercontrast.data.augment import Augmentation
 from hypercontrast.data.draws import Draws
 from hypercontrast.data.longtail import long_tailed_order
 from hypercontrast.data.sampler import Share
+from hypercontrast.metrics import position_in_class
 
 
 class Batch(NamedTuple):
@@ -164,8 +165,4 @@ def limited_order(labels: Tensor, limit: int) -> Tensor:
 def balanced_order(labels: Tensor) -> Tensor:
     """An order [N] of the samples whose every prefix is balanced: the first of each class, the second of each, ..."""
     by_class = torch.argsort(labels, stable=True)
-    counts = torch.bincount(labels)
-    starts = counts.cumsum(0) - counts
-    turn = torch.empty_like(labels)
-    turn[by_class] = torch.arange(len(labels), device=labels.device) - starts.repeat_interleave(counts)
-    return by_class[torch.argsort(turn[by_class], stable=True)]
+    return by_class[torch.argsort(position_in_class(labels)[by_class], stable=True)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hypercontrast.metrics import position_in_class
+
 
 def long_tailed_counts(largest: int, num_classes: int, imbalance: float, shape: str) -> list[int]:
     """Pictures of every class c = 0 ... K-1; the largest has `largest`, n, and the smallest `imbalance` times as many.
@@ -24,8 +26,4 @@ def long_tailed_order(labels: Tensor, num_classes: int, imbalance: float, shape:
     """Indices, in their own order, of the first n_c samples of every class c (all of a class that has fewer)."""
     counts = torch.bincount(labels, minlength=num_classes)
     wanted = torch.tensor(long_tailed_counts(int(counts.max()), num_classes, imbalance, shape), device=labels.device)
-    by_class = torch.argsort(labels, stable=True)
-    starts = counts.cumsum(0) - counts
-    position = torch.empty_like(labels)
-    position[by_class] = torch.arange(len(labels), device=labels.device) - starts.repeat_interleave(counts)
-    return (position < wanted[labels]).nonzero().flatten()
+    return (position_in_class(labels) < wanted[labels]).nonzero().flatten()

@@ -31,6 +31,15 @@ CHUNK = 32
 TOLERATED = 0.01  # share of a set that may be damaged
 
 
+def check_damage(damaged: Sequence[str], pictures: int) -> None:
+    """Raise UsageError if these are too many of so many pictures."""
+    if len(damaged) > TOLERATED * pictures:
+        raise UsageError(
+            f"at most {TOLERATED:.0%} of the pictures may be damaged, got {len(damaged)} of {pictures}:"
+            f" {', '.join(damaged[:3])}"
+        )
+
+
 class _Request(NamedTuple):
     """A chunk to decode: a view for every seed, or without seeds the pictures as they are."""
 
@@ -191,11 +200,7 @@ class Streamed:
 
     def _note(self, names: Iterable[str]) -> None:
         self._damaged.update(dict.fromkeys(names))
-        if len(self._damaged) > TOLERATED * len(self):
-            raise UsageError(
-                f"at most {TOLERATED:.0%} of the pictures may be damaged, got {len(self._damaged)} of {len(self)}:"
-                f" {', '.join(list(self._damaged)[:3])}"
-            )
+        check_damage(self.damaged, len(self))
 
 
 @contextmanager
