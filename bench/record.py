@@ -1,0 +1,186 @@
+"""One row a measurement and one schema for all of them: what the bench writes, draws, compares and shows."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import platform
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A form of an op on one case, or the reason why there is none. Empty cells were not measured.
+
+    Times are milliseconds, median and 20th and 80th percentile; memory is MiB beyond the inputs; effective TFLOP/s
+    count 2·n·k·d forward and three times that with the backward (supcon: 2n²d), whatever a form computes twice.
+    """
+
+    op: str  # nonl, ntce, normface, supcon, buffer, step
+    form: str  # ours, eager, compiled, or a peer's name
+    n: int  # samples (supcon: anchors)
+    k: int  # classes
+    d: int  # width
+    dtype: str  # float32, bfloat16, float16
+    labels: str = "uniform"  # how classes share the samples
+    temperature: float = 0.1
+    features: str = "random"  # or collapsed: close to the prototype of their class
+    ranks: int = 1
+    status: str = "ok"  # ok, absent, out of memory, wrong (an error past its bound), failed
+    reason: str = ""  # of any other status than ok
+    fwd_ms: float | None = None
+    fwd_p20: float | None = None
+    fwd_p80: float | None = None
+    fwd_bwd_ms: float | None = None
+    fwd_bwd_p20: float | None = None
+    fwd_bwd_p80: float | None = None
+    graph_ms: float | None = None  # forward and backward replayed as a CUDA graph
+    launches: int | None = None  # kernels of a forward
+    launches_bwd: int | None = None  # kernels of a backward
+    outputs_mib: float | None = None  # loss and gradients
+    scratch_mib: float | None = None  # peak beyond inputs and outputs
+    tflops_fwd: float | None = None
+    tflops: float | None = None
+    matmul_share: float | None = None  # the least products a step needs, timed in the same round, over its time
+    speedup: float | None = None  # time of the case's first eager form over this form's, median of the rounds
+    error: float | None = None  # largest relative error (Frobenius) of loss and gradients against float64
+    tangential_error: float | None = None  # the same of the gradients' part at right angles to their vectors
+    repeats: bool | None = None  # the same bits twice
+    rounds: int | None = None
+    device: str = ""
+    threads: int | None = None  # of the CPU
+    torch: str = ""
+    triton: str = ""
+    commit: str = ""
+    date: str = ""
+
+    @property
+    def case(self) -> tuple:
+        """What two rows must share to be compared."""
+        return (self.op, self.n, self.k, self.d, self.dtype, self.labels, self.temperature, self.features, self.ranks)
+
+
+COLUMNS = [field.name for field in dataclasses.fields(Row)]
+
+
+@functools.cache
+def environment(device: str) -> dict[str, Any]:
+    """The last columns of a row: where and with what it was measured."""
+    on_gpu = device == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
+        "threads": None if on_gpu else torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def commit() -> str:
+    """The checkout's commit, with a plus sign when it was changed since."""
+    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        head = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+    except OSError:
+        return "unknown"
+    return f"{head}+" if head and changed else head or "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+class Writer:
+    """A CSV file that has every row as soon as it was measured."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerow(COLUMNS)
+
+    def add(self, row: Row) -> None:
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writerow(dataclasses.asdict(row))
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV file; ValueError where its columns are not ours."""
+    kinds = get_type_hints(Row)
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != COLUMNS:
+            raise ValueError(f"{path} must have the columns of bench/record.py, got {reader.fieldnames}")
+        return [Row(**{name: _parsed(text, kinds[name]) for name, text in line.items()}) for line in reader]
+
+
+def _parsed(text: str, kind: Any) -> Any:
+    if kind is str:
+        return text
+    if text == "":
+        return None
+    if "bool" in str(kind):
+        return text == "True"
+    return int(text) if "int" in str(kind) else float(text)
+
+
+# What a reader wants to see at a glance; the file has the rest.
+_SHOWN = {
+    "op": "op", "form": "form", "n": "n", "k": "k", "d": "d", "dtype": "dtype", "features": "features",
+    "fwd_ms": "fwd ms", "fwd_bwd_ms": "fwd+bwd ms", "speedup": "x eager", "matmul_share": "of products",
+    "scratch_mib": "scratch MiB", "error": "error", "tangential_error": "tangential", "repeats": "repeats",
+}  # fmt: skip
+_FORMATS = {
+    "speedup": "{:.2f}", "matmul_share": "{:.0%}", "scratch_mib": "{:.0f}",
+    "error": "{:.1e}", "tangential_error": "{:.1e}",
+}  # fmt: skip
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """A table of what matters most; a row that is not ok says why in the place of its times."""
+    lines = ["| " + " | ".join(_SHOWN.values()) + " |", "|" + "---|" * len(_SHOWN)]
+    return "\n".join(lines + [markdown_line(row) for row in rows])
+
+
+def markdown_line(row: Row) -> str:
+    cells = []
+    for name in _SHOWN:
+        value = getattr(row, name)
+        if name in ("fwd_ms", "fwd_bwd_ms") and value is not None:
+            value = _milliseconds(value)
+        if name == "fwd_bwd_ms" and row.status != "ok":
+            why = row.status + (f": {row.reason}" if row.reason else "")
+            cells.append(why if value is None else f"{value} ({why})")
+        else:
+            cells.append("" if value is None else _FORMATS.get(name, "{}").format(value))
+    return "| " + " | ".join(cells) + " |"
+
+
+def _milliseconds(value: float) -> str:
+    """Three digits, never an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
