@@ -1,11 +1,11 @@
-"""Builds the optional extension hypercontrast._C, the negative buffer in C++ and CUDA; the rest is in pyproject.toml.
+"""Builds the optional extension hypercontrast._C: the negative buffer in C++ and CUDA, and the CPU losses' inner loop.
 
     python setup.py build_ext --inplace         in a checkout whose Python has torch; fails loudly
     pip install --no-build-isolation -e .       an install with the extension, where it can be built
     pip install .                               builds apart from torch, so pure Python
 
 CUDA comes along when nvcc and torch are of the same major CUDA version. HYPERCONTRAST_NO_EXT=1 skips the extension.
-Without it everything works: hypercontrast/buffer.py has a Python twin.
+Without it everything works: hypercontrast/buffer.py and hypercontrast/tiles.py have Python twins.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import sys
 
 from setuptools import setup
 
-HEADERS = ["csrc/negative_buffer.h", "csrc/pack.h"]
-SOURCES = ["csrc/bindings.cpp", "csrc/negative_buffer.cpp"]
+HEADERS = ["csrc/negative_buffer.h", "csrc/pack.h", "csrc/tiles.h"]
+SOURCES = ["csrc/bindings.cpp", "csrc/negative_buffer.cpp", "csrc/tiles.cpp"]
 CUDA_SOURCES = ["csrc/pack.cu"]
 
 
@@ -66,13 +66,16 @@ def extension() -> dict:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"8.0;{newest}")
     from torch.utils import cpp_extension  # which reads CUDA_HOME on import
 
+    # The threads of torch itself, which on Linux are OpenMP's; elsewhere one thread runs the loops.
+    threads = ["-fopenmp"] if sys.platform == "linux" else []
     make = cpp_extension.CppExtension if toolkit is None else cpp_extension.CUDAExtension
     module = make(
         "hypercontrast._C",
         SOURCES if toolkit is None else SOURCES + CUDA_SOURCES,
         depends=HEADERS,
         define_macros=[] if toolkit is None else [("HYPERCONTRAST_CUDA", None)],
-        extra_compile_args={"cxx": ["-O2", "-g0", "-std=c++20"], "nvcc": ["-O3", "-std=c++17"]},
+        extra_compile_args={"cxx": ["-O2", "-g0", "-std=c++20", *threads], "nvcc": ["-O3", "-std=c++17"]},
+        extra_link_args=threads,
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": optional(cpp_extension.BuildExtension)}}
 

@@ -4,12 +4,17 @@
 #include <torch/version.h>
 
 #include "negative_buffer.h"
+#include "tiles.h"
 
 PYBIND11_MODULE(_C, module) {
   using without_gil = pybind11::call_guard<pybind11::gil_scoped_release>;
   module.def("pack", &hypercontrast::pack, without_gil());
   module.def("gather", &hypercontrast::gather, without_gil());
   module.def("push", &hypercontrast::push, without_gil());
+  module.def("exponentiate", &hypercontrast::exponentiate, without_gil());
+  module.def("weigh", &hypercontrast::weigh, without_gil());
+  module.def("reusable", &hypercontrast::reusable, without_gil());
+  module.def("through_norm", &hypercontrast::through_norm, without_gil());
   // Compared at import: an extension built for another torch or from older sources is not used.
   module.attr("TORCH") = TORCH_VERSION;
   module.attr("REVISION") = hypercontrast::kRevision;

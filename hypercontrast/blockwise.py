@@ -14,11 +14,12 @@ Shapes: N samples, K classes, D dimensions, B samples in a block, P classes in a
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from hypercontrast import _checks
+from hypercontrast import _checks, tiles
 from hypercontrast.reference import MIN_NORM
 
 # Largest 1/τ at which exp(s) needs no running maximum: |s| <= 1/τ, so sums over up to 1e10 samples stay below the
@@ -123,24 +124,13 @@ class _Tiling:
         for panel in spans(self.k, PANEL_CLASSES):
             yield panel, scaled(self.prototypes[panel], inv[panel])
 
-    def tiles(self, panel: slice, factor: Tensor | None = None):
-        """Block by block of a panel: (samples, unit features [B, D], times their factors, which of them have their
-        positive in this tile, and where in it, counted along its rows).
-        """
-        inv = self.inv_features if factor is None else self.inv_features * factor
-        width = panel.stop - panel.start
-        height = self.height(width)
-        units = self.features.new_empty((height, self.features.shape[1]), dtype=self.dtype)
-        places = (self.labels - panel.start) + width * torch.arange(self.n, device=self.labels.device)
-        in_panel = None if width == self.k else (self.labels >= panel.start) & (self.labels < panel.stop)
-        for block in spans(self.n, max(height, 1)):
-            u_BD = units[: block.stop - block.start]
-            torch.mul(self.features[block], inv[block, None], out=u_BD)
-            samples, place = block, places[block] - width * block.start
-            if in_panel is not None:
-                here = in_panel[block].nonzero()[:, 0]
-                samples, place = here + block.start, place[here]
-            yield block, u_BD, samples, place
+    def tiles(self, panel: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Block by block of a panel: (samples, the column of each one's positive in this tile, -1 without one)."""
+        own = self.labels - panel.start
+        if panel.stop - panel.start < self.k:
+            own = torch.where((own >= 0) & (own < panel.stop - panel.start), own, -1)
+        for block in spans(self.n, max(self.height(panel.stop - panel.start), 1)):
+            yield block, own[block]
 
     def start(self, panel: slice, block: slice) -> int:
         """Where a tile starts when all tiles are kept one after the other."""
@@ -169,35 +159,32 @@ def lse_forward(features, prototypes, labels, *, keep_bytes, **options):
     t = _Tiling(features, prototypes, labels, inv_features, inv_prototypes, **options)
 
     positives = inv_features.new_zeros(t.n)
-    row_sum, row_max = inv_features.new_zeros(t.k), inv_features.new_full((t.k,), -torch.inf)
-    col_sum, col_max = inv_features.new_zeros(t.n), inv_features.new_full((t.n,), -torch.inf)
+    wide = statistics_dtype(features.device)
+    row_sum, row_max = inv_features.new_zeros(t.k, dtype=wide), inv_features.new_full((t.k,), -torch.inf)
+    col_sum, col_max = inv_features.new_zeros(t.n, dtype=wide), inv_features.new_full((t.n,), -torch.inf)
     keep = t.bounded and keeps(n_all, k_all, dtype, keep_bytes)
-    kept = inv_features.new_empty(n_all * k_all if keep else 0)
+    kept = tiles.reusable(n_all * k_all if keep else 0, like=inv_features)
     kept[t.n * t.k :].zero_()  # ignored samples and absent classes leave the end unused
     buffer = None if keep else t.buffer()
 
     for panel, w_PD in t.panels():
-        for block, u_BD, samples, place in t.tiles(panel):
-            shape = (len(u_BD), len(w_PD))
+        for block, own_B in t.tiles(panel):
+            shape = (len(own_B), len(w_PD))
             s_BP = _tile(buffer, 0, *shape) if buffer is not None else _tile(kept, t.start(panel, block), *shape)
-            torch.mm(u_BD, w_PD.T, out=s_BP)
-            positives[samples] = s_BP.view(-1)[place]
-            if t.exclude_own:
-                s_BP.view(-1)[place] = -torch.inf
+            torch.mm(t.features[block].to(dtype), w_PD.T, out=s_BP)
+            inv_B, positives_B = t.inv_features[block], positives[block]
             if t.bounded:
-                s_BP.exp_()
-                if t.rows:
-                    row_sum[panel] += s_BP.sum(0)
-                if t.cols:
-                    col_sum[block] += s_BP.sum(1)
-            else:
-                if t.rows:
-                    accumulate(row_max[panel], row_sum[panel], s_BP.T)
-                if t.cols:
-                    accumulate(col_max[block], col_sum[block], s_BP)
+                rows, cols = row_sum[panel] if t.rows else None, col_sum[block] if t.cols else None
+                tiles.exponentiate_(s_BP, inv_B, own_B, positives_B, t.exclude_own, cols, rows)
+                continue
+            s_BP.mul_(inv_B[:, None])
+            tiles.take_positives_(s_BP, own_B, positives_B, -torch.inf if t.exclude_own else None)
+            if t.rows:
+                accumulate(row_max[panel], row_sum[panel], s_BP.T)
+            if t.cols:
+                accumulate(col_max[block], col_sum[block], s_BP)
 
-    wide = statistics_dtype(features.device)
-    row_lse, col_lse = row_sum.to(wide).log(), col_sum.to(wide).log()
+    row_lse, col_lse = row_sum.log(), col_sum.log()
     if not t.bounded:
         row_lse, col_lse = row_max + row_lse, col_max + col_lse
     return (
@@ -240,25 +227,27 @@ def lse_backward(
 
     grad_u = inv_features.new_empty(t.n, features.shape[1])
     grad_w = inv_features.new_zeros(t.k, features.shape[1])
+    inv_u = t.inv_features if sample_factor is None else t.inv_features * sample_factor
     buffer = t.buffer()
     for panel, w_PD in t.panels(class_factor):
-        for block, u_BD, samples, place in t.tiles(panel, sample_factor):
-            shape = (len(u_BD), len(w_PD))
+        for block, own_B in t.tiles(panel):
+            x_BD = t.features[block].to(t.dtype)
+            shape = (len(own_B), len(w_PD))
             e_BP = _tile(kept, t.start(panel, block), *shape) if kept.numel() else None
             g_BP = _tile(buffer, 0, *shape) if e_BP is None or not folded else e_BP
             if not folded:
-                _weigh(t, u_BD, w_PD, e_BP, block, panel, row, col, out=g_BP)
+                _weigh(t, x_BD, w_PD, e_BP, block, panel, row, col, out=g_BP)
             # Positives join in before the products: added to the products they would leave the rounding of both behind.
-            flat = g_BP.view(-1)
-            own = flat[place]
-            flat[place] = pos[samples] if t.exclude_own else own + pos[samples]
+            places = tiles.entries(own_B)
+            before = g_BP[places]
+            g_BP[places] = pos[block][places[0]] if t.exclude_own else before + pos[block][places[0]]
             if panel.start == 0:
                 torch.mm(g_BP, w_PD, out=grad_u[block])
             else:
                 grad_u[block].addmm_(g_BP, w_PD)
-            grad_w[panel].addmm_(g_BP.T, u_BD)
+            grad_w[panel].addmm_(g_BP.T, x_BD * inv_u[block, None])
             if folded:
-                flat[place] = own  # as it was: a graph may be walked again
+                g_BP[places] = before  # as it was: a graph may be walked again
 
     logit_grad_sum = through_norm_(grad_u, t.features, t.inv_features, sample_factor, options["normalize"])
     class_scale = t.scale * (torch.ones_like(t.inv_prototypes) if class_factor is None else class_factor)
@@ -287,16 +276,16 @@ def _folded(t: _Tiling, row, col, pos: Tensor) -> tuple[Tensor | None, Tensor | 
     return (factor, None, pos) if t.rows else (None, factor, pos)
 
 
-def _weigh(t: _Tiling, u_BD, w_PD, e_BP, block: slice, panel: slice, row, col, out: Tensor) -> None:
+def _weigh(t: _Tiling, x_BD, w_PD, e_BP, block: slice, panel: slice, row, col, out: Tensor) -> None:
     """G without its positives, from the kept exponentials or by computing the logits again."""
+    inv_B = t.inv_features[block]
     if e_BP is None:
-        e_BP = torch.mm(u_BD, w_PD.T, out=out)
-        if t.bounded:
-            e_BP.exp_()
+        torch.mm(x_BD, w_PD.T, out=out)
     if t.bounded:  # both shifts are zero: one exponential serves rows and columns
-        factor = row[1][panel] if t.rows else 0
-        torch.mul(e_BP, factor + col[1][block, None] if t.cols else factor, out=out)
+        weights = col[1][block] if t.cols else None, row[1][panel] if t.rows else None
+        tiles.weigh(out if e_BP is None else e_BP, inv_B, e_BP is not None, *weights, out=out)
         return
+    out.mul_(inv_B[:, None])
     terms = []
     if t.rows:
         terms.append((out - row[0][panel]).exp_().mul_(row[1][panel]))
@@ -318,15 +307,10 @@ def exponent(lse: Tensor, grad: Tensor, dtype: torch.dtype, bounded: bool) -> tu
 
 def through_norm_(grad: Tensor, x: Tensor, inv_norms: Tensor, factor: Tensor | None, normalize: bool) -> Tensor:
     """Turn dL/du = factor·grad in place into dL/dx = (dL/du - (u·dL/du) u)/|x|; return Σ u·dL/du."""
-    radial_total = grad.new_zeros(())
-    height = min(len(x), max(1, TILE_ELEMENTS // (4 * x.shape[1])))
-    products = torch.empty_like(grad[:height])
     outer = inv_norms if factor is None else inv_norms * factor
-    for block in spans(len(x), max(1, height)):
-        x_BD, g_BD, inv = x[block].to(grad.dtype), grad[block], inv_norms[block]
-        radial = torch.mul(x_BD, g_BD, out=products[: len(x_BD)]).sum(1)
-        radial_total += (radial * outer[block]).sum()
-        if normalize:
-            g_BD.addcmul_(x_BD, (radial * inv * inv)[:, None], value=-1)
-        g_BD.mul_(outer[block, None])
-    return radial_total
+    total = torch.zeros((), dtype=grad.dtype, device=grad.device)
+    for block in spans(len(x), max(1, TILE_ELEMENTS // x.shape[1])):
+        total += tiles.through_norm_(
+            grad[block], x[block].to(grad.dtype), inv_norms[block], outer[block], project=normalize
+        )
+    return total

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypercontrast import _checks
+from hypercontrast import _checks, tiles
 from hypercontrast.blockwise import accumulate, exponent, inverse_norms, is_bounded, spans, spread, statistics_dtype
 
 EDGE = 512  # rows and columns of a tile: 1 MiB of float32, so that a tile, its factors and its operands stay in L2
@@ -84,6 +84,7 @@ class _Pairs:
         self.rows = _Operand(rows, inv_rows, row_ids, root_scale)
         self.columns = self.rows if columns is None else _Operand(columns, inv_columns, column_ids, root_scale)
         self.own = None if offset is None else self._own_columns(offset)
+        self.nothing = tiles.NOTHING if self.bounded else -torch.inf
         self.memory = inv_rows.new_empty(2, EDGE * EDGE)
 
     def _own_columns(self, offset: int) -> Tensor:
@@ -138,7 +139,7 @@ class _Sums:
     """Log-sum-exps that grow tile by tile: plain sums of exponentials where those are bounded, else with a maximum."""
 
     def __init__(self, like: Tensor, length: int, bounded: bool) -> None:
-        self.total, self.bounded = like.new_zeros(length), bounded
+        self.total = like.new_zeros(length, dtype=statistics_dtype(like.device))
         self.peak = None if bounded else like.new_full((length,), -torch.inf)
 
     def add(self, anchors: slice, x: Tensor) -> None:
@@ -148,8 +149,8 @@ class _Sums:
         else:
             accumulate(self.peak[anchors], self.total[anchors], x)
 
-    def lse(self, dtype: torch.dtype) -> Tensor:
-        log = self.total.to(dtype).log()
+    def lse(self) -> Tensor:
+        log = self.total.log()
         return log if self.peak is None else self.peak + log
 
 
@@ -168,23 +169,26 @@ def launch_fwd(anchors, columns, anchor_ids, column_ids, mask, **options):
 
     for r, c in p.tiles():
         s_RC = p.logits(r, c)
-        p.fill_own_(r, c, s_RC, -torch.inf)
-        sides = [(r, c, s_RC)] + ([(c, r, s_RC.T)] if p.mirrors(r, c) else [])
+        p.fill_own_(r, c, s_RC, p.nothing)
+        mirrors = p.mirrors(r, c)
+        sides = [(r, c, s_RC)] + ([(c, r, s_RC.T)] if mirrors else [])
         found = [None if sums_do else p.positives(own, others, mask) for own, others, _ in sides]
         if not p.inside:
             for (own, _, s), chosen in zip(sides, found, strict=True):
                 if chosen is not None:
                     positives[own] += torch.where(chosen, s, 0).sum(1)
         if p.bounded:
-            s_RC.exp_()
+            total = denominators.total
+            tiles.exponentiate_(s_RC, None, None, None, False, total[r], total[c] if mirrors else None)
         for (own, _, x), chosen in zip(sides, found, strict=True):
-            denominators.add(own, x)
+            if not p.bounded:
+                denominators.add(own, x)
             if p.inside and chosen is not None:
                 numerators.add(own, torch.where(chosen, x, nothing))
 
-    positives = numerators.lse(wide) if p.inside else positives.to(wide)
+    positives = numerators.lse() if p.inside else positives.to(wide)
     return (
-        p.rows.put(denominators.lse(wide), -torch.inf),
+        p.rows.put(denominators.lse(), -torch.inf),
         p.rows.put(positives, -torch.inf if p.inside else 0.0),
         inv_anchors,
         inv_columns,
@@ -218,7 +222,7 @@ class _Terms:
     positive_factor: Tensor
 
     @classmethod
-    def of(cls, side: Side, operand: _Operand, p: _Pairs) -> _Terms:
+    def from_side(cls, side: Side, operand: _Operand, p: _Pairs) -> _Terms:
         lse, grad_lse, positives, grad_positives = (
             operand.take(x) for x in (side.lse, side.grad_lse, side.positives, side.grad_positives)
         )
@@ -228,9 +232,9 @@ class _Terms:
             return cls(*denominator, *exponent(positives, grad_positives, dtype, p.bounded))
         return cls(*denominator, torch.zeros_like(denominator[0]), grad_positives.to(dtype))
 
-    def along(self, dim: int, block: slice) -> _Terms:
-        """Those of a tile's rows (dim 0) or columns (dim 1), shaped to broadcast over it."""
-        return _Terms(*(x[block].unsqueeze(1 - dim) for x in vars(self).values()))
+    def of(self, block: slice) -> _Terms:
+        """Those of a tile's rows or columns."""
+        return _Terms(*(x[block] for x in vars(self).values()))
 
 
 def launch_bwd(
@@ -239,27 +243,28 @@ def launch_bwd(
     """See `hypercontrast._pair_ops.pair_lse_backward`."""
     p = _Pairs(rows, columns, row_ids, column_ids, inv_rows, inv_columns, **options)
     sides = [
-        (dim, _Terms.of(side, operand, p), mask)
+        (dim, _Terms.from_side(side, operand, p), mask)
         for dim, side, operand, mask in ((0, row_side, p.rows, row_mask), (1, column_side, p.columns, column_mask))
         if side is not None
     ]
     grad = torch.zeros_like(p.rows.units)
     for tile in p.tiles():
-        x_RC, g_RC = p.logits(*tile), p.buffer(*tile, 1)
-        if p.bounded:
-            x_RC.exp_()
-        terms = [(along.along(dim, tile[dim]), mask) for dim, along, mask in sides]
-        _weighted_exponentials(x_RC, [(t.shift, t.factor) for t, _ in terms], p.bounded, out=g_RC)
+        x_RC = g_RC = p.logits(*tile)
+        if p.inside or not p.bounded:  # the logits serve more than once
+            g_RC = p.buffer(*tile, 1)
+        terms = [(dim, t.of(tile[dim]), mask) for dim, t, mask in sides]
+        _weighted_exponentials(x_RC, {dim: (t.shift, t.factor) for dim, t, _ in terms}, p.bounded, out=g_RC)
         # Positives join in before the products: added to the products they would leave the rounding of both behind.
-        for t, mask in terms:
+        for dim, t, mask in terms:
             found = p.positives(*tile, mask)
-            if found is not None:
-                weights = t.positive_factor
-                if p.inside:
-                    weights = _weighted_exponentials(
-                        x_RC, [(t.positive_shift, weights)], p.bounded, out=torch.empty_like(x_RC)
-                    )
-                g_RC += torch.where(found, weights, 0)
+            if found is None:
+                continue
+            if p.inside:
+                own = {dim: (t.positive_shift, t.positive_factor)}
+                weights = _weighted_exponentials(x_RC, own, p.bounded, out=torch.empty_like(x_RC))
+            else:
+                weights = t.positive_factor.unsqueeze(1 - dim)
+            g_RC += torch.where(found, weights, 0)
         p.fill_own_(*tile, g_RC, 0.0)
         r, c = tile
         grad[r].addmm_(g_RC, p.columns.units[c])
@@ -269,28 +274,23 @@ def launch_bwd(
     return p.rows.put_gradient(grad).to(rows.dtype), logit_grad_sum
 
 
-def _weighted_exponentials(x: Tensor, terms: list[tuple[Tensor, Tensor]], bounded: bool, out: Tensor) -> Tensor:
-    """Σ factor·exp(s - shift) over the terms, into `out`; x holds the exponentials where bounded, else the logits."""
+def _weighted_exponentials(s: Tensor, terms: dict[int, tuple[Tensor, Tensor]], bounded: bool, out: Tensor) -> Tensor:
+    """Σ factor·exp(s - shift) of a tile, into `out`; terms has the shifts and factors of rows (0) and columns (1)."""
     if bounded:  # all shifts are zero
-        if len(terms) == 1:
-            return torch.mul(x, terms[0][1], out=out)
-        return torch.add(terms[0][1], terms[1][1], out=out).mul_(x)
-    for i, (shift, factor) in enumerate(terms):
-        if i == 0:
-            torch.sub(x, shift, out=out).exp_().mul_(factor)
-        else:
-            out += (x - shift).exp_().mul_(factor)
+        row_weights, column_weights = (terms[dim][1] if dim in terms else None for dim in (0, 1))
+        return tiles.weigh(s, None, False, row_weights, column_weights, out=out)
+    out.zero_()
+    for dim, (shift, factor) in terms.items():
+        out += (s - shift.unsqueeze(1 - dim)).exp_().mul_(factor.unsqueeze(1 - dim))
     return out
 
 
 def _through_norm_(grad: Tensor, p: _Pairs) -> Tensor:
     """Turn Σ_j G u_j/√τ in place into dL/dx of the rows; return Σ G∘s, the sum of its products with u/√τ."""
-    total = grad.new_zeros(())
+    total = torch.zeros((), dtype=grad.dtype, device=grad.device)
+    outer = p.rows.inv * p.root_scale
+    inv_norms = torch.ones_like(outer) / p.root_scale  # of the units u/√τ, on which the gradient is projected
     for block in p.rows.blocks:
-        units, g = p.rows.units[block], grad[block]
-        radial = (units * g).sum(1, keepdim=True)
-        total += radial.sum()
-        g *= p.root_scale
-        if p.normalize:
-            g.sub_(units * (radial / p.root_scale)).mul_(p.rows.inv[block, None])
+        total += (p.rows.units[block] * grad[block]).sum()
+        tiles.through_norm_(grad[block], p.rows.units[block], inv_norms[block], outer[block], project=p.normalize)
     return total

@@ -1,0 +1,33 @@
+// What a tile of logits goes through between two matrix products on the CPU, in one pass where operators take several:
+// the inner loop of hypercontrast/blockwise.py, whose operators are the specification.
+//
+// Tensors are contiguous float32 on the CPU; these functions trust their arguments. B samples, P classes, D dimensions.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace hypercontrast {
+
+// tile [B, P] <- exp(factors [B] tile), of magnitudes below 87; what was summed joins row_sums [B] and column_sums [P],
+// float64. A row's entry at own [B] (negative: none) is first written to positives [B], and counts as zero if exclude_own.
+void exponentiate(const at::Tensor& tile, const std::optional<at::Tensor>& factors,
+                  const std::optional<at::Tensor>& own, const std::optional<at::Tensor>& positives, bool exclude_own,
+                  const std::optional<at::Tensor>& row_sums, const std::optional<at::Tensor>& column_sums);
+
+// out [B, P] <- e (row_weights [B] + column_weights [P]), e the tile itself or exp(factors tile), bit by bit that of
+// exponentiate. out may be the tile.
+void weigh(const at::Tensor& tile, const std::optional<at::Tensor>& factors, bool are_exponentials,
+           const std::optional<at::Tensor>& row_weights, const std::optional<at::Tensor>& column_weights,
+           const at::Tensor& out);
+
+// grad [n, D] <- outer (grad - (x·grad) inv² x), the last part if `project`. Returns Σ outer (x·grad). inv, outer [n].
+double through_norm(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& inv, const at::Tensor& outer,
+                    bool project);
+
+// [elements] float32, not initialised. Its memory serves the next call once the tensor is gone: a training step asks for
+// the same size every time, and pages fresh from the system cost more than what is written to them.
+at::Tensor reusable(int64_t elements);
+
+}  // namespace hypercontrast

@@ -1,0 +1,136 @@
+"""The inner loop of the CPU losses, compiled and as operators: both against float64, and against each other in a loss."""
+
+import pytest
+import torch
+from oracle import LOSSES
+
+import hypercontrast as hc
+from hypercontrast import _extension, tiles
+
+EXTENSION = _extension.quietly()
+needs_extension = pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built")
+SHAPES = [(1, 1), (3, 7), (65, 130), (200, 1000), (2, 4096), (1000, 3)]
+
+
+@pytest.fixture(params=["operators", pytest.param("compiled", marks=needs_extension)])
+def _way(request, monkeypatch):
+    monkeypatch.setattr(_extension, "quietly", lambda: EXTENSION if request.param == "compiled" else None)
+
+
+def relative(got, want):
+    return ((got.double() - want) / want).abs().max().item()
+
+
+def some_tile(rows, columns):
+    g = torch.Generator().manual_seed(rows * columns)
+    tile = 10 * torch.randn(rows, columns, generator=g)
+    factors = torch.rand(rows, generator=g) + 0.5
+    own = torch.randint(-1, columns, (rows,), generator=g)
+    return tile, factors, own
+
+
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("exclude_own", [False, True])
+def test_exponentials_and_their_sums(shape, exclude_own):
+    tile, factors, own = some_tile(*shape)
+    logits = tile.double() * factors.double()[:, None]
+    want = logits.exp()
+    rows = (own >= 0).nonzero()[:, 0]
+    if exclude_own:
+        want[rows, own[rows]] = 0
+    positives = torch.full((shape[0],), 7.0)
+    row_sums, column_sums = torch.ones(shape[0], dtype=torch.float64), torch.ones(shape[1], dtype=torch.float64)
+    tiles.exponentiate_(tile, factors, own, positives, exclude_own, row_sums, column_sums)
+    # A logit of 30 that is off by half a last place moves its exponential by 1e-6.
+    torch.testing.assert_close(tile.double(), want, rtol=5e-6, atol=0)
+    torch.testing.assert_close(row_sums, 1 + want.sum(1), rtol=5e-6, atol=0)
+    torch.testing.assert_close(column_sums, 1 + want.sum(0), rtol=5e-6, atol=0)
+    torch.testing.assert_close(positives[rows].double(), logits[rows, own[rows]], rtol=2e-7, atol=0)
+    assert (positives[own < 0] == 7).all()
+
+
+@pytest.mark.usefixtures("_way")
+def test_exponentials_are_exact_to_the_last_places():
+    x = torch.linspace(-86, 86, 100_003)[None]
+    tile = x.clone()
+    tiles.exponentiate_(tile, None, None, None, False, None, None)
+    assert relative(tile, x.double().exp()) < 2 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.usefixtures("_way")
+def test_nothing_adds_nothing():
+    tile, sums = torch.full((3, 20), tiles.NOTHING), torch.zeros(3, dtype=torch.float64)
+    tiles.exponentiate_(tile, None, None, None, False, sums, None)
+    assert (tile == 0).all()
+    assert (sums == 0).all()
+
+
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sides", ["rows", "columns", "both"])
+@pytest.mark.parametrize("are_exponentials", [False, True])
+def test_weights(shape, sides, are_exponentials):
+    tile, factors, _ = some_tile(*shape)
+    g = torch.Generator().manual_seed(1)
+    row_weights = None if sides == "columns" else torch.randn(shape[0], generator=g)
+    column_weights = None if sides == "rows" else torch.randn(shape[1], generator=g)
+    weights = torch.zeros(shape)
+    weights += 0 if row_weights is None else row_weights[:, None]
+    weights += 0 if column_weights is None else column_weights
+    taken = tile.clone()
+    tiles.exponentiate_(taken, factors, None, None, False, None, None)
+    source = taken if are_exponentials else tile
+    out = tiles.weigh(source, factors, are_exponentials, row_weights, column_weights, torch.empty_like(tile))
+    assert torch.equal(out, taken * weights), "the exponentials of both passes have the same bits"
+    assert torch.equal(tiles.weigh(source, factors, are_exponentials, row_weights, column_weights, out=source), out)
+
+
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("project", [False, True])
+def test_the_gradient_through_the_norm(shape, project):
+    x, inv, _ = some_tile(*shape)
+    grad, outer = torch.randn(shape), torch.rand(shape[0])
+    wide, radial = grad.double(), (x.double() * grad.double()).sum(1)
+    want = wide - x.double() * (radial * inv.double() ** 2)[:, None] if project else wide
+    total = tiles.through_norm_(grad, x, inv, outer, project)
+    scale = want.abs().max().item()
+    torch.testing.assert_close(grad.double(), want * outer.double()[:, None], rtol=1e-5, atol=1e-5 * scale)
+    expected = (radial * outer).sum().item()
+    assert float(total) == pytest.approx(expected, rel=1e-4, abs=1e-4 * (x * grad).abs().sum().item())
+
+
+@needs_extension
+def test_results_repeat():
+    tile, factors, own = some_tile(700, 900)
+    results = []
+    for _ in range(3):
+        again, positives = tile.clone(), torch.zeros(700)
+        sums = torch.zeros(900, dtype=torch.float64)
+        tiles.exponentiate_(again, factors, own, positives, True, None, sums)
+        results.append((again, sums))
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
+
+
+@needs_extension
+@pytest.mark.parametrize("name", [*LOSSES, "supcon"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_is_the_same_without_it(name, dtype, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    z, w = torch.randn(300, 48, generator=g).to(dtype), torch.randn(37, 48, generator=g).to(dtype)
+    y = torch.randint(0, 37, (300,), generator=g)
+
+    function, options = LOSSES.get(name, ("supcon_loss", {}))
+    function = getattr(hc, function)
+
+    def results():
+        leaves = [x.clone().requires_grad_() for x in ((z, w) if name in LOSSES else (z,))]
+        loss = function(*leaves, y, **options)
+        return [loss, *torch.autograd.grad(loss, leaves)]
+
+    compiled = results()
+    monkeypatch.setattr(_extension, "quietly", lambda: None)
+    for a, b in zip(compiled, results(), strict=True):
+        bound = 2e-6 if dtype == torch.float32 else 1e-2
+        assert (a - b).norm() <= bound * b.norm()
