@@ -229,9 +229,11 @@ def lse_backward(
     grad_w = inv_features.new_zeros(t.k, features.shape[1])
     inv_u = t.inv_features if sample_factor is None else t.inv_features * sample_factor
     buffer = t.buffer()
+    units = inv_features.new_empty(t.height(min(t.k, PANEL_CLASSES)), features.shape[1])
     for panel, w_PD in t.panels(class_factor):
         for block, own_B in t.tiles(panel):
             x_BD = t.features[block].to(t.dtype)
+            u_BD = torch.mul(x_BD, inv_u[block, None], out=units[: len(own_B)])
             shape = (len(own_B), len(w_PD))
             e_BP = _tile(kept, t.start(panel, block), *shape) if kept.numel() else None
             g_BP = _tile(buffer, 0, *shape) if e_BP is None or not folded else e_BP
@@ -245,7 +247,7 @@ def lse_backward(
                 torch.mm(g_BP, w_PD, out=grad_u[block])
             else:
                 grad_u[block].addmm_(g_BP, w_PD)
-            grad_w[panel].addmm_(g_BP.T, x_BD * inv_u[block, None])
+            grad_w[panel].addmm_(g_BP.T, u_BD)
             if folded:
                 g_BP[places] = before  # as it was: a graph may be walked again
 
