@@ -129,21 +129,21 @@ class _Tiling:
         own = self.labels - panel.start
         if panel.stop - panel.start < self.k:
             own = torch.where((own >= 0) & (own < panel.stop - panel.start), own, -1)
-        for block in spans(self.n, max(self.height(panel.stop - panel.start), 1)):
+        for block in spans(self.n, max(self.height, 1)):
             yield block, own[block]
 
     def start(self, panel: slice, block: slice) -> int:
         """Where a tile starts when all tiles are kept one after the other."""
         return self.n * panel.start + block.start * (panel.stop - panel.start)
 
-    def height(self, width: int) -> int:
-        """Samples in a tile of `width` classes."""
-        return min(self.n, max(MIN_BLOCK, TILE_ELEMENTS // max(width, 1)))
+    @property
+    def height(self) -> int:
+        """Samples in a tile."""
+        return min(self.n, max(MIN_BLOCK, TILE_ELEMENTS // max(min(self.k, PANEL_CLASSES), 1)))
 
     def buffer(self) -> Tensor:
         """Room for the largest tile; every tile is a contiguous view of it."""
-        width = min(self.k, PANEL_CLASSES)
-        return self.features.new_empty(self.height(width) * width, dtype=self.dtype)
+        return self.features.new_empty(self.height * min(self.k, PANEL_CLASSES), dtype=self.dtype)
 
 
 def _tile(memory: Tensor, start: int, rows: int, cols: int) -> Tensor:
@@ -229,7 +229,7 @@ def lse_backward(
     grad_w = inv_features.new_zeros(t.k, features.shape[1])
     inv_u = t.inv_features if sample_factor is None else t.inv_features * sample_factor
     buffer = t.buffer()
-    units = inv_features.new_empty(t.height(min(t.k, PANEL_CLASSES)), features.shape[1])
+    units = inv_features.new_empty(t.height, features.shape[1])
     for panel, w_PD in t.panels(class_factor):
         for block, own_B in t.tiles(panel):
             x_BD = t.features[block].to(t.dtype)
