@@ -27,7 +27,7 @@ def _compiled(*tensors: Tensor | None) -> ModuleType | None:
 
 
 def reusable(elements: int, like: Tensor) -> Tensor:
-    """An uninitialised vector, whose memory the next call gets once it is gone: fresh pages cost more than their use."""
+    """An uninitialised vector, whose memory the next call gets once it is gone: fresh pages cost more than writing."""
     if elements and like.dtype == torch.float32 and (extension := _compiled(like)) is not None:
         return extension.reusable(elements)
     return like.new_empty(elements)
