@@ -1,7 +1,7 @@
 # make demo    train cross-entropy and NONL on real digits, write runs/demo/report.html (about 2 minutes)
 # make test    lint, types and the test suite; make test-all adds the tests that take minutes
 # make check   lint and types alone
-# make bench   speed, memory and error of the losses on this machine's CPU
+# make bench   speed, memory and error of the losses on this machine, with pictures (about 2 minutes)
 # make gpu-check   correctness, sanitizer, large indices and speed of the kernels on a GPU
 #
 # The environment lives in .venv with the pinned versions of constraints.txt. To use a Python that already has torch and
@@ -49,7 +49,7 @@ test-all: check
 	$(RUN) -m pytest -n 2 --dist loadgroup -m ""
 
 bench: $(READY)
-	$(RUN) -m bench
+	$(RUN) -m bench --quick
 
 gpu-check: $(READY)
 	$(RUN) -m bench.gpu_check

@@ -8,8 +8,9 @@ of a loss does the least work: it is the yardstick of errors and the honest base
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ COLLAPSED = 1e-2  # distance of collapsed features from their class's direction,
 TAIL = 0.01  # the rarest class's share of the most frequent one's samples, in a long tail
 LABELS = ("uniform", "longtail", "single", "instances")
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TF32_EPS = 2**-10
 ERROR_LOGITS = 1 << 22  # that a float64 truth is computed of
 ERROR_SAMPLES = (1024, 4096)  # of a prototype loss, whose specification may be N x N: at least, at most
 PRODUCT_LOGITS = 1 << 26  # that bare products are computed of at once
@@ -168,30 +170,85 @@ def tangential(gradient: Tensor, vectors: Tensor) -> Tensor:
 
 def deviation(got: Iterable[Tensor], want: Iterable[Tensor]) -> float:
     """Largest relative difference (Frobenius); NaN where one is not a number."""
-    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)]
-    return math.nan if any(map(math.isnan, errors)) else max(errors)
+    found = [_relative((a.double() - b).norm().item(), b.norm().item()) for a, b in zip(got, want, strict=True)]
+    return math.nan if any(map(math.isnan, found)) else max(found)
 
 
-def errors(got: Sequence[Tensor], want: Sequence[Tensor], leaves: Sequence[Tensor]) -> tuple[float, float]:
-    """(error of loss and gradients, error of the gradients' tangential part) of a step against float64's."""
-    vectors = [x.detach().double() for x in leaves]
-    parts = [[tangential(g.double(), x) for g, x in zip(of[1:], vectors, strict=True)] for of in (got, want)]
-    return deviation(got, want), deviation(*parts)
+def _relative(distance: float, size: float) -> float:
+    return distance / size if size else math.inf if distance else 0.0
 
 
-def true_step(case: Case, leaves: Sequence[Tensor], y: Tensor) -> list[Tensor]:
-    """Loss and gradients in float64, of the inputs as they were rounded."""
-    return step(truth(case.op, case.temperature), [x.detach().double().requires_grad_() for x in leaves], y)
+class Judged(NamedTuple):
+    """Errors of a step against float64, as in `record.Row`, and why it is wrong, if it is."""
+
+    error: float
+    tangential_error: float
+    reason: str
 
 
-def bound(case: Case, eager: Iterable[float]) -> float:
-    """The largest error allowed: twice that of the most accurate eager form in the same dtype, above rounding.
-
-    Results are rounded to their dtype, and logits of size 1/τ to float32, which exponentials inherit.
+def judge(case: Case, leaves: Sequence[Tensor], y: Tensor, steps: Mapping[str, Sequence[Tensor]]) -> dict[str, Judged]:
+    """Of each form's loss and gradients on the same inputs. The eager forms among them set the limits, and are never
+    wrong themselves.
     """
-    eps = 2**-10 if case.dtype == "tf32" else torch.finfo(DTYPES[case.dtype]).eps
-    floor = eps + 8 * torch.finfo(torch.float32).eps * (1 + 1 / case.temperature)
-    return max(2 * min(filter(math.isfinite, eager), default=0.0), floor)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    want = _parts(step(truth(case.op, case.temperature), wide, y), leaves)
+    got = {name: _parts(outputs, leaves) for name, outputs in steps.items()}
+    eager = [got[name] for name in EAGER[case.op] if name in got]
+    limits = [
+        max(2 * min((d for of in eager if math.isfinite(d := _distance(of[i], want[i]))), default=0.0), floor)
+        for i, floor in enumerate(_rounding(case, leaves, y, want))
+    ]
+    first = 1 + len(leaves)
+    return {
+        name: Judged(
+            deviation(mine[:first], want[:first]),
+            deviation(mine[first:], want[first:]),
+            "" if name in EAGER[case.op] else _excess(mine, want, limits),
+        )
+        for name, mine in got.items()
+    }
+
+
+def _parts(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+    """In float64: the loss, the gradients, and the gradients' tangential parts."""
+    loss, *gradients = (x.double() for x in outputs)
+    return [loss, *gradients, *(tangential(g, x.detach().double()) for g, x in zip(gradients, leaves, strict=True))]
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return (a - b).norm().item()
+
+
+def _rounding(case: Case, leaves: Sequence[Tensor], y: Tensor, want: Sequence[Tensor]) -> list[float]:
+    """How far rounding alone may take each of the parts from float64's.
+
+    A logit of size 1/τ is rounded in float32, hence so are the loss and every exponential. A probability near 1 less
+    its positive's 1 leaves a rounding of one positive's gradient, which is all that counts near collapse. Results are
+    rounded to their dtype and to its smallest numbers.
+    """
+    scale = 1 / case.temperature
+    lengths = [x.detach().double().norm(dim=1) for x in leaves]
+    shares = [torch.full_like(lengths[0], 2 if case.op == "supcon" else 1), torch.bincount(y, minlength=case.k)]
+    positive = [(share / length).norm().item() * scale / case.n for share, length in zip(shares, lengths, strict=False)]
+    info = torch.finfo(DTYPES[case.dtype])
+    found = []
+    for i, (part, unit) in enumerate(zip(want, (scale, *positive, *positive), strict=True)):
+        size = part.norm().item()
+        floor = 8 * torch.finfo(torch.float32).eps * (size * (1 + scale) + unit)
+        if case.dtype == "tf32":
+            floor += TF32_EPS * (size + unit)
+        elif i:
+            floor += info.eps * (size + info.smallest_normal * math.sqrt(part.numel()))
+        found.append(floor)
+    return found
+
+
+def _excess(got: Sequence[Tensor], want: Sequence[Tensor], limits: Sequence[float]) -> str:
+    names = ["loss", *(f"{kind} {i}" for kind in ("gradient", "tangential gradient") for i in range(len(want) // 2))]
+    for name, a, b, limit in zip(names, got, want, limits, strict=True):
+        if not _distance(a, b) <= limit:  # so that NaN is wrong too
+            return f"{name} is off by {_distance(a, b):.1e} of {b.norm().item():.1e}, {limit:.1e} allowed"
+    return ""
 
 
 def products(name: str, leaves: Sequence[Tensor]) -> Callable[[], None]:

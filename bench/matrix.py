@@ -46,8 +46,8 @@ class Entry:
 
 def quick() -> list[Entry]:
     """The headline ratios, growth with N, exponentials kept and recomputed, collapse, the buffer."""
-    entries = [Entry(Case(op, 4096, 1000, 512), PAIRWISE) for op in forms.PROTOTYPE_LOSSES]
-    entries += [Entry(Case("supcon", 8192, 100, 128), ())]
+    entries = [Entry(Case("ntce", *SHAPE), (*PAIRWISE, "compiled"))]
+    entries += [Entry(Case(op, *SHAPES.get(op, SHAPE)), ()) for op in ("nonl", "normface", "supcon")]
     entries += [
         Entry(Case("ntce", n, 1000, 128), PAIRWISE if n <= 4096 else ()) for n in (256, 1024, 4096, 16384, 65536)
     ]

@@ -1,6 +1,6 @@
 """Small everyday cases for pytest-benchmark, each checked before it is timed: `python -m pytest bench`.
 
-A form must be within the bound of `forms.bound` of float64, or its time counts for nothing. Times of one case stand
+A form must be within the limits of `forms.judge`, or its time counts for nothing. Times of one case stand
 beside each other; the bigger picture, interleaved, is `python -m bench`.
 """
 
@@ -39,11 +39,10 @@ def on_device(work, *arguments):
 def test_a_step(benchmark, case, form):
     """Forward and backward."""
     leaves, y = forms.of_case(case, DEVICE)
-    want, eager = forms.true_step(case, leaves, y), forms.EAGER[case.op][forms.yardstick(case.op)]
-    allowed = [forms.bound(case, [error]) for error in forms.errors(forms.step(eager, leaves, y), want, leaves)]
-    run = eager if form == "eager" else forms.ours(case.op)
-    for error, bound in zip(forms.errors(forms.step(run, leaves, y), want, leaves), allowed, strict=True):
-        assert error <= bound
+    eager = forms.yardstick(case.op)
+    run = forms.ours(case.op) if form == OURS else forms.EAGER[case.op][eager]
+    steps = {eager: forms.step(forms.EAGER[case.op][eager], leaves, y), form: forms.step(run, leaves, y)}
+    assert not forms.judge(case, leaves, y, steps)[form].reason
     benchmark.group = named(case)
     benchmark(on_device, forms.step, run, leaves, y)
 
@@ -56,7 +55,7 @@ def test_a_buffer(benchmark, form):
     exchange = Ours(Case("buffer", 256, 4096, 128), DEVICE, operators(form))
     z, y = torch.randn(256, 128, device=DEVICE), torch.arange(256, device=DEVICE)
     want = unit_rows(z.double())
-    assert forms.deviation([exchange.gather(z, y)], [want]) <= forms.bound(Case("buffer", 256, 4096, 128), [])
+    assert forms.deviation([exchange.gather(z, y)], [want]) <= torch.finfo(z.dtype).eps
     exchange.push()
     kept, labels = exchange.buffer.queued()
     assert torch.equal(labels[:256], y)
