@@ -329,6 +329,7 @@ def peak_of_step(case: Case, name: str) -> Fields:
         if status_of(error) == "out of memory":
             raise MemoryError(f"needs more than the {free / MIB:.0f} GiB that are free") from None
         raise
+    hc.set_memory_budget(hc.memory_budget())  # which gives back what a step leaves for the next
     ctypes.CDLL(None).malloc_trim(0)  # freed memory leaves the process, or it would be found again for nothing
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _kib("/proc/self/status", "VmRSS")

@@ -14,6 +14,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("exponentiate", &hypercontrast::exponentiate, without_gil());
   module.def("weigh", &hypercontrast::weigh, without_gil());
   module.def("reusable", &hypercontrast::reusable, without_gil());
+  module.def("release", &hypercontrast::release, without_gil());
   module.def("through_norm", &hypercontrast::through_norm, without_gil());
   // Compared at import: an extension built for another torch or from older sources is not used.
   module.attr("TORCH") = TORCH_VERSION;

@@ -115,15 +115,21 @@ struct Spare {
   }
 };
 
+Spare* spare() {
+  static Spare* const only = new Spare;  // never destroyed: tensors may outlive whatever the process ends first
+  return only;
+}
+
 }  // namespace
 
+void release() { spare()->give({}, 0); }
+
 at::Tensor reusable(int64_t elements) {
-  static Spare* const spare = new Spare;  // never destroyed: tensors may outlive whatever the process ends first
-  auto [block, bytes] = spare->take(elements * sizeof(float));
+  auto [block, bytes] = spare()->take(elements * sizeof(float));
   void* const memory = block.get();
   auto owner = std::make_shared<c10::DataPtr>(std::move(block));
   return at::from_blob(
-      memory, {elements}, [owner, bytes](void*) { spare->give(std::move(*owner), bytes); }, at::kFloat);
+      memory, {elements}, [owner, bytes](void*) { spare()->give(std::move(*owner), bytes); }, at::kFloat);
 }
 
 void exponentiate(const at::Tensor& tile, const std::optional<at::Tensor>& factors,

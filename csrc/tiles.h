@@ -30,4 +30,7 @@ double through_norm(const at::Tensor& grad, const at::Tensor& x, const at::Tenso
 // the same size every time, and pages fresh from the system cost more than what is written to them.
 at::Tensor reusable(int64_t elements);
 
+// Give back to the system the memory that waits for the next `reusable`.
+void release();
+
 }  // namespace hypercontrast

@@ -33,6 +33,12 @@ def reusable(elements: int, like: Tensor) -> Tensor:
     return like.new_empty(elements)
 
 
+def release() -> None:
+    """Give back what waits for the next `reusable`."""
+    if (extension := _extension.quietly()) is not None:
+        extension.release()
+
+
 def exponentiate_(
     tile: Tensor,
     factors: Tensor | None,

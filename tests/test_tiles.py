@@ -114,6 +114,24 @@ def test_results_repeat():
 
 
 @needs_extension
+def test_memory_waits_for_its_next_use():
+    like = torch.empty(0)
+    tiles.release()
+    first, second = tiles.reusable(5000, like), tiles.reusable(5000, like)
+    places = {first.data_ptr(), second.data_ptr()}
+    assert len(places) == 2, "memory in use is nobody else's"
+    first.fill_(1)
+    view = first[10:]
+    del first
+    third = tiles.reusable(5000, like)
+    third.fill_(2)
+    assert (view == 1).all(), "a view holds on to it"
+    del view, second, third
+    assert tiles.reusable(4000, like).data_ptr() in places
+    assert tiles.reusable(1000, like).numel() == 1000
+
+
+@needs_extension
 @pytest.mark.parametrize("name", [*LOSSES, "supcon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_loss_is_the_same_without_it(name, dtype, monkeypatch):
