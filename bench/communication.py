@@ -79,8 +79,7 @@ def nonl_collectives(case: Case) -> list[Collective]:
     k = case.classes
     return [
         Collective("all-reduce", k * INT64),  # samples of each class
-        Collective("all-reduce", k * FLOAT64),  # Σ exp(s_cj)
-        Collective("all-reduce", FLOAT64),  # Σ_j s_j of the loss's value; no gradient needs it
+        Collective("all-reduce", (k + 1) * FLOAT64),  # Σ exp(s_cj), and Σ_j s_j for the loss's value
     ]
 
 

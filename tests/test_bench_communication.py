@@ -98,7 +98,7 @@ def test_the_command_measures_and_models(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(communication, "MEASURED", {"nonl": [(8, 5, 4)]})
     assert command("--ranks", "2", "--output", str(tmp_path)) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"\| nonl \| 2 \| 8 \| 5 \| 4 \| 3 \| 88 \| 88 \|", shown)
+    assert re.search(r"\| nonl \| 2 \| 8 \| 5 \| 4 \| 2 \| 88 \| 88 \|", shown)
     assert {path.name for path in tmp_path.iterdir()} == {"measured.csv", "model.csv", "communication.png"}
     with (tmp_path / "measured.csv").open() as file:
         (row,) = csv.DictReader(file)
