@@ -152,17 +152,17 @@ def determinism(folder: Path, rehearse: bool) -> bool:
 
 
 def training(folder: Path, rehearse: bool) -> bool:
-    """The driver's epochs; a step that waits for the device raises."""
+    """The driver's steps; one that waits for the device raises."""
     # PyYAML and torchvision are the driver's, and part of the usual GPU image.
     if missing := [name for name in ("yaml", "torchvision") if importlib.util.find_spec(name) is None]:
         print(f"    needs {' and '.join(missing)}")
         return False
-    from bench.epoch import measure
+    from bench.step import measure
 
-    pictures, options = (64, {"batch_size": 32, "width": 8}) if rehearse else (50_000, {})
+    pictures, steps, options = (64, 2, {"batch_size": 32, "width": 8}) if rehearse else (50_000, 200, {})
     rows = []
     for loss, mode in [("nonl", "off")] if rehearse else [("nonl", "off"), ("nonl", "on"), ("scl", "on")]:
-        rows.append(measure(loss, pictures, 2, compile=mode, **options))
+        rows.append(measure(f"cifar10-{loss}", pictures, steps, compile=mode, **options).flat())
         print("    " + "  ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
     with (folder / "training.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())

@@ -93,12 +93,14 @@ def prototype_loss(
     batch = _Batch(labels, in_range, a_N, counts, weight, group, reduction)
     bounded = blockwise.is_bounded(learned, inv_temperature, normalize)
     if rule.rows and not rule.cols and reduction != "none":
-        lse_K = global_lse(row_lse, group, bounded=bounded, sum_gradients=False)
-        loss = _over_classes(rule, lse_K, positives, batch)
+        positive_total = (a_N * positives).sum()
+        lse_K, totals = global_lse(row_lse, positive_total[None], group, bounded=bounded, sum_gradients=False)
+        loss = _over_classes(rule, lse_K, positive_total, totals[0], batch)
     else:
         lse_N = col_lse
         if rule.rows:
-            lse_K = global_lse(row_lse, group, bounded=bounded, sum_gradients=True)
+            nothing = row_lse.new_empty(0)
+            lse_K, _ = global_lse(row_lse, nothing, group, bounded=bounded, sum_gradients=True)
             own_N = _ClassGather.apply(lse_K, labels, in_range, ignore_index, backend)
             lse_N = logaddexp(col_lse, own_N) if rule.cols else own_N
         loss = _over_samples(rule, lse_N, positives, batch)
@@ -120,21 +122,22 @@ class _Batch:
     reduction: str
 
 
-def _over_classes(rule: Rule, lse_K: Tensor, positives: Tensor, batch: _Batch) -> Tensor:
-    """(1/M) [Σ_c a_c n_c ℓ_c - Σ_j a_j s_j]: every rank knows the whole first sum, so only positives are exchanged."""
+def _over_classes(rule: Rule, lse_K: Tensor, positive_total: Tensor, global_total: Tensor, batch: _Batch) -> Tensor:
+    """(1/M) [Σ_c a_c n_c ℓ_c - Σ_j a_j s_j]: every rank knows the whole first sum; of the second its own part, which
+    has the gradient, and the global value.
+    """
     a_K = batch.counts.to(lse_K.dtype) if batch.weight is None else batch.counts * batch.weight.to(lse_K.dtype)
     present, empty = batch.counts > 0, lse_K == -torch.inf
     _refuse_empty(rule, present & empty)
     lse_total = (a_K * torch.where(present & ~empty, lse_K, 0)).sum()
-    positive_total = (batch.a_N * positives).sum()
     if rule.empty == "zero":  # a class without negatives is the only one there is: all samples drop out, or none
-        positive_total = torch.where((present & empty).any(), 0, positive_total)
+        nothing = (present & empty).any()
+        positive_total, global_total = (torch.where(nothing, 0, total) for total in (positive_total, global_total))
     divisor = _divisor(a_K.sum(), batch.reduction)
     loss = (lse_total - positive_total) / divisor
     if batch.group is None:
         return loss
-    value = (lse_total - all_sum(positive_total, batch.group)) / divisor
-    return _with_value(world_size(batch.group) * loss, value)
+    return _with_value(world_size(batch.group) * loss, (lse_total - global_total) / divisor)
 
 
 def _over_samples(rule: Rule, lse_N: Tensor, positives: Tensor, batch: _Batch) -> Tensor:

@@ -51,40 +51,43 @@ def all_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 class _GlobalLSE(torch.autograd.Function):
-    """ℓ_c over all ranks from every rank's own ℓ_c, [K] → [K].
+    """ℓ_c over all ranks from every rank's own ℓ_c, [K] → [K], and the sums of further numbers [E] on the same journey:
+    a collective's price is hardly that of its bytes. The sums are constants for autograd.
 
     The upstream gradient is dL/dℓ_c of the loss as DDP will average it. Where each rank already knows the global one
-    (the
-    mean loss does: n_c/M times the world size) nothing is exchanged; where it knows only its own samples' part,
+    (the mean loss does: n_c/M times the world size) nothing is exchanged; where it knows only its own samples' part,
     `sum_gradients` adds the ranks' parts up.
     """
 
     @staticmethod
-    def forward(ctx, lse: Tensor, group: dist.ProcessGroup, bounded: bool, sum_gradients: bool) -> Tensor:
-        if bounded:  # |s| is small enough for plain sums, so one exchange will do
-            total = lse.exp()
-            dist.all_reduce(total, group=group)
-            out = total.log()
-        else:
+    def forward(ctx, lse: Tensor, beside: Tensor, group: dist.ProcessGroup, bounded: bool, sum_gradients: bool):
+        shifted = lse
+        if not bounded:  # else |s| is small enough for plain sums, and one exchange will do
             peak = lse.clone()
             dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
             shift = torch.where(peak == -torch.inf, 0, peak)
-            total = (lse - shift).exp()
-            dist.all_reduce(total, group=group)
-            out = shift + total.log()
+            shifted = lse - shift
+        sums = torch.cat([shifted.exp(), beside])
+        dist.all_reduce(sums, group=group)
+        total, beside = sums.split([len(lse), len(beside)])
+        out = total.log() if bounded else shift + total.log()
         ctx.group = group if sum_gradients else None
         ctx.save_for_backward(torch.where(out == -torch.inf, 0, (lse - out).exp()))
-        return out
+        ctx.mark_non_differentiable(beside)
+        return out, beside
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor, _: Tensor):
         (share,) = ctx.saved_tensors
-        return all_sum(grad, ctx.group) * share, None, None, None
+        return all_sum(grad, ctx.group) * share, None, None, None, None
 
 
-def global_lse(lse: Tensor, group: dist.ProcessGroup | None, *, bounded: bool, sum_gradients: bool) -> Tensor:
-    """Log-sum-exp over all ranks' samples from each rank's own. See `_GlobalLSE`."""
-    return lse if group is None else _GlobalLSE.apply(lse, group, bounded, sum_gradients)
+def global_lse(
+    lse: Tensor, beside: Tensor, group: dist.ProcessGroup | None, *, bounded: bool, sum_gradients: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp over all ranks' samples from each rank's own, and the sums of `beside`. See `_GlobalLSE`."""
+    beside = beside.detach()
+    return (lse, beside) if group is None else _GlobalLSE.apply(lse, beside, group, bounded, sum_gradients)
 
 
 def gather_rows(x: Tensor, rows: list[int], group: dist.ProcessGroup) -> Tensor:

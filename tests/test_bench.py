@@ -1,4 +1,4 @@
-"""The measuring scripts that a test run can afford: the study's grid, and the clock of training epochs."""
+"""The study's grid, and what it keeps."""
 
 import dataclasses
 import json
@@ -8,7 +8,6 @@ import pytest
 pytest.importorskip("yaml")
 pytest.importorskip("torchvision")
 
-from bench.epoch import measure
 from bench.study import PARTS, SEEDS, collect
 from hypercontrast.config import Config, configure, to_yaml
 
@@ -43,11 +42,3 @@ def test_collecting_keeps_what_the_tables_read(tmp_path):
     assert lines[0] == "| run | n | top-1, % | NC1 |"
     assert lines[2:] == ["| mnist5k-nonl | 2 | 55.0 ± 7.1 | 0.25 ± 0.00 |"]
     assert (kept / "part.svg").read_text().startswith("<svg")
-
-
-@pytest.mark.parametrize("loss", ["nonl", "scl"])
-def test_epochs_are_clocked(loss):
-    row = measure(loss, 40, 1, compile="off", batch_size=20, width=4)
-    assert row["pictures_per_s"] == pytest.approx(40 / row["epoch_s"], rel=0.5)
-    assert 0 < row["augmentation_share"] < 1
-    assert row["compiled"] is False
