@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hypercontrast import _checks, blockwise
+from hypercontrast.kernels import _launch  # needs no Triton
 
 BACKENDS = ("auto", "reference", "blockwise", "triton")
 
@@ -99,12 +100,12 @@ def lse(
         counts: [K] samples of each class in the (global) batch; rows of absent classes may then be skipped.
         temperature: one float on the device, or None to use `inv_temperature`.
         rows, cols: which log-sum-exps to compute; the other is returned empty.
-        keep_bytes: how much may be kept to spare the backward the exponentials (blockwise only).
+        keep_bytes: how much may be kept to spare the backward the exponentials.
 
     Returns:
         row_lse [K] or [0], -inf where nothing was summed; col_lse [N] or [0]; positives [N], zero for ignored samples
-        (float32 from Triton, float64 from the blockwise backend: see there); inverse norms [N] and [K] and the kept
-        exponentials, or an empty tensor, in the accumulator's dtype.
+        (float32 from Triton, float64 from the blockwise backend: see there); inverse norms [N] and [K] in the
+        accumulator's dtype; the kept exponentials, or an empty tensor, in a layout of the backend's own.
     """
     with torch.autocast(features.device.type, enabled=False):
         if features.device.type == "cpu":
@@ -114,8 +115,7 @@ def lse(
             features, counts, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize
         )
         if backend == "triton":
-            kept = features.new_empty(0, dtype=torch.float32)
-            return *_kernels().launch_fwd(features, prototypes, labels, **options), kept
+            return _kernels().launch_fwd(features, prototypes, labels, **options, keep_bytes=keep_bytes)
         return blockwise.lse_forward(features, prototypes, labels, **options, keep_bytes=keep_bytes)
 
 
@@ -127,10 +127,18 @@ def _lse_fake(
     n, k, dtype = len(features), len(prototypes), _checks.accumulator(features)
     wide = torch.float32 if backend == "triton" else blockwise.statistics_dtype(features.device)
     statistics = [features.new_empty(size, dtype=wide) for size in (k if rows else 0, n if cols else 0, n)]
-    bounded = blockwise.is_bounded(temperature, inv_temperature, normalize)
-    keeps = backend == "blockwise" and bounded and blockwise.keeps(n, k, dtype, keep_bytes)
-    rest = [features.new_empty(shape, dtype=dtype) for shape in (n, k, n * k if keeps else 0)]
-    return *statistics, *rest
+    inverse_norms = [features.new_empty(size, dtype=dtype) for size in (n, k)]
+    if backend == "triton":
+        shape = _launch.kept_shape(
+            features, prototypes, counts=counts, temperature=temperature, inv_temperature=inv_temperature, rows=rows,
+            cols=cols, normalize=normalize, keep_bytes=keep_bytes,
+        )  # fmt: skip
+        kept = features.new_empty(shape, dtype=_launch.kernel_dtype(features))
+    else:
+        keeps = blockwise.is_bounded(temperature, inv_temperature, normalize)
+        keeps = keeps and blockwise.keeps(n, k, dtype, keep_bytes)
+        kept = features.new_empty(n * k if keeps else 0, dtype=dtype)
+    return *statistics, *inverse_norms, kept
 
 
 @torch.library.custom_op("hypercontrast::lse_backward", mutates_args=())
@@ -140,6 +148,7 @@ def lse_backward(
     labels: Tensor,
     row_lse: Tensor,
     col_lse: Tensor,
+    positives: Tensor,
     inv_norm_features: Tensor,
     inv_norm_prototypes: Tensor,
     kept: Tensor,
@@ -161,11 +170,14 @@ def lse_backward(
         options = _options(
             features, counts, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize
         )
-        saved = (features, prototypes, labels, row_lse, col_lse, inv_norm_features, inv_norm_prototypes)
-        upstream = (grad_row.contiguous(), grad_col.contiguous(), grad_pos.contiguous())
+        statistics = (features, prototypes, labels, row_lse, col_lse)
+        rest = (
+            inv_norm_features, inv_norm_prototypes, kept,
+            grad_row.contiguous(), grad_col.contiguous(), grad_pos.contiguous(),
+        )  # fmt: skip
         if backend == "triton":
-            return _kernels().launch_bwd(*saved, *upstream, **options)
-        return blockwise.lse_backward(*saved, kept, *upstream, **options)
+            return _kernels().launch_bwd(*statistics, positives, *rest, **options)
+        return blockwise.lse_backward(*statistics, *rest, **options)
 
 
 @lse_backward.register_fake
@@ -179,7 +191,7 @@ def _lse_backward_fake(features, prototypes, *args):
 
 def _lse_setup_context(ctx, inputs, output) -> None:
     features, prototypes, labels, counts, temperature, *options = inputs
-    row_lse, col_lse, _, inv_features, inv_prototypes, kept = output
+    row_lse, col_lse, positives, inv_features, inv_prototypes, kept = output
     ctx.mark_non_differentiable(inv_features, inv_prototypes, kept)
     ctx.set_materialize_grads(False)  # else autograd would fill a gradient for the kept exponentials with zeros
     ctx.save_for_backward(
@@ -188,6 +200,7 @@ def _lse_setup_context(ctx, inputs, output) -> None:
         labels,
         row_lse,
         col_lse,
+        positives,
         inv_features,
         inv_prototypes,
         kept,

@@ -79,6 +79,14 @@ BACKWARD_WIDE = {
     (4, True): Config(64, 64, 16, 4, 3, max_registers=255),
 }
 BACKWARD_WIDE_TIGHT = {**BACKWARD_WIDE, (2, False): Config(128, 64, 64, 8, 3)}
+# Wide forwards that keep exp(s). Tall tiles: what one needs of each column takes registers in every thread.
+FORWARD_KEEP = {(2, False): Config(256, 128, 64, 8, 4), (2, True): Config(64, 64, 64, 4, 4)}
+FORWARD_KEEP_TIGHT = {**FORWARD_KEEP, (2, False): Config(256, 64, 64, 8, 3)}
+BACKWARD_KEPT = Config(64, 128, 0, 8, 1)  # no product, hence no depth
+KEEP_WIDTH = 512  # of the products saved, from where on keeping pays: see `kept_shape`
+# Largest 1/τ at which exp(s) is kept. bfloat16 has float32's exponents. In float16 e^10 is finite and e^-10 lost half a
+# bit to underflow. float32 is not kept: its accuracy would show that no maximum was subtracted before exp.
+KEEP_INV_TEMPERATURE = {torch.bfloat16: 64.0, torch.float16: 10.0}
 
 # Pairs of samples. A triangular forward needs block_c to divide block_r.
 PAIR_FORWARD_NARROW = FORWARD_NARROW
@@ -146,6 +154,34 @@ def class_sum_blocks(dim: int) -> dict[str, int]:
 def skips_absent_classes(num_samples: int, num_classes: int, dim: int) -> bool:
     """Whether listing the present classes costs less than computing rows for all: a rule of shapes alone."""
     return num_classes > num_samples and 2 * num_classes * num_samples * dim > COMPACT_FLOP
+
+
+def kept_shape(
+    features: Tensor,
+    prototypes: Tensor,
+    *,
+    counts: Tensor | None,
+    temperature: Tensor | None,
+    inv_temperature: float,
+    rows: bool,
+    cols: bool,
+    normalize: bool,
+    keep_bytes: int,
+) -> tuple[int, int]:
+    """Shape of the exponentials that a forward keeps for its backward, (0, 0) when none are: a rule of shapes alone.
+
+    For each logit keeping moves 4 bytes more (exp(s) written and read; both ways write H), recomputing takes 2D more
+    operations. At 3.0 TB/s and 550 TFLOP/s, 70 % of a library product's, those meet at D = 370: arithmetic, to be
+    measured. With sums along both sides one product serves both, so that keeping saves two.
+    """
+    (num_samples, dim), num_classes = features.shape, len(prototypes)
+    if rows and not cols and counts is not None and skips_absent_classes(num_samples, num_classes, dim):
+        num_classes = num_samples
+    dtype, width = kernel_dtype(features), cdiv(num_samples, 64) * 64
+    exact = normalize and temperature is None and inv_temperature <= KEEP_INV_TEMPERATURE.get(dtype, 0.0)
+    pays = dim * (2 if rows and cols else 1) >= KEEP_WIDTH
+    fits = 0 < num_classes * width * dtype.itemsize <= keep_bytes
+    return (num_classes, width) if exact and pays and fits else (0, 0)
 
 
 def chunks(num_rows: int, num_columns: int, itemsize: int) -> Iterator[tuple[slice, slice]]:

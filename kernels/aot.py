@@ -13,7 +13,7 @@ from . import _epilogue, _launch, class_sums, pair_backward, pair_forward, proto
 
 ARCHITECTURES = (80, 90, 100)
 _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_OPERANDS = {"a_ptr", "b_ptr", "w_ptr", "z_ptr", "h_ptr", "x_ptr", "features_ptr", "prototypes_ptr"}
+_OPERANDS = {"a_ptr", "b_ptr", "w_ptr", "z_ptr", "h_ptr", "kept_ptr", "x_ptr", "features_ptr", "prototypes_ptr"}
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 # The launchers align these to 16 whatever the caller passes, and D and every stride; any other argument may not be.
 _ALWAYS_ALIGNED = _OPERANDS | {"grad_ptr", "partials_ptr", "D"}
@@ -39,7 +39,8 @@ _OPTIONAL = {
     "col_lse_ptr": "HAS_COLS",
     "grad_col_ptr": "HAS_COLS",
     "partials_ptr": "SPLIT",
-    "positives_ptr": "HAS_POSITIVES",
+    "kept_ptr": "KEPT",
+    "positives_ptr": "HAS_POSITIVES KEPT",
     "grad_row_lse_ptr": "HAS_ROWS",
     "row_positives_ptr": "HAS_ROWS",
     "grad_row_positives_ptr": "HAS_ROWS",
@@ -76,7 +77,8 @@ class AotConfiguration:
 def aot_configurations() -> list[AotConfiguration]:
     """All kernels in all pinned configurations and all combinations of flags that a loss can reach."""
     families = (
-        _forward(), _backward_narrow(), _backward_wide(), _pair_forward(), _pair_backward(), _over_rows(), _sums()
+        _forward(), _forward_keep(), _backward_narrow(), _backward_wide(), _pair_forward(), _pair_backward(),
+        _over_rows(), _sums(),
     )  # fmt: skip
     return list({c.name: c for c in itertools.chain.from_iterable(families)}.values())
 
@@ -159,6 +161,23 @@ def _forward() -> Iterator[AotConfiguration]:
                     yield _configuration("lse_fwd", prototype_forward._lse_fwd_kernel, dtype, meta, archs=archs)
 
 
+def _forward_keep() -> Iterator[AotConfiguration]:
+    for dtype, (rows, cols, exclude_own) in itertools.product(_launch.KEEP_INV_TEMPERATURE, _RULES):
+        tables = [_of_type(t, dtype) for t in (_launch.FORWARD_KEEP, _launch.FORWARD_KEEP_TIGHT)]
+        configs = _by_architecture(*tables, crowded=rows and cols)
+        compaction = (False, True) if rows and not cols else (False,)
+        for (config, archs), compact in itertools.product(configs, compaction):
+            meta = {
+                "HAS_ROWS": rows,
+                "HAS_COLS": cols,
+                "EXCLUDE_OWN": exclude_own,
+                "COMPACT": compact,
+                "INPUT_PRECISION": _launch.input_precision(dtype),
+                **config.launch_options(),
+            }
+            yield _configuration("lse_fwd_tile", prototype_forward._lse_fwd_tile_kernel, dtype, meta, archs=archs)
+
+
 def _of_type(table: dict[tuple[int, bool], _launch.Config], dtype: torch.dtype) -> dict[bool, _launch.Config]:
     return {small: config for (itemsize, small), config in table.items() if itemsize == dtype.itemsize}
 
@@ -203,8 +222,12 @@ def _backward_narrow() -> Iterator[AotConfiguration]:
 def _backward_wide() -> Iterator[AotConfiguration]:
     for dtype, (rows, cols, exclude_own) in itertools.product(_TRITON_NAMES, _RULES):
         tables = [_of_type(t, dtype) for t in (_launch.BACKWARD_WIDE, _launch.BACKWARD_WIDE_TIGHT)]
-        configs = _by_architecture(*tables, cols)
-        for (config, archs), (tensor_temperature, compact) in itertools.product(configs, _flags(rows, cols)):
+        choices = [(config, archs, False) for config, archs in _by_architecture(*tables, cols)]
+        if dtype in _launch.KEEP_INV_TEMPERATURE:
+            choices.append((_launch.BACKWARD_KEPT, ARCHITECTURES, True))
+        for (config, archs, kept), (tensor_temperature, compact) in itertools.product(choices, _flags(rows, cols)):
+            if kept and tensor_temperature:
+                continue
             meta = {
                 "HAS_ROWS": rows,
                 "HAS_COLS": cols,
@@ -212,6 +235,7 @@ def _backward_wide() -> Iterator[AotConfiguration]:
                 "HAS_TEMPERATURE": tensor_temperature,
                 "HAS_RANGE": dtype == torch.float16,
                 "COMPACT": compact,
+                "KEPT": kept,
                 "INPUT_PRECISION": _launch.input_precision(dtype),
                 **config.launch_options(),
             }

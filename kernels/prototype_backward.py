@@ -50,6 +50,36 @@ def _logit_grads(
         grads_RC += grad_R[:, None] * exp(logits_RC - lse_R[:, None])
     if HAS_B:
         grads_RC += grad_C[None, :] * exp(logits_RC - lse_C[None, :])
+    return _with_positives(grads_RC, class_R, class_C, positive_RC, EXCLUDE_OWN)
+
+
+@triton.jit
+def _kept_logit_grads(
+    e_RC,  # exp(s) as it was kept
+    own_C,  # s of each sample and its own class
+    class_R,
+    class_C,
+    lse_R,
+    grad_R,
+    lse_C,
+    grad_C,
+    positive_RC,
+    HAS_A: tl.constexpr,
+    HAS_B: tl.constexpr,
+    EXCLUDE_OWN: tl.constexpr,
+):
+    """The same from kept exponentials. A sample's own entry cancels against g_pos: it must not be a rounded one."""
+    e_RC = tl.where(class_R[:, None] == class_C[None, :], exp(own_C)[None, :], e_RC)
+    grads_RC = tl.zeros_like(e_RC)
+    if HAS_A:
+        grads_RC += grad_R[:, None] * (e_RC * exp(-lse_R)[:, None])  # in this order: exp(-lse) alone may be e^-80
+    if HAS_B:
+        grads_RC += grad_C[None, :] * (e_RC * exp(-lse_C)[None, :])
+    return _with_positives(grads_RC, class_R, class_C, positive_RC, EXCLUDE_OWN)
+
+
+@triton.jit
+def _with_positives(grads_RC, class_R, class_C, positive_RC, EXCLUDE_OWN: tl.constexpr):
     own_RC = class_R[:, None] == class_C[None, :]
     if EXCLUDE_OWN:
         grads_RC = tl.where(own_RC, positive_RC, grads_RC)
@@ -173,6 +203,8 @@ def _lse_bwd_tile_kernel(
     present_ptr,
     num_present_ptr,
     range_ptr,
+    kept_ptr,  # [R, C] exp(s) in the operand's type, when KEPT: then no product is taken
+    positives_ptr,  # [C] fp32, when KEPT
     h_ptr,  # [R, C] in the operand's type
     R,
     C,
@@ -181,6 +213,7 @@ def _lse_bwd_tile_kernel(
     num_classes,
     stride_w,
     stride_z,
+    stride_kept,
     stride_h,
     ignore_index,
     inv_temperature,
@@ -190,6 +223,7 @@ def _lse_bwd_tile_kernel(
     HAS_TEMPERATURE: tl.constexpr,
     HAS_RANGE: tl.constexpr,
     COMPACT: tl.constexpr,
+    KEPT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -211,24 +245,35 @@ def _lse_bwd_tile_kernel(
     )
     class_C = load_classes(row_C, C, labels_ptr, present_ptr, num_classes, ignore_index, False, COMPACT)
     inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
-    dots_RC = product(
-        w_ptr, z_ptr, row_R, row_C, inside_R, inside_C, stride_w, stride_z, depth,
-        BLOCK_R, BLOCK_C, BLOCK_D, INPUT_PRECISION,
-    )  # fmt: skip
+    if not KEPT:
+        dots_RC = product(
+            w_ptr, z_ptr, row_R, row_C, inside_R, inside_C, stride_w, stride_z, depth,
+            BLOCK_R, BLOCK_C, BLOCK_D, INPUT_PRECISION,
+        )  # fmt: skip
     inv_w_R = tl.load(inv_w_ptr + row_R, mask=inside_R, other=0.0)
     inv_z_C = tl.load(inv_z_ptr + row_C, mask=inside_C, other=0.0)
     lse_R, grad_R = _load_side(row_lse_ptr, grad_row_ptr, row_R, inside_R, HAS_ROWS)
     lse_C, grad_C = _load_side(col_lse_ptr, grad_col_ptr, row_C, inside_C, HAS_COLS)
     positive_RC = tl.load(grad_pos_ptr + row_C, mask=inside_C, other=0.0)[None, :]
-    logits_RC = class_logits(dots_RC, inv_w_R, inv_z_C, inv_temp, True)
-    grads_RC = _logit_grads(
-        logits_RC, class_R, class_C, lse_R, grad_R, lse_C, grad_C, positive_RC, HAS_ROWS, HAS_COLS, EXCLUDE_OWN
-    )
+    # Rows of H and of what is kept are padded: a bound of whole vectors lets memory move in them.
+    in_padded_C = row_C < stride_h
+    if KEPT:
+        own_C = tl.load(positives_ptr + row_C, mask=inside_C, other=0.0)
+        kept_ptrs = kept_ptr + row_R.to(tl.int64)[:, None] * stride_kept + row_C[None, :]
+        e_RC = tl.load(kept_ptrs, mask=inside_R[:, None] & in_padded_C[None, :], other=0.0).to(tl.float32)
+        grads_RC = _kept_logit_grads(
+            e_RC, own_C, class_R, class_C, lse_R, grad_R, lse_C, grad_C, positive_RC, HAS_ROWS, HAS_COLS, EXCLUDE_OWN
+        )
+    else:
+        logits_RC = class_logits(dots_RC, inv_w_R, inv_z_C, inv_temp, True)
+        grads_RC = _logit_grads(
+            logits_RC, class_R, class_C, lse_R, grad_R, lse_C, grad_C, positive_RC, HAS_ROWS, HAS_COLS, EXCLUDE_OWN
+        )
     if HAS_RANGE:
         inv_w_R *= tl.load(range_ptr)
     h_RC = grads_RC * inv_w_R[:, None] * inv_z_C[None, :]
     h_ptrs = h_ptr + row_R.to(tl.int64)[:, None] * stride_h + row_C[None, :]
-    tl.store(h_ptrs, h_RC, mask=(row_R < R)[:, None] & (row_C < C)[None, :])
+    tl.store(h_ptrs, h_RC, mask=(row_R < R)[:, None] & in_padded_C[None, :])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,6 +286,17 @@ class Side(Gradient):
 
     lse: Tensor | None  # [R], None when its log-sum-exp is not used
     upstream: Tensor | None  # [R]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a forward left so that H needs no product."""
+
+    exponentials: Tensor  # [R, N] exp(s) in the operand's type, rows of it padded
+    positives: Tensor  # [N] fp32
+
+    def part(self, rows: slice, columns: slice) -> Kept:
+        return Kept(self.exponentials[rows, columns], self.positives[columns])
 
 
 def narrow(operands: Operands, options: Options, classes: Side, samples: Side, grad_pos: Tensor) -> None:
@@ -298,7 +354,9 @@ def _launch_narrow(
         finish(options, a, partials, None)  # the kernel has undone the scale of fp16
 
 
-def wide(operands: Operands, options: Options, classes: Side, samples: Side, grad_pos: Tensor) -> None:
+def wide(
+    operands: Operands, options: Options, classes: Side, samples: Side, grad_pos: Tensor, kept: Kept | None
+) -> None:
     """Both gradients through H, a bounded chunk at a time along the longer side; the other side's sum stays in fp32."""
     dtype, num_rows, num_samples = samples.x.dtype, len(classes.x), len(samples.x)
     weights_range = fp16_range(dtype, (classes.upstream, samples.upstream, grad_pos), classes.inv, samples.inv)
@@ -306,7 +364,8 @@ def wide(operands: Operands, options: Options, classes: Side, samples: Side, gra
     whole_sum = None
     for rows, columns in _launch.chunks(num_rows, num_samples, dtype.itemsize):
         w, z = classes.rows(rows), samples.rows(columns)
-        h = _launch_tile(operands, options, w, z, columns, rows.start, grad_pos, weights_range)
+        part = None if kept is None else kept.part(rows, columns)
+        h = _launch_tile(operands, options, w, z, columns, rows.start, grad_pos, weights_range, part)
         sums = {id(classes): mm_fp32(h, z.x), id(samples): mm_fp32(h.T, w.x)}
         finish(options, w if longer is classes else z, sums[id(longer)][None], weights_range)
         whole_sum = sums[id(shorter)] if whole_sum is None else whole_sum.add_(sums[id(shorter)])
@@ -322,12 +381,16 @@ def _launch_tile(
     row_start: int,
     grad_pos: Tensor,
     weights_range: Tensor | None,
+    kept: Kept | None,
 ) -> Tensor:
     """H of a chunk of classes and samples, in the operand's type."""
     num_rows, (num_columns, dim) = len(classes.x), samples.x.shape
-    tight = _launch.is_tight(samples.lse is not None, samples.x.device)
-    table = _launch.BACKWARD_WIDE_TIGHT if tight else _launch.BACKWARD_WIDE
-    config = _launch.wide_config(table, samples.x.dtype, num_rows, num_columns)
+    if kept is None:
+        tight = _launch.is_tight(samples.lse is not None, samples.x.device)
+        table = _launch.BACKWARD_WIDE_TIGHT if tight else _launch.BACKWARD_WIDE
+        config = _launch.wide_config(table, samples.x.dtype, num_rows, num_columns)
+    else:
+        config = _launch.BACKWARD_KEPT
     h = samples.x.new_empty(num_rows, cdiv(num_columns, 64) * 64)  # padded: library products want aligned rows
     _lse_bwd_tile_kernel[(cdiv(num_rows, config.block_r) * cdiv(num_columns, config.block_c),)](
         w_ptr=classes.x,
@@ -341,6 +404,8 @@ def _launch_tile(
         grad_col_ptr=samples.upstream,
         grad_pos_ptr=grad_pos[columns],
         range_ptr=weights_range,
+        kept_ptr=None if kept is None else kept.exponentials,
+        positives_ptr=None if kept is None else kept.positives,
         h_ptr=h,
         R=num_rows,
         C=num_columns,
@@ -348,10 +413,12 @@ def _launch_tile(
         row_start=row_start,
         stride_w=classes.x.stride(0),
         stride_z=samples.x.stride(0),
+        stride_kept=0 if kept is None else kept.exponentials.stride(0),
         stride_h=h.stride(0),
         HAS_ROWS=classes.lse is not None,
         HAS_COLS=samples.lse is not None,
         HAS_RANGE=weights_range is not None,
+        KEPT=kept is not None,
         INPUT_PRECISION=_launch.input_precision(samples.x.dtype),
         **operands.class_arguments(),
         **options.scalars(),

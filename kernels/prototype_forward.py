@@ -14,6 +14,7 @@ from ._prototype_tiles import Operands, Options, class_logits, load_classes
 from ._tiles import (
     add_exponentials,
     empty_sum,
+    exp,
     inverse,
     load_inverse_temperature,
     load_rows,
@@ -148,6 +149,108 @@ def _lse_fwd_kernel(
     tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * rows + row_R, log_sum(maximum_R, total_R), mask=inside_R)
 
 
+@triton.jit
+def _keep_exponentials(
+    dots_RC,
+    class_R,
+    inside_R,
+    inv_w_R,
+    inv_z_ptr,
+    labels_ptr,
+    col_lse_ptr,
+    kept_R,  # where each row of the kept exponentials begins
+    first_C,
+    C,
+    num_classes,
+    stride_kept,
+    ignore_index,
+    inv_temp,
+    HAS_COLS: tl.constexpr,
+    EXCLUDE_OWN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Store exp(s) of these columns and the log of their sums; return the sums along the rows."""
+    row_C = first_C + tl.arange(0, BLOCK_C)
+    class_C = load_classes(row_C, C, labels_ptr, None, num_classes, ignore_index, False, False)
+    inv_z_C = tl.load(inv_z_ptr + row_C, mask=row_C < C, other=0.0)
+    summed_RC = inside_R[:, None]
+    if EXCLUDE_OWN:
+        summed_RC = summed_RC & (class_R[:, None] != class_C[None, :])
+    e_RC = tl.where(summed_RC, exp(class_logits(dots_RC, inv_w_R, inv_z_C, inv_temp, True)), 0.0)
+    tl.store(kept_R[:, None] + row_C[None, :], e_RC, mask=inside_R[:, None] & (row_C < stride_kept)[None, :])
+    if HAS_COLS:
+        total_C = tl.sum(e_RC, axis=0)
+        tl.store(col_lse_ptr + row_C, log_sum(tl.zeros_like(total_C), total_C), mask=row_C < C)
+    return tl.sum(tl.where((class_C >= 0)[None, :], e_RC, 0.0), axis=1)
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _lse_fwd_tile_kernel(
+    w_ptr,  # [R, D]
+    z_ptr,  # [C, D]
+    inv_w_ptr,
+    inv_z_ptr,
+    labels_ptr,
+    present_ptr,
+    num_present_ptr,
+    row_lse_ptr,  # [tiles along C, R] fp32, when HAS_ROWS
+    col_lse_ptr,  # [tiles along R, C] fp32, when HAS_COLS
+    kept_ptr,  # [R, stride_kept] in the operand's type
+    R,
+    C,
+    D,
+    num_classes,
+    stride_w,
+    stride_z,
+    stride_kept,
+    ignore_index,
+    inv_temperature,
+    HAS_ROWS: tl.constexpr,
+    HAS_COLS: tl.constexpr,
+    EXCLUDE_OWN: tl.constexpr,
+    COMPACT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """exp(s) of one tile, kept for the backward, and its sums along rows and columns. Fixed shift only."""
+    row_blocks = tl.cdiv(R, BLOCK_R)
+    first_R = tl.program_id(0) % row_blocks * BLOCK_R
+    tile_C = tl.program_id(0) // row_blocks
+    first_C = tile_C * BLOCK_C
+    rows = R
+    if COMPACT:
+        R = tl.load(num_present_ptr)
+    if first_R >= R:
+        return
+    row_R = first_R + tl.arange(0, BLOCK_R)
+    row_C = first_C + tl.arange(0, BLOCK_C)
+    inside_R = row_R < R
+    dots_RC = product(
+        w_ptr, z_ptr, row_R, row_C, inside_R, row_C < C, stride_w, stride_z, D,
+        BLOCK_R, BLOCK_C, BLOCK_D, INPUT_PRECISION,
+    )  # fmt: skip
+    class_R = load_classes(row_R, R, labels_ptr, present_ptr, num_classes, ignore_index, True, COMPACT)
+    inv_w_R = tl.load(inv_w_ptr + row_R, mask=inside_R, other=0.0)
+    kept_R = kept_ptr + row_R.to(tl.int64) * stride_kept
+    if HAS_COLS:
+        col_lse_ptr += (first_R // BLOCK_R).to(tl.int64) * C
+
+    # In halves: what a whole tile needs of each column would leave no registers for the logits.
+    left_RC, right_RC = tl.split(tl.permute(tl.reshape(dots_RC, (BLOCK_R, 2, BLOCK_C // 2)), (0, 2, 1)))
+    total_R = tl.zeros((BLOCK_R,), tl.float32)
+    for half in tl.static_range(2):
+        total_R += _keep_exponentials(
+            left_RC if half == 0 else right_RC, class_R, inside_R, inv_w_R, inv_z_ptr, labels_ptr, col_lse_ptr,
+            kept_R, first_C + half * (BLOCK_C // 2), C, num_classes, stride_kept, ignore_index, inv_temperature,
+            HAS_COLS, EXCLUDE_OWN, BLOCK_C // 2,
+        )  # fmt: skip
+    if HAS_ROWS:
+        row_lse = row_lse_ptr + tile_C.to(tl.int64) * rows + row_R
+        tl.store(row_lse, log_sum(tl.zeros_like(total_R), total_R), mask=inside_R)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers
 
@@ -231,3 +334,55 @@ def lse(
         )
     summed = combine(partials) if splits > 1 else partials.view(-1)
     return summed if present is None else present.spread(summed, len(operands.prototypes), float("-inf"))
+
+
+def lse_keeping(
+    operands: Operands,
+    options: Options,
+    inv_features: Tensor,
+    inv_prototypes: Tensor,
+    kept: Tensor,
+    *,
+    rows: bool,
+    cols: bool,
+) -> tuple[Tensor, Tensor]:
+    """row_lse and col_lse, [0] where not asked for, and exp(s) written to `kept`: one product serves all three."""
+    present, features = operands.present, operands.features
+    prototypes, num_classes = operands.prototypes, len(operands.prototypes)
+    if present is not None:
+        prototypes, inv_prototypes = present.take(prototypes), present.take(inv_prototypes)
+    num_rows, (num_samples, dim) = len(prototypes), features.shape
+    tight = _launch.is_tight(rows and cols, features.device)
+    table = _launch.FORWARD_KEEP_TIGHT if tight else _launch.FORWARD_KEEP
+    config = _launch.wide_config(table, features.dtype, num_rows, num_samples)
+    row_tiles, col_tiles = cdiv(num_rows, config.block_r), cdiv(num_samples, config.block_c)
+    row_partials = torch.empty(col_tiles if rows else 0, num_rows, device=features.device)
+    col_partials = torch.empty(row_tiles if cols else 0, num_samples, device=features.device)
+    if present is not None:
+        row_partials.fill_(float("-inf"))  # rows of absent classes are not visited
+    _lse_fwd_tile_kernel[(row_tiles * col_tiles,)](
+        w_ptr=prototypes,
+        z_ptr=features,
+        inv_w_ptr=inv_prototypes,
+        inv_z_ptr=inv_features,
+        labels_ptr=operands.labels,
+        row_lse_ptr=row_partials if rows else None,
+        col_lse_ptr=col_partials if cols else None,
+        kept_ptr=kept,
+        R=num_rows,
+        C=num_samples,
+        D=dim,
+        stride_w=prototypes.stride(0),
+        stride_z=features.stride(0),
+        stride_kept=kept.stride(0),
+        ignore_index=options.ignore_index,
+        inv_temperature=options.inv_temperature,
+        HAS_ROWS=rows,
+        HAS_COLS=cols,
+        EXCLUDE_OWN=options.exclude_own,
+        INPUT_PRECISION=_launch.input_precision(features.dtype),
+        **operands.class_arguments(),
+        **config.launch_options(),
+    )
+    row_lse, col_lse = (p.view(-1) if len(p) < 2 else combine(p) for p in (row_partials, col_partials))
+    return row_lse if present is None else present.spread(row_lse, num_classes, float("-inf")), col_lse

@@ -17,6 +17,12 @@ before the projection of the normalisation, both up to 1/τ: what is left to do 
 Precision. Positives enter G in fp32, before it is rounded to the operand's type: near collapse G's entries cancel, and
 adding the positive term after the product loses the tangential part altogether in bfloat16.
 
+Cost in products, F1 = 2KND operations: forward F1 for each side that is summed, backward 3 F1. The forward of wide
+operands may keep exp(s) in their type (`_launch.kept_shape`): then one F1 serves both sides and the backward takes 2.
+What rounding exp(s) loses, rounding H loses again; not at a sample's own entry, where g_row exp(s - row_lse) + g_pos
+cancels, so that one comes from the positives, kept in fp32. What is kept is never written again: a graph may be walked
+twice.
+
 Two shapes of program. Narrow (half types, D up to 128): a program owns a block of rows of one operand A, streams those
 of the other, B, and keeps A and its accumulator on chip, as attention does. Wide: the product runs over D in steps, and
 the backward stores H for a bounded chunk and leaves P to two library products. Both operands take the part of A:
@@ -39,7 +45,7 @@ from . import _launch, prototype_backward, prototype_forward
 from ._epilogue import unpadded
 from ._prototype_tiles import Operands, Options, Present
 from .class_sums import class_sums, segment_sum
-from .prototype_backward import Side
+from .prototype_backward import Kept, Side
 
 __all__ = ["class_sums", "launch_bwd", "launch_fwd", "segment_sum"]
 
@@ -57,7 +63,8 @@ def launch_fwd(
     cols: bool,
     exclude_own: bool,
     normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    keep_bytes: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-sum-exps of s = ŵ·u/τ along rows and columns, the positives and the inverse norms.
 
     Args:
@@ -67,18 +74,29 @@ def launch_fwd(
         counts: [K] int64, samples of each class in the global batch. With rows alone and K large, rows of absent
             classes are skipped and their row_lse is -inf.
         temperature: one fp32 value on the device, read by the kernels; None to use the number `inv_temperature`.
+        keep_bytes: room for exponentials, kept for the backward where `_launch.kept_shape` finds that to pay.
 
     Returns (fp32): row_lse [K] or [0]; col_lse [N] or [0], both -inf where nothing was summed; positives [N], zero for
         ignored samples; inverse norms [N] and [K], ones when not `normalize`, zero for vectors no longer than 1e-12.
+        Last, in the operand's type, the kept exponentials [K, N] (rows padded; of the present classes, where absent
+        ones are skipped) or an empty tensor.
     """
     operands = _prepare(features, prototypes, labels, counts, rows_only=rows and not cols)
     options = Options(temperature, inv_temperature, normalize, ignore_index, exclude_own)
+    shape = _launch.kept_shape(
+        features, prototypes, counts=counts, temperature=temperature, inv_temperature=inv_temperature, rows=rows,
+        cols=cols, normalize=normalize, keep_bytes=keep_bytes,
+    )  # fmt: skip
+    kept = operands.features.new_empty(shape)
     with _launch.on_device(features):
         positives, inv_features, inv_prototypes = prototype_forward.inverse_norms(operands, options)
         shared = (operands, options, inv_features, inv_prototypes)
-        row_lse = prototype_forward.lse(*shared, a_is_classes=True) if rows else positives.new_empty(0)
-        col_lse = prototype_forward.lse(*shared, a_is_classes=False) if cols else positives.new_empty(0)
-    return row_lse, col_lse, positives, inv_features, inv_prototypes
+        if kept.numel():
+            row_lse, col_lse = prototype_forward.lse_keeping(*shared, kept, rows=rows, cols=cols)
+        else:
+            row_lse = prototype_forward.lse(*shared, a_is_classes=True) if rows else positives.new_empty(0)
+            col_lse = prototype_forward.lse(*shared, a_is_classes=False) if cols else positives.new_empty(0)
+    return row_lse, col_lse, positives, inv_features, inv_prototypes, kept
 
 
 def launch_bwd(
@@ -87,8 +105,10 @@ def launch_bwd(
     labels: Tensor,
     row_lse: Tensor,
     col_lse: Tensor,
+    positives: Tensor,
     inv_norm_features: Tensor,
     inv_norm_prototypes: Tensor,
+    kept: Tensor,
     grad_row: Tensor,
     grad_col: Tensor,
     grad_pos: Tensor,
@@ -110,20 +130,22 @@ def launch_bwd(
     operands = _prepare(features, prototypes, labels, counts, rows_only=rows and not cols)
     options = Options(temperature, inv_temperature, normalize, ignore_index, exclude_own)
     present = operands.present
-    kept = operands.prototypes, inv_norm_prototypes, row_lse if rows else None, grad_row if rows else None
+    of_classes = operands.prototypes, inv_norm_prototypes, row_lse if rows else None, grad_row if rows else None
     if present is not None:
-        kept = tuple(present.take(tensor) for tensor in kept)
+        of_classes = tuple(present.take(tensor) for tensor in of_classes)
     # Rows of absent classes are not visited, and without samples none is: they keep the zeros they start from.
     new = torch.empty if present is None and len(features) else torch.zeros
-    classes = _side(prototypes, *kept, new)
+    classes = _side(prototypes, *of_classes, new)
     samples = _side(
         features, operands.features, inv_norm_features, col_lse if cols else None, grad_col if cols else None, new
     )
     if len(features):
-        is_narrow = _launch.is_narrow(operands.features.dtype, operands.features.shape[1])
-        backward = prototype_backward.narrow if is_narrow else prototype_backward.wide
+        shared = (operands, options, classes, samples, grad_pos)
         with _launch.on_device(features):
-            backward(operands, options, classes, samples, grad_pos)
+            if _launch.is_narrow(operands.features.dtype, operands.features.shape[1]):
+                prototype_backward.narrow(*shared)
+            else:
+                prototype_backward.wide(*shared, Kept(kept, positives) if kept.numel() else None)
     grad_prototypes = classes.grad
     if present is not None:
         grad_prototypes = present.spread(grad_prototypes, len(prototypes), 0.0)

@@ -43,7 +43,7 @@ def test_opcheck_the_others():
     del options[-2]  # keep_bytes
     torch.library.opcheck(
         _ops.lse_backward,
-        (features, prototypes, labels, *statistics[:2], inv_features, inv_prototypes, kept, *upstream, counts, temperature,
+        (features, prototypes, labels, *statistics, inv_features, inv_prototypes, kept, *upstream, counts, temperature,
          *options),
     )  # fmt: skip
     torch.library.opcheck(_ops.segment_sum, (torch.randn(7), labels, 5, -100, "blockwise"))
