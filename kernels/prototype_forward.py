@@ -197,12 +197,11 @@ def lse(
         classes = present.take(operands.prototypes), present.take(inv_prototypes)
     (a, inv_a), (b, inv_b) = (classes, samples) if a_is_classes else (samples, classes)
     num_rows, (num_columns, dim) = len(a), b.shape
-    narrow = _launch.is_narrow(a.dtype, dim)
+    narrow = _launch.is_narrow(_launch.FORWARD_NARROW, a)
     if narrow:
-        config = _launch.narrow_config(_launch.FORWARD_NARROW, dim)
+        config = _launch.narrow_config(_launch.FORWARD_NARROW, a)
     else:
-        table = _launch.FORWARD_WIDE_TIGHT if _launch.is_tight(False, a.device) else _launch.FORWARD_WIDE
-        config = _launch.wide_config(table, a.dtype, num_rows, num_columns)
+        config = _launch.wide_config(_launch.FORWARD_WIDE, a, num_columns)
     row_blocks = cdiv(num_rows, config.block_r)
     splits = _launch.split_count(row_blocks, cdiv(num_columns, config.block_c), 4 * num_rows)
     partials = torch.empty(splits, num_rows, device=a.device)

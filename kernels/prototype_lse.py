@@ -120,7 +120,7 @@ def launch_bwd(
         features, operands.features, inv_norm_features, col_lse if cols else None, grad_col if cols else None, new
     )
     if len(features):
-        is_narrow = _launch.is_narrow(operands.features.dtype, operands.features.shape[1])
+        is_narrow = _launch.is_narrow(_launch.BACKWARD_NARROW, operands.features)
         backward = prototype_backward.narrow if is_narrow else prototype_backward.wide
         with _launch.on_device(features):
             backward(operands, options, classes, samples, grad_pos)
