@@ -1,64 +1,76 @@
-"""What the benchmarks run: the losses as eager code writes them, ours, their inputs, a step, an error.
+"""What the bench runs: the losses as eager code writes them, ours, their inputs, a step, its error and its bound.
 
 A form is a function of (*leaves, labels): leaves are (features, prototypes) for the prototype losses, (features,) for
-SupCon. Eager forms compute in the inputs' dtype and reduce in float32, as a careful user would write them.
+SupCon. Eager forms compute in the inputs' dtype and reduce in float32, as a careful user would write them. The last one
+of a loss does the least work: it is the yardstick of errors and the honest baseline of times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import hypercontrast as hc
+from bench.record import Case
 from hypercontrast import reference
 
 TAU = 0.1
+COLLAPSED = 1e-2  # distance of collapsed features from their class's direction, in units of its length
+TAIL = 0.01  # the rarest class's share of the most frequent one's samples, in a long tail
+LABELS = ("uniform", "longtail", "single", "instances")
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ERROR_LOGITS = 1 << 22  # that a float64 truth is computed of
+ERROR_SAMPLES = (1024, 4096)  # of a prototype loss, whose specification may be N x N: at least, at most
+PRODUCT_LOGITS = 1 << 26  # that bare products are computed of at once
 
 
-def _logits(z, w):
-    return (F.normalize(w, dim=1) @ F.normalize(z, dim=1).T / TAU).float()
+def _logits(z, w, temperature):
+    return (F.normalize(w, dim=1) @ F.normalize(z, dim=1).T / temperature).float()
 
 
 def _own(s, y):
     return s[y, torch.arange(len(y), device=y.device)]
 
 
-def ntce_pairwise(z, w, y):
+def ntce_pairwise(z, w, y, temperature=TAU):
     """NTCE as an M x M matrix: the prototype of each sample against all samples."""
-    s = _logits(z, w[y])
+    s = _logits(z, w[y], temperature)
     return (s.logsumexp(1) - s.diagonal()).mean()
 
 
-def ntce_eager(z, w, y):
+def ntce_eager(z, w, y, temperature=TAU):
     """NTCE with each class's row computed once."""
-    s = _logits(z, w)
+    s = _logits(z, w, temperature)
     return (s.logsumexp(1)[y] - _own(s, y)).mean()
 
 
-def nonl_eager(z, w, y):
-    s = _logits(z, w)
+def nonl_eager(z, w, y, temperature=TAU):
+    s = _logits(z, w, temperature)
     own = y[None, :] == torch.arange(len(w), device=y.device)[:, None]
     return (s.masked_fill(own, -torch.inf).logsumexp(1)[y] - _own(s, y)).mean()
 
 
-def normface_eager(z, w, y):
-    return F.cross_entropy((F.normalize(z, dim=1) @ F.normalize(w, dim=1).T / TAU).float(), y)
+def normface_eager(z, w, y, temperature=TAU):
+    return F.cross_entropy((F.normalize(z, dim=1) @ F.normalize(w, dim=1).T / temperature).float(), y)
 
 
-def supcon_dense(z, y):
+def supcon_dense(z, y, temperature=TAU):
     """SupCon with the N x N matrices that its published code makes: logits less their row maximum, two masks, their
-    exponentials and the log-probabilities of all pairs.
+    exponentials and the log-probabilities of all pairs. Anchors without positives are left out of the mean.
     """
     u = F.normalize(z, dim=1)
-    s = (u @ u.T / TAU).float()
+    s = (u @ u.T / temperature).float()
     s = s - s.max(1, keepdim=True).values.detach()
     others = 1 - torch.eye(len(y), device=y.device)
     positive = (y[:, None] == y).float() * others
     log_prob = s - (s.exp() * others).sum(1, keepdim=True).log()
-    return -((positive * log_prob).sum(1) / positive.sum(1)).mean()
+    count = positive.sum(1)
+    return -((positive * log_prob).sum(1) / count.clamp(min=1)).sum() / (count > 0).sum()
 
 
 EAGER: dict[str, dict[str, Callable]] = {
@@ -70,24 +82,28 @@ EAGER: dict[str, dict[str, Callable]] = {
 PROTOTYPE_LOSSES = ("ntce", "nonl", "normface")
 
 
-def ours(name: str, backend: str) -> Callable:
-    loss = getattr(hc, f"{name}_loss")
-    return lambda *leaves_and_labels: loss(*leaves_and_labels, temperature=TAU, backend=backend)
+def yardstick(op: str) -> str:
+    """The name of the eager form that does the least work."""
+    return list(EAGER[op])[-1]
 
 
-def truth(name: str) -> Callable:
-    """The loss to compare with, for float64 leaves: the specification, or blockwise where that would not fit."""
-    if name == "supcon":
-        return ours(name, "blockwise")
-    return lambda z, w, y: getattr(reference, f"{name}_loss")(z, w, y, temperature=TAU)
+def ours(name: str, backend: str = "auto", temperature: float = TAU) -> Callable:
+    return partial(getattr(hc, f"{name}_loss"), temperature=temperature, backend=backend)
+
+
+def truth(name: str, temperature: float = TAU) -> Callable:
+    """The specification, for float64 leaves."""
+    loss = partial(getattr(reference, f"{name}_loss"), temperature=temperature)
+    return (lambda *inputs: loss(*inputs)[0]) if name == "supcon" else loss
 
 
 def inputs(
-    name: str, m: int, k: int, d: int, *, spread: float | None = None, device="cpu", dtype=torch.float32
-) -> tuple[tuple[Tensor, ...], Tensor]:
+    name: str, m: int, k: int, d: int, *, spread: float | None = None, device="cpu", dtype=torch.float32,
+    labels: str = "uniform",
+) -> tuple[tuple[Tensor, ...], Tensor]:  # fmt: skip
     """(leaves, labels): random features, or features within `spread` of their class's direction."""
     g = torch.Generator(device).manual_seed(0)
-    y = torch.randint(0, k, (m,), generator=g, device=device)
+    y = _labels(labels, name, m, k, g)
     w = torch.randn(k, d, generator=g, device=device)
     z = torch.randn(m, d, generator=g, device=device)
     if spread is not None:
@@ -96,36 +112,107 @@ def inputs(
     return tuple(x.to(dtype).requires_grad_() for x in leaves), y
 
 
+def _labels(kind: str, name: str, m: int, k: int, g: torch.Generator) -> Tensor:
+    """[m]: every class as likely; exponentially rarer ones; one class; or a class an instance (SupCon: its two views).
+
+    The last makes NormFace square InfoNCE and SupCon NT-Xent, so that losses of images and texts, or of views, compare.
+    """
+    if kind == "uniform":
+        return torch.randint(0, k, (m,), generator=g, device=g.device)
+    if kind == "longtail":
+        share = TAIL ** torch.linspace(0, 1, k, device=g.device)
+        return torch.multinomial(share, m, replacement=True, generator=g)
+    if kind == "single":
+        return torch.zeros(m, dtype=torch.int64, device=g.device)
+    views = 2 if name == "supcon" else 1
+    if m != views * k:
+        raise ValueError(f"labels=instances needs N = {views}K for {name}, got N={m} K={k}")
+    return torch.arange(k, device=g.device).repeat(views)
+
+
+def of_case(case: Case, device: str) -> tuple[tuple[Tensor, ...], Tensor]:
+    """`inputs` of a case."""
+    spread = COLLAPSED if case.features == "collapsed" else None
+    options = {"spread": spread, "device": device, "dtype": DTYPES[case.dtype], "labels": case.labels}
+    return inputs(case.op, case.n, case.k, case.d, **options)
+
+
 def step(form: Callable, leaves: Sequence[Tensor], y: Tensor) -> list[Tensor]:
     """Loss and gradients."""
     loss = form(*leaves, y)
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-def relative_error(name: str, form: Callable, leaves: Sequence[Tensor], y: Tensor) -> float:
-    """Largest relative error (Frobenius) of loss and gradients against float64 on the same inputs."""
-    wide = [x.detach().double().requires_grad_() for x in leaves]
-    got, want = step(form, leaves, y), step(truth(name), wide, y)
-    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True))
+def reduced(case: Case) -> Case:
+    """The case at a size that float64 can do: fewer samples, of the same classes, width and temperature. SupCon's
+    classes shrink with its samples, so that an anchor keeps its number of positives.
+    """
+    low, high = ERROR_SAMPLES
+    enough = math.isqrt(ERROR_LOGITS) if case.op == "supcon" else min(max(low, ERROR_LOGITS // case.k), high)
+    least = min(case.n, enough)
+    if case.op != "supcon" and case.labels != "instances":
+        return case._replace(n=least)
+    views = case.n // case.k if case.labels == "instances" else 1
+    return case._replace(n=least // views * views, k=max(2, case.k * least // case.n))
+
+
+def tangential(gradient: Tensor, vectors: Tensor) -> Tensor:
+    """Each row g of a gradient without its part along its own vector x: g - (g·x) x/|x|².
+
+    A loss of directions does not change with a vector's length, so its true gradient is all tangential; a part along
+    the vector is rounding, large where the gradient is small. Near collapse what turns a vector is all that matters.
+    """
+    along = (gradient * vectors).sum(1, keepdim=True) / (vectors * vectors).sum(1, keepdim=True)
+    return gradient - along * vectors
+
+
+def deviation(got: Iterable[Tensor], want: Iterable[Tensor]) -> float:
+    """Largest relative difference (Frobenius); NaN where one is not a number."""
+    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)]
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
+def errors(got: Sequence[Tensor], want: Sequence[Tensor], leaves: Sequence[Tensor]) -> tuple[float, float]:
+    """(error of loss and gradients, error of the gradients' tangential part) of a step against float64's."""
+    vectors = [x.detach().double() for x in leaves]
+    parts = [[tangential(g.double(), x) for g, x in zip(of[1:], vectors, strict=True)] for of in (got, want)]
+    return deviation(got, want), deviation(*parts)
+
+
+def true_step(case: Case, leaves: Sequence[Tensor], y: Tensor) -> list[Tensor]:
+    """Loss and gradients in float64, of the inputs as they were rounded."""
+    return step(truth(case.op, case.temperature), [x.detach().double().requires_grad_() for x in leaves], y)
+
+
+def bound(case: Case, eager: Iterable[float]) -> float:
+    """The largest error allowed: twice that of the most accurate eager form in the same dtype, above rounding.
+
+    Results are rounded to their dtype, and logits of size 1/τ to float32, which exponentials inherit.
+    """
+    eps = 2**-10 if case.dtype == "tf32" else torch.finfo(DTYPES[case.dtype]).eps
+    floor = eps + 8 * torch.finfo(torch.float32).eps * (1 + 1 / case.temperature)
+    return max(2 * min(filter(math.isfinite, eager), default=0.0), floor)
 
 
 def products(name: str, leaves: Sequence[Tensor]) -> Callable[[], None]:
-    """The matrix products alone that a step cannot do without: 3·2MKD, or 4·A²D for pairs against themselves."""
+    """The matrix products alone that a step cannot do without: 3·2MKD, or 4·A²D for pairs against themselves.
+
+    By rows, where all logits would take more than PRODUCT_LOGITS.
+    """
     z, other = leaves[0].detach(), leaves[-1].detach()
-    s, out = z.new_empty(len(z), len(other)), torch.empty_like(z)
+    rows = min(len(z), max(1024, PRODUCT_LOGITS // len(other)))
+    s, out = z.new_empty(rows, len(other)), torch.empty_like(z)
     weights = torch.randn_like(s)
-    if name == "supcon":
+    out_other = torch.zeros_like(other)
 
-        def run():
-            torch.mm(z, z.T, out=s)
-            torch.mm(weights, z, out=out)
-
-        return run
-    out_other = torch.empty_like(other)
-
-    def run():
-        torch.mm(z, other.T, out=s)
-        torch.mm(weights, other, out=out)
-        torch.mm(weights.T, z, out=out_other)
+    def run() -> None:
+        for z_R, out_R in zip(z.split(rows), out.split(rows), strict=True):
+            s_R, weights_R = s[: len(z_R)], weights[: len(z_R)]
+            torch.mm(z_R, other.T, out=s_R)
+            torch.mm(weights_R, other, out=out_R)
+            if name in PROTOTYPE_LOSSES and rows == len(z):
+                torch.mm(weights_R.T, z_R, out=out_other)
+            elif name in PROTOTYPE_LOSSES:
+                out_other.addmm_(weights_R.T, z_R)
 
     return run

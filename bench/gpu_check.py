@@ -1,15 +1,21 @@
 """Everything that needs a GPU, in one command that fits ten minutes: `make gpu-check`.
 
-1. correctness   tests/test_triton*.py with their long fuzz: every loss against float64 at float32, bfloat16 and
-                 float16, odd shapes, near collapse, bitwise repeats, no host sync
-2. extension     the negative buffer's extension is built and tested: its kernel, streams, NCCL, ranks that share a GPU
-3. large index   an input past 2^31 elements, against float64
-4. matrix        forward and forward + backward against eager and torch.compile, with errors and peak memory
-5. training      seconds per epoch of the CIFAR-10 recipes, compiled and not, with no step that waits for the device
-6. sanitizer     compute-sanitizer's memcheck, racecheck and initcheck over every kernel, without the caching allocator
+1. correctness   150 s  tests/test_triton*.py with their long fuzz: every loss against float64 at float32, bfloat16 and
+                        float16, odd shapes, near collapse, bitwise repeats, no host sync
+2. extension     80 s   the negative buffer's extension is built and tested: its kernel, streams, NCCL, ranks that share
+                        a GPU
+3. index range   10 s   an input past 2^31 elements, against float64
+4. matrix        180 s  the standard cases of `python -m bench` with all peers there are; what would begin later is
+                        named and left out
+5. determinism   0 s    every row of ours in the matrix had the same bits twice
+6. training      80 s   seconds per epoch of the CIFAR-10 recipes, compiled and not, with no step that waits for the
+                        device
+7. sanitizer     100 s  compute-sanitizer's memcheck, racecheck and initcheck over every kernel, without the caching
+                        allocator
 
-Each stage's output goes to bench/results/DATE-DEVICE/ and its verdict to the terminal; the exit code is 0 when all that
-ran passed. Needs torch, triton, pytest and the checkout alone. Without a GPU, --rehearse walks the same stages on the
+The seconds are budgets, enforced where there is something to leave out: in the matrix. Each stage's output goes to
+bench/results/DATE-DEVICE/ and its verdict to the terminal; the exit code is 0 when all that ran passed. Needs torch,
+triton, pytest and the checkout alone; pictures need matplotlib. Without a GPU, --rehearse walks the same stages on the
 CPU at small sizes, in Triton's interpreter.
 """
 
@@ -22,28 +28,32 @@ import importlib.util
 import itertools
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import warnings
 from pathlib import Path
 
 import torch
 
 import hypercontrast as hc
-from bench import forms
+from bench import forms, matrix
+from bench.matrix import Entry
+from bench.peers import OURS
+from bench.record import Case, read
 from hypercontrast import reference
 
 ROOT = Path(__file__).parents[1]
 TAU = forms.TAU
 TESTS = ("tests/test_triton.py", "tests/test_triton_supcon.py")
-# (M, K, D): large batch of wide features, large batch of narrow ones, many classes, small.
-SHAPES = [(4096, 1000, 2048), (65536, 1000, 128), (32768, 100_000, 512), (256, 1000, 2048)]
-SMALL_SHAPES = [(64, 20, 48), (40, 130, 24)]
-# (A, K, D) of samples against each other.
-PAIRS = [(8192, 100, 128), (65536, 1000, 128), (262144, 1000, 128)]
-SMALL_PAIRS = [(64, 5, 24)]
+MATRIX_SECONDS = 180
+# What a rehearsal measures in the place of the standard cases.
+SMALL = [
+    *(Entry(Case(op, 64, 20, 48)) for op in forms.PROTOTYPE_LOSSES),
+    Entry(Case("supcon", 64, 5, 24)),
+    Entry(Case("ntce", 40, 130, 24, features="collapsed"), ()),
+    Entry(Case("buffer", 16, 64, 24)),
+]
 
 
 def device() -> str:
@@ -101,7 +111,7 @@ def every_kernel_once() -> None:
         forms.step(forms.ours(name, "triton"), leaves, y)
 
 
-def large_index(folder: Path, rehearse: bool) -> bool:
+def index_range(folder: Path, rehearse: bool) -> bool:
     """Features past 2^31 elements; the row sums of a few classes in float64, a block of samples at a time."""
     n, d = (1 << 10, 64) if rehearse else ((1 << 31) // 4096 + 1000, 4096)
     dtype = torch.float32 if rehearse else torch.bfloat16
@@ -120,84 +130,25 @@ def large_index(folder: Path, rehearse: bool) -> bool:
     return abs(loss - want) < 1e-3 * abs(want)
 
 
-def milliseconds(run: Callable, rounds: int) -> float:
-    """Median by device events on a GPU, by the clock elsewhere."""
-    times = []
-    for _ in range(rounds):
-        if torch.cuda.is_available():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            begin = time.perf_counter()
-            run()
-            times.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(times)
+def measured(folder: Path, rehearse: bool) -> bool:
+    """The standard cases, a second of rounds each."""
+    csv_file = folder / "matrix.csv"
+    if rehearse:
+        os.environ["HYPERCONTRAST_BACKEND"] = "triton"
+        outcome = matrix.measure_all(SMALL, csv_file, "cpu", 0, memory=False)
+        del os.environ["HYPERCONTRAST_BACKEND"]
+    else:
+        outcome = matrix.measure_all(matrix.standard_gpu(), csv_file, "cuda", 1.0, limit=MATRIX_SECONDS)
+    print(matrix.headlines(outcome.rows))
+    for path in matrix.draw(csv_file):
+        print("   ", path.name)
+    return not outcome.wrong
 
 
-def error(name: str, form: Callable, m: int, k: int, d: int, dtype: torch.dtype, spread: float | None) -> float:
-    """Largest relative error of loss and gradients against float64, at a size that float64 can do."""
-    leaves, y = forms.inputs(name, min(m, 2048), min(k, 2000), d, spread=spread, device=device(), dtype=dtype)
-    return forms.relative_error(name, form, leaves, y)
-
-
-def measured(name: str, fn: Callable, m: int, k: int, d: int, dtype: torch.dtype, rounds: int) -> dict:
-    """Times, memory and errors of one form of a loss; running out of memory is a result."""
-    leaves, y = forms.inputs(name, m, k, d, device=device(), dtype=dtype)
-    row: dict = {}
-    try:
-        forms.step(fn, leaves, y)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            forms.step(fn, leaves, y)
-            row["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-        with torch.no_grad():
-            row["fwd_ms"] = round(milliseconds(lambda: fn(*leaves, y), rounds), 4)
-        row["fwd_bwd_ms"] = round(milliseconds(lambda: forms.step(fn, leaves, y), rounds), 4)
-        columns = k if name in forms.PROTOTYPE_LOSSES else m
-        row["tflops"] = round(6 * m * columns * d / row["fwd_bwd_ms"] / 1e9, 1)
-        row["error"] = error(name, fn, m, k, d, dtype, None)
-        row["error_collapse"] = error(name, fn, m, k, d, dtype, 0.1)
-    except torch.cuda.OutOfMemoryError:
-        row["fwd_bwd_ms"] = "out of memory"
-    return row
-
-
-def forms_of(name: str, rehearse: bool) -> dict[str, Callable]:
-    """The best eager form, that compiled, and ours."""
-    eager = list(forms.EAGER[name].values())[-1]
-    found = {"eager": eager, "ours": forms.ours(name, "triton")}
-    if not rehearse:
-        torch._dynamo.reset()
-        found["compiled"] = torch.compile(eager)
-    return found
-
-
-def matrix(folder: Path, rehearse: bool) -> bool:
-    dtype, rounds = (torch.float32, 2) if rehearse else (torch.bfloat16, 50)
-    bound = 1e-4 if dtype == torch.float32 else 2e-2
-    columns = [
-        "loss", "form", "m", "k", "d", "dtype", "fwd_ms", "fwd_bwd_ms", "tflops", "peak_mib", "error", "error_collapse",
-    ]  # fmt: skip
-    cases = list(itertools.product(forms.PROTOTYPE_LOSSES, SMALL_SHAPES if rehearse else SHAPES))
-    cases += [("supcon", shape) for shape in (SMALL_PAIRS if rehearse else PAIRS)]
-    good = True
-    with (folder / "matrix.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        for name, (m, k, d) in cases:
-            for form, fn in forms_of(name, rehearse).items():
-                row = {"loss": name, "form": form, "m": m, "k": k, "d": d, "dtype": str(dtype)}
-                row |= measured(name, fn, m, k, d, dtype, rounds)
-                writer.writerow(row)
-                print("    " + "  ".join(f"{c}={row[c]}" for c in columns if c in row), flush=True)
-                if form == "ours":
-                    good &= max(row.get("error", torch.inf), row.get("error_collapse", torch.inf)) < bound
-    return good
+def determinism(folder: Path, rehearse: bool) -> bool:
+    rows = [row for row in read(folder / "matrix.csv") if row.form == OURS and row.repeats is not None]
+    print(f"    {sum(row.repeats for row in rows)} of {len(rows)} cases had the same bits twice")
+    return bool(rows) and all(row.repeats for row in rows)
 
 
 def training(folder: Path, rehearse: bool) -> bool:
@@ -223,8 +174,9 @@ def training(folder: Path, rehearse: bool) -> bool:
 STAGES = {
     "correctness": correctness,
     "extension": extension,
-    "large index": large_index,
-    "matrix": matrix,
+    "index range": index_range,
+    "matrix": measured,
+    "determinism": determinism,
     "training": training,
     "sanitizer": sanitizer,
 }
@@ -254,6 +206,7 @@ def main() -> int:
         return 0
     if args.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"
+        warnings.filterwarnings("ignore", category=RuntimeWarning)  # it computes with NumPy, which warns of infinities
     elif not torch.cuda.is_available():
         print("gpu-check needs a GPU; --rehearse walks its stages on the CPU", file=sys.stderr)
         return 2

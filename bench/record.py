@@ -12,11 +12,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
 ROOT = Path(__file__).parents[1]
+
+
+class Case(NamedTuple):
+    """What two rows must share to be compared. See `Row`."""
+
+    op: str
+    n: int
+    k: int
+    d: int
+    dtype: str = "float32"
+    labels: str = "uniform"
+    temperature: float = 0.1
+    features: str = "random"
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -24,21 +38,22 @@ class Row:
     """A form of an op on one case, or the reason why there is none. Empty cells were not measured.
 
     Times are milliseconds, median and 20th and 80th percentile; memory is MiB beyond the inputs; effective TFLOP/s
-    count 2·n·k·d forward and three times that with the backward (supcon: 2n²d), whatever a form computes twice.
+    count 2·n·k·d forward and three times that with the backward (supcon: 2n²d), whatever a form computes twice. A
+    buffer's forward is a gather, its forward and backward a gather and a push.
     """
 
     op: str  # nonl, ntce, normface, supcon, buffer, step
-    form: str  # ours, eager, compiled, or a peer's name
-    n: int  # samples (supcon: anchors)
-    k: int  # classes
+    form: str  # ours, an eager form, compiled, or a peer's name
+    n: int  # samples (supcon: anchors; buffer: of a rank)
+    k: int  # classes (buffer: rows of the queue)
     d: int  # width
-    dtype: str  # float32, bfloat16, float16
-    labels: str = "uniform"  # how classes share the samples
+    dtype: str  # float32, tf32 (float32 whose products may use it), bfloat16, float16
+    labels: str = "uniform"  # how classes share the samples: uniform, longtail, single, instances
     temperature: float = 0.1
     features: str = "random"  # or collapsed: close to the prototype of their class
     ranks: int = 1
     status: str = "ok"  # ok, absent, out of memory, wrong (an error past its bound), failed
-    reason: str = ""  # of any other status than ok
+    reason: str = ""  # of any other status than ok, or of an empty graph_ms
     fwd_ms: float | None = None
     fwd_p20: float | None = None
     fwd_p80: float | None = None
@@ -52,7 +67,7 @@ class Row:
     scratch_mib: float | None = None  # peak beyond inputs and outputs
     tflops_fwd: float | None = None
     tflops: float | None = None
-    matmul_share: float | None = None  # the least products a step needs, timed in the same round, over its time
+    matmul_share: float | None = None  # time of the least products of a step (supcon: 4n²d), same round, over its time
     speedup: float | None = None  # time of the case's first eager form over this form's, median of the rounds
     error: float | None = None  # largest relative error (Frobenius) of loss and gradients against float64
     tangential_error: float | None = None  # the same of the gradients' part at right angles to their vectors
@@ -66,9 +81,8 @@ class Row:
     date: str = ""
 
     @property
-    def case(self) -> tuple:
-        """What two rows must share to be compared."""
-        return (self.op, self.n, self.k, self.d, self.dtype, self.labels, self.temperature, self.features, self.ranks)
+    def case(self) -> Case:
+        return Case(*(getattr(self, name) for name in Case._fields))
 
 
 COLUMNS = [field.name for field in dataclasses.fields(Row)]
@@ -172,7 +186,7 @@ def markdown_line(row: Row) -> str:
     for name in _SHOWN:
         value = getattr(row, name)
         if name in ("fwd_ms", "fwd_bwd_ms") and value is not None:
-            value = _milliseconds(value)
+            value = short(value)
         if name == "fwd_bwd_ms" and row.status != "ok":
             why = row.status + (f": {row.reason}" if row.reason else "")
             cells.append(why if value is None else f"{value} ({why})")
@@ -181,6 +195,6 @@ def markdown_line(row: Row) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _milliseconds(value: float) -> str:
-    """Three digits, never an exponent."""
+def short(value: float) -> str:
+    """Three digits, or more before the point; never an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,31 +1,32 @@
 """The blockwise backend's memory: flat in batch x classes once past the budget. Peaks are read in fresh processes."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
 
 import hypercontrast as hc
-
-PEAK = """
-import torch, bench.__main__ as bench, hypercontrast as hc
-hc.set_memory_budget({budget})
-bench.measure_peak({name!r}, "blockwise", 64, 8, {d})  # allocations that come once
-print(bench.measure_peak({name!r}, "blockwise", {m}, {k}, {d}))
-"""
+from bench.measure import in_fresh_process, peak_of_step
+from bench.peers import OURS
+from bench.record import Case
 
 
-def peak_mib(name, m, k, d, budget):
-    code = PEAK.format(name=name, m=m, k=k, d=d, budget=budget)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    return float(run.stdout)
+@pytest.fixture
+def peak_mib():
+    """Peak of a step beyond its inputs, gradients included, under a budget."""
+    before = hc.memory_budget()
+
+    def measured(name, m, k, d, budget):
+        hc.set_memory_budget(budget)
+        return sum(in_fresh_process(peak_of_step, Case(name, m, k, d), OURS).values())
+
+    yield measured
+    hc.set_memory_budget(before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("samples", [8192, pytest.param(32768, marks=pytest.mark.slow)])
-def test_peak_of_pairs_is_linear(samples):
+def test_peak_of_pairs_is_linear(samples, peak_mib):
     """All logits would be 256 MiB and 4 GiB; unit rows, their gradient and its copy in the samples' order are left."""
     d = 128
     rows = samples * d * 4 / 2**20
@@ -34,7 +35,7 @@ def test_peak_of_pairs_is_linear(samples):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", ["ntce", "nonl", "normface"])
-def test_peak_is_flat(name):
+def test_peak_is_flat(name, peak_mib):
     m, k, d = 16384, 2000, 64  # all logits would be 125 MiB
     gradients = (m + k) * d * 4 / 2**20
     tile = 4  # MiB; a few of them pass through the allocator

@@ -1,0 +1,262 @@
+"""The matrix: which cases, the table, the CSV file, the pictures, and a non-zero exit where a form of ours is wrong.
+
+Without options: the standard cases of this machine, a GPU's or a CPU's. --quick: few of a CPU's, under 3 minutes on two
+cores. --op alone selects among them; --shape, --dtype, --labels, --temperature and --features make cases of their own.
+
+A row is judged by its error and its tangential error against float64. A peer past the bound is a finding, one of ours
+past it, or failing, ends the run with exit code 1. What does not fit into memory is a result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import re
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench import forms, peers
+from bench.measure import measure, reason_of, row
+from bench.peers import OURS
+from bench.record import ROOT, Case, Row, Writer, environment, markdown, markdown_line, short
+
+OPS = ("nonl", "ntce", "normface", "supcon", "buffer", "step")
+# Where --shape is not given: N, K (supcon: classes, buffer: rows of its queue), D.
+SHAPES = {"supcon": (8192, 100, 128), "buffer": (512, 16_384, 128)}
+SHAPE = (4096, 1000, 512)
+PAIRWISE = ("eager M x M",)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A case and which eager forms and peers to measure beside the yardstick and ours; None: all that fit."""
+
+    case: Case
+    vs: tuple[str, ...] | None = None
+
+    def __str__(self) -> str:
+        return _short(self.case) + (f" against {', '.join(self.vs)}" if self.vs else "")
+
+
+def quick() -> list[Entry]:
+    """The headline ratios, growth with N, exponentials kept and recomputed, collapse, the buffer."""
+    entries = [Entry(Case(op, 4096, 1000, 512), PAIRWISE) for op in forms.PROTOTYPE_LOSSES]
+    entries += [Entry(Case("supcon", 8192, 100, 128), ())]
+    entries += [
+        Entry(Case("ntce", n, 1000, 128), PAIRWISE if n <= 4096 else ()) for n in (256, 1024, 4096, 16384, 65536)
+    ]
+    entries += [Entry(Case("supcon", n, 100, 128), ()) for n in (1024, 2048, 4096)]
+    entries += [Entry(Case(op, 1024, 100, 128, features="collapsed"), ()) for op in forms.EAGER]
+    entries += [Entry(Case("supcon", 2048, 1024, 128, labels="instances"), ("lightly", "pytorch-metric-learning"))]
+    return [*entries, Entry(Case("buffer", *SHAPES["buffer"]))]
+
+
+def standard_cpu() -> list[Entry]:
+    entries = [Entry(Case(op, *SHAPES.get(op, SHAPE))) for op in forms.EAGER]
+    for op, n, d in itertools.product(forms.PROTOTYPE_LOSSES, (256, 1024, 4096, 16384, 65536), (128, 512)):
+        entries.append(Entry(Case(op, n, 1000, d), PAIRWISE))
+    entries += [Entry(Case("supcon", n, 100, 128), ("pytorch-metric-learning",)) for n in (1024, 2048, 4096, 32768)]
+    for op in forms.EAGER:
+        case = Case(op, *((4096, 100, 128) if op == "supcon" else SHAPE))
+        variants = [{"features": "collapsed"}, {"labels": "longtail"}, {"labels": "single"}, {"temperature": 0.01}]
+        entries += [Entry(case._replace(**variant), ()) for variant in variants]
+    entries += [Entry(Case("supcon", 2 * n, n, 128, labels="instances")) for n in (1024, 4096)]
+    entries += [Entry(Case("normface", 4096, 4096, 256, labels="instances"))]
+    entries += [Entry(Case("buffer", *SHAPES["buffer"], ranks=ranks)) for ranks in (1, 2)]
+    return [*_once(entries), Entry(Case("step", 512, 10, 512))]
+
+
+def standard_gpu() -> list[Entry]:
+    """The table of targets in bfloat16, what qualifies it, and last, as it takes longest, torch.compile of it."""
+    shapes = [(4096, 1000, 2048), (65536, 1000, 128), (32768, 100_000, 512), (256, 1000, 2048)]
+    table = [Case(op, *shape, "bfloat16") for shape in shapes for op in forms.PROTOTYPE_LOSSES]
+    table += [Case("supcon", n, 1000, 128, "bfloat16") for n in (8192, 65536, 262144)]
+    uncompiled = (*PAIRWISE, *(name for name in peers.PEERS if name != "compiled"))
+    entries = [Entry(case, uncompiled) for case in table]
+    entries += [Entry(Case("step", 512, 10, 512, "bfloat16")), Entry(Case("buffer", *SHAPES["buffer"], "bfloat16"))]
+    for case in (table[0], table[1], table[2], table[-3]):
+        variants = [{"features": "collapsed"}, {"dtype": "tf32"}, {"dtype": "float32"}, {"dtype": "float16"}]
+        entries += [Entry(case._replace(**variant), ()) for variant in variants]
+    entries += [Entry(Case("normface", 16384, 16384, 256, "bfloat16", "instances"), uncompiled)]
+    entries += [Entry(Case("supcon", 8192, 4096, 128, "bfloat16", "instances"), uncompiled)]
+    entries += [Entry(Case("ntce", n, 1000, 512, "bfloat16"), PAIRWISE) for n in (1024, 4096, 16384, 65536, 262144)]
+    return entries + [Entry(case, ("compiled",)) for case in table]
+
+
+def _once(entries: Iterable[Entry]) -> list[Entry]:
+    """Every case where it comes first."""
+    return list({entry.case: entry for entry in reversed(list(entries))}.values())[::-1]
+
+
+@dataclass
+class Outcome:
+    rows: list[Row]
+    skipped: list[Entry]
+
+    @property
+    def wrong(self) -> list[Row]:
+        """Rows of ours that count against us; of a buffer its twin is ours too."""
+        return [x for x in self.rows if x.status in ("wrong", "failed") and (x.form == OURS or x.op == "buffer")]
+
+
+def measure_all(
+    entries: Sequence[Entry], csv: Path, device: str, seconds: float, limit: float | None = None, memory: bool = True
+) -> Outcome:
+    """Every entry's rows, to the file and the terminal as they come; cases that would begin past `limit` seconds are
+    skipped.
+    """
+    writer, outcome, start = Writer(csv), Outcome([], []), time.perf_counter()
+    print(markdown([]), flush=True)
+    for entry in entries:
+        if limit is not None and time.perf_counter() - start > limit:
+            outcome.skipped.append(entry)
+            continue
+        known = {(x.case, x.form) for x in outcome.rows}  # a case that returns for one more peer keeps its rows
+        for found in _rows(entry, device, seconds, memory):
+            if (found.case, found.form) not in known:
+                writer.add(found)
+                outcome.rows.append(found)
+                print(markdown_line(found), flush=True)
+    if outcome.skipped:
+        print(f"not begun after {limit:.0f} s: " + "; ".join(map(str, outcome.skipped)))
+    return outcome
+
+
+def _rows(entry: Entry, device: str, seconds: float, memory: bool) -> list[Row]:
+    case = entry.case
+    try:
+        if case.op == "buffer":
+            from bench import buffer
+
+            return buffer.measure(case, device, seconds)
+        if case.op == "step":
+            if importlib.util.find_spec("bench.step") is None:
+                return [row(case, OURS, device, {"status": "absent", "reason": "needs bench/step.py"})]
+            from bench import step
+
+            return step.rows(case, device, seconds)
+        return measure(case, peers.candidates(case, device, entry.vs), device, seconds, memory)
+    except Exception as error:  # one case must not take the others with it
+        return [row(case, OURS, device, {"status": "failed", "reason": reason_of(error)})]
+
+
+def _short(case: Case) -> str:
+    shared = Case(case.op, case.n, case.k, case.d)
+    special = [str(value) for value, usual in zip(case, shared, strict=True) if value != usual]
+    return " ".join([f"{case.op} {case.n} x {case.k} x {case.d}", *special])
+
+
+def headlines(rows: Sequence[Row]) -> str:
+    """Ours beside every other form of its case: how many times as fast, forward and backward, and whose error."""
+    lines = [
+        "| case | ours against | speed | error, ours / theirs | scratch MiB, ours / theirs |",
+        "|---|---|---|---|---|",
+    ]
+    ours = {x.case: x for x in rows if x.form == OURS and x.speedup}
+    for theirs in rows:
+        mine = ours.get(theirs.case)
+        if mine is None or theirs.form == OURS or not theirs.speedup:
+            continue
+        speed = mine.speedup / theirs.speedup
+        scratch = "" if mine.scratch_mib is None else f"{short(mine.scratch_mib)} / {short(theirs.scratch_mib)}"
+        errors = f"{mine.error:.1e} / {theirs.error:.1e}"
+        lines.append(f"| {_short(mine.case)} | {theirs.form} | {speed:.2f}x | {errors} | {scratch} |")
+    return "\n".join(lines)
+
+
+def draw(csv: Path) -> list[Path]:
+    """The file's pictures, beside it; none without matplotlib."""
+    if missing := [name for name in ("matplotlib", "bench.plot") if importlib.util.find_spec(name) is None]:
+        print(f"no pictures: needs {' and '.join(missing)}")
+        return []
+    from bench import plot
+
+    return plot.draw([csv], csv.parent)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="few cases of a CPU, under 3 minutes on two cores")
+    parser.add_argument("--op", nargs="+", choices=OPS, metavar="OP", help=f"of {', '.join(OPS)} (default: all)")
+    parser.add_argument(
+        "--shape", nargs=3, type=int, action="append", metavar=("N", "K", "D"),
+        help="samples, classes (buffer: rows of its queue) and width; again for more",
+    )  # fmt: skip
+    parser.add_argument("--dtype", nargs="+", choices=forms.DTYPES, metavar="DTYPE", help=", ".join(forms.DTYPES))
+    parser.add_argument("--labels", nargs="+", choices=forms.LABELS, metavar="LABELS", help=", ".join(forms.LABELS))
+    parser.add_argument("--temperature", nargs="+", type=float, metavar="T")
+    parser.add_argument(
+        "--features", nargs="+", choices=("random", "collapsed"), metavar="FEATURES", help="random, collapsed"
+    )
+    everyone = list(dict.fromkeys(name for op in forms.EAGER for name in peers.names(op)))
+    parser.add_argument(
+        "--vs", nargs="*", choices=everyone, metavar="PEER",
+        help=f"of {', '.join(everyone)} (default: what a case calls for; none: the cheapest eager form alone)",
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=float, metavar="S", help="of rounds a case (default: 5, quick: 1)")
+    parser.add_argument("--threads", type=int, metavar="T", help="of the CPU (default: torch's choice)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/bench/DATE-DEVICE")
+
+
+def chosen(args: argparse.Namespace, device: str) -> list[Entry]:
+    """The cases that the arguments ask for; ValueError where there are none or a case cannot be."""
+    described = (args.shape, args.dtype, args.labels, args.temperature, args.features)
+    if any(described):
+        if args.quick:
+            raise ValueError(
+                "--quick has its own cases: leave out --shape, --dtype, --labels, --temperature, --features"
+            )
+        entries = []
+        for op in args.op or forms.EAGER:
+            values = (args.shape or [SHAPES.get(op, SHAPE)], args.dtype or ["float32"], args.labels or ["uniform"],
+                      args.temperature or [forms.TAU], args.features or ["random"])  # fmt: skip
+            entries += [Entry(Case(op, *shape, *rest)) for shape, *rest in itertools.product(*values)]
+    else:
+        entries = quick() if args.quick else standard_gpu() if device == "cuda" else standard_cpu()
+        entries = [entry for entry in entries if args.op is None or entry.case.op in args.op]
+    if not entries:
+        raise ValueError(f"no standard case of {', '.join(args.op)}: give a --shape")
+    for entry in entries:
+        _check(entry.case)
+    return entries if args.vs is None else [Entry(entry.case, tuple(args.vs)) for entry in entries]
+
+
+def _check(case: Case) -> None:
+    if min(case.n, case.k, case.d) < 1:
+        raise ValueError(f"--shape must be positive, got {case.n} {case.k} {case.d}")
+    if not case.temperature > 0:
+        raise ValueError(f"--temperature must be positive, got {case.temperature}")
+    views = 2 if case.op == "supcon" else 1
+    if case.labels == "instances" and case.op in forms.EAGER and case.n != views * case.k:
+        raise ValueError(f"--labels instances needs N = {views}K for {case.op}, got {case.n} {case.k}")
+
+
+def run(args: argparse.Namespace) -> int:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        entries = chosen(args, device)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    where = environment(device)
+    start = time.perf_counter()
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", where["device"]).strip("-")
+    folder = args.output or ROOT / "runs" / "bench" / f"{where['date']}-{slug}"
+    print("# " + ", ".join(f"{name} {value}" for name, value in where.items() if value), flush=True)
+    seconds = args.seconds if args.seconds is not None else 1.0 if args.quick else 5.0
+    outcome = measure_all(entries, folder / "matrix.csv", device, seconds)
+    (folder / "matrix.md").write_text(f"{markdown(outcome.rows)}\n\n{headlines(outcome.rows)}\n")
+    print(f"\n{headlines(outcome.rows)}\n")
+    for path in [folder / "matrix.csv", folder / "matrix.md", *draw(folder / "matrix.csv")]:
+        print(path)
+    print(f"{len(outcome.rows)} rows in {time.perf_counter() - start:.0f} s")
+    for bad in outcome.wrong:
+        print(f"bench: {bad.form} of {_short(bad.case)} is {bad.status}: {bad.reason}", file=sys.stderr)
+    return int(bool(outcome.wrong))

@@ -1,0 +1,347 @@
+"""One case, every form of it, measured alike on a CPU and a GPU: `measure` gives a row a form.
+
+time      All forms run in one process on the same inputs, in turn (A B C A B C ...), so that ratios within a round
+          hold on a noisy machine; a row has the median, 20th and 80th percentile. On a CPU by the clock; on a GPU
+          by events behind a pass over memory that empties the L2 cache, during which the host runs ahead.
+memory    On a CPU the kernel's high-water mark of a fresh process (Linux), whose address space ends where free
+          memory does: what does not fit is out of memory, and not timed. On a GPU the allocator's peak.
+error     Against float64 at the size of `forms.reduced`, on the same rounded inputs, with the memory budget
+          reduced alike, so that exponentials are kept or recomputed as they are at full size.
+verdict   The eager forms set the bound (`forms.bound`); any other is wrong past it.
+graph     A CUDA graph of forward and backward, where a step takes less than GRAPH_MS: only there does it matter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hypercontrast as hc
+from bench import forms, peers
+from bench.peers import Absent, Form
+from bench.record import Case, Row, environment
+
+LEAST_ROUNDS = 3
+GRAPH_MS = 10.0
+MIB = 2**20
+SPARE = 0.9  # of the free memory may be asked for
+PRODUCTS = ("products", "")  # the run that is no form's
+
+Run = Callable[[], Any]
+Fields = dict[str, Any]
+
+
+def measure(
+    case: Case, candidates: Mapping[str, Form | Absent], device: str, seconds: float, memory: bool = True
+) -> list[Row]:
+    """A row for each candidate, in their order, after rounds of at least `seconds`.
+
+    `memory=False` leaves out a CPU's fresh processes, which would not see a form that is not one of `peers.candidates`.
+    """
+    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
+    try:
+        work = _Forms(candidates)
+        _judge(case, work, device)
+        if device == "cpu" and memory and sys.platform == "linux":
+            work.each(lambda name, form: in_fresh_process(peak_of_step, case, name))
+        leaves, y = forms.of_case(case, device)
+        runs: dict[tuple[str, str], Run] = {}
+        work.each(lambda name, form: _prepare(name, form, leaves, y, runs))
+        if work.alive:
+            times = interleaved({PRODUCTS: forms.products(case.op, leaves), **runs}, seconds, clock(device))
+            add_times(work.fields, times, first=next((name for name in forms.EAGER[case.op] if name in work.alive), ""))
+            _add_rates(case, work.fields, times)
+        return [row(case, name, device, fields) for name, fields in work.fields.items()]
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+
+
+def row(case: Case, form: str, device: str, fields: Fields) -> Row:
+    """Numbers to four digits: more would be noise."""
+    short = {name: float(f"{x:.4g}") if isinstance(x, float) else x for name, x in fields.items()}
+    return Row(form=form, **case._asdict(), **short, **environment(device))
+
+
+class _Forms:
+    """The forms of a case: what is known of each, and which are still running."""
+
+    def __init__(self, candidates: Mapping[str, Form | Absent]) -> None:
+        self.fields: dict[str, Fields] = {name: {} for name in candidates}
+        self.alive: dict[str, Form] = {}
+        for name, form in candidates.items():
+            if isinstance(form, Absent):
+                self.fields[name] |= {"status": "absent", "reason": form.reason}
+            else:
+                self.alive[name] = form
+
+    def each(self, work: Callable[[str, Form], Fields]) -> None:
+        """Let every form that runs add its fields; one that raises stops there, with the reason."""
+        for name, form in list(self.alive.items()):
+            try:
+                self.fields[name] |= work(name, form)
+            except Exception as error:  # a peer may raise anything, and the other forms go on
+                self.fields[name] |= {"status": status_of(error), "reason": reason_of(error)}
+                del self.alive[name]
+            if name not in self.alive and torch.cuda.is_available():
+                torch.cuda.empty_cache()  # here, as the error held on to what its frames held
+
+
+def status_of(error: Exception) -> str:
+    """CPU allocators have no exception of their own."""
+    full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    return "out of memory" if full else "failed"
+
+
+def reason_of(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+# Errors
+
+
+def _judge(case: Case, work: _Forms, device: str) -> None:
+    """Errors of every form, and which are wrong."""
+    small = forms.reduced(case)
+    leaves, y = forms.of_case(small, device)
+    want = forms.true_step(small, leaves, y)
+    budget = hc.memory_budget()
+
+    def errors(name: str, form: Form) -> Fields:
+        error, tangential = forms.errors(forms.step(form, leaves, y), want, leaves)
+        return {"error": error, "tangential_error": tangential}
+
+    hc.set_memory_budget(budget * small.n * small.k // (case.n * case.k))
+    try:
+        work.each(errors)
+    finally:
+        hc.set_memory_budget(budget)
+    for kind in ("error", "tangential_error"):
+        eager = [work.fields[name][kind] for name in forms.EAGER[case.op] if name in work.alive]
+        bound = forms.bound(case, eager)
+        for name in work.alive.keys() - forms.EAGER[case.op].keys():
+            found = work.fields[name][kind]
+            if not found <= bound:  # so that NaN is wrong too
+                reason = f"{kind.replace('_', ' ')} {found:.1e} is past {bound:.1e}"
+                work.fields[name] |= {"status": "wrong", "reason": reason}
+
+
+# Time
+
+
+def interleaved(
+    runs: Mapping[Any, Run], seconds: float, clock: Callable[[Run], float], least: int = LEAST_ROUNDS
+) -> dict[Any, list[float]]:
+    """Milliseconds of each run, round by round: A B C A B C, for `seconds` and a `least` number of rounds."""
+    found: dict[Any, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < least or time.perf_counter() < end:
+        for name, run in runs.items():
+            found[name].append(clock(run))
+        rounds += 1
+    return found
+
+
+def clock(device: str) -> Callable[[Run], float]:
+    return _DeviceClock() if device == "cuda" else _wall_clock
+
+
+def _wall_clock(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+class _DeviceClock:
+    def __init__(self) -> None:
+        self.cache = torch.empty(256 * MIB, dtype=torch.int8, device="cuda")  # several times any L2
+
+    def __call__(self, run: Run) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.cache.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def _prepare(name: str, form: Form, leaves: Sequence[Tensor], y: Tensor, runs: dict) -> Fields:
+    """What needs no rounds of a form at full size; what does goes to `runs`."""
+    run = partial(forms.step, form, leaves, y)
+    first = run()  # compiles, tunes, fills caches
+    again = run()
+    fields: Fields = {
+        "repeats": all(map(torch.equal, first, again)),
+        "outputs_mib": sum(x.numel() * x.itemsize for x in first) / MIB,
+    }
+    del first, again
+    mine: dict[tuple[str, str], Run] = {(name, "fwd_bwd"): run, (name, "fwd"): partial(_forward, form, leaves, y)}
+    if leaves[0].is_cuda:
+        fields |= _scratch(run, fields["outputs_mib"]) | _launches(form, leaves, y)
+        if clock("cuda")(run) < GRAPH_MS:
+            try:
+                mine[name, "graph"] = captured(run)
+            except Exception as error:  # a form that waits for the device cannot be captured: that is a finding
+                fields["reason"] = f"not captured: {reason_of(error)}"
+    runs |= mine
+    return fields
+
+
+@torch.no_grad()
+def _forward(form: Form, leaves: Sequence[Tensor], y: Tensor) -> Tensor:
+    return form(*leaves, y)
+
+
+def add_times(fields: dict[str, Fields], times: dict[tuple[str, str], list[float]], first: str) -> None:
+    """Median and percentiles of each form, and its speed over the `first` one's."""
+    for (name, what), found in times.items():
+        if what == "graph":
+            fields[name]["graph_ms"] = statistics.median(found)
+        elif what:
+            low, *_, high = statistics.quantiles(found, n=5, method="inclusive")
+            median = statistics.median(found)
+            fields[name] |= {f"{what}_ms": median, f"{what}_p20": low, f"{what}_p80": high, "rounds": len(found)}
+        if what == "fwd_bwd" and (first, what) in times:
+            fields[name]["speedup"] = ratio(times[first, what], found)
+
+
+def _add_rates(case: Case, fields: dict[str, Fields], times: dict[tuple[str, str], list[float]]) -> None:
+    gflop = 2e-9 * case.n * (case.n if case.op == "supcon" else case.k) * case.d
+    for name, what in times:
+        mine = fields.get(name, {})
+        if what == "fwd":
+            mine["tflops_fwd"] = gflop / mine["fwd_ms"]
+        elif what == "fwd_bwd":
+            mine["tflops"] = 3 * gflop / mine["fwd_bwd_ms"]
+            mine["matmul_share"] = ratio(times[PRODUCTS], times[name, what])
+
+
+def ratio(those: Sequence[float], these: Sequence[float]) -> float:
+    """Median over the rounds of those times over these."""
+    return statistics.median(a / b for a, b in zip(those, these, strict=True))
+
+
+# On a GPU
+
+
+def _scratch(run: Run, outputs_mib: float) -> Fields:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return {"scratch_mib": (torch.cuda.max_memory_allocated() - before) / MIB - outputs_mib}
+
+
+def _launches(form: Form, leaves: Sequence[Tensor], y: Tensor) -> Fields:
+    """Kernels, copies and fills of a forward and of a backward, without the one that fills in a gradient of one."""
+    one = torch.ones((), device="cuda")
+    with _watched() as forward:
+        loss = form(*leaves, y)
+    with _watched() as backward:
+        torch.autograd.grad(loss, leaves, one.to(loss.dtype))
+    return {"launches": _on_device(forward), "launches_bwd": _on_device(backward)}
+
+
+def _watched() -> torch.profiler.profile:
+    torch.cuda.synchronize()
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+
+def _on_device(profile: torch.profiler.profile) -> int:
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def captured(run: Run) -> Run:
+    """`run` as a CUDA graph, to be replayed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # warm-up outside the caller's stream, as capturing wants it
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+# On a CPU: a process of its own
+
+
+def in_fresh_process(work: Callable, *args: Any) -> Any:
+    """work(*args) in a process that has done nothing before, with this one's threads and memory budget.
+
+    It is forked from a server that has only imported torch. What it raises is raised here; if it is killed, that is
+    out of memory.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.measure"])
+    here, there = context.Pipe(duplex=False)
+    settings = (torch.get_num_threads(), hc.memory_budget())
+    process = context.Process(target=_answer, args=(there, settings, work, args))
+    process.start()
+    there.close()
+    try:
+        result = here.recv()
+    except EOFError:
+        process.join()
+        raise MemoryError(f"its process ended with code {process.exitcode}") from None
+    process.join()
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _answer(there: Any, settings: tuple[int, int], work: Callable, args: tuple) -> None:
+    threads, budget = settings
+    torch.set_num_threads(threads)
+    hc.set_memory_budget(budget)
+    try:
+        answer = work(*args)
+    except Exception as error:  # of whatever type: it may not survive the pipe
+        full = status_of(error) == "out of memory"
+        answer = (MemoryError if full else RuntimeError)(reason_of(error))
+    there.send(answer)
+
+
+def peak_of_step(case: Case, name: str) -> Fields:
+    """Peak resident memory of one step beyond its inputs, apart from loss and gradients. Linux, in a fresh process."""
+    import resource
+
+    form = peers.candidates(case, "cpu", [name])[name]
+    leaves, y = forms.of_case(case, "cpu")
+    free = _kib("/proc/meminfo", "MemAvailable")
+    limit = int((_kib("/proc/self/status", "VmSize") + SPARE * free) * 1024)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        forms.step(form, leaves, y)  # what is allocated once, by libraries and compilers
+    except Exception as error:
+        if status_of(error) == "out of memory":
+            raise MemoryError(f"needs more than the {free / MIB:.0f} GiB that are free") from None
+        raise
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory leaves the process, or it would be found again for nothing
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _kib("/proc/self/status", "VmRSS")
+    outputs = forms.step(form, leaves, y)
+    peak = (_kib("/proc/self/status", "VmHWM") - before) / 1024
+    outputs_mib = sum(x.numel() * x.itemsize for x in outputs) / MIB
+    return {"outputs_mib": outputs_mib, "scratch_mib": max(0.0, peak - outputs_mib)}
+
+
+def _kib(file: str, field: str) -> int:
+    lines = Path(file).read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))

@@ -1,0 +1,402 @@
+"""The bench measures what it says: schema, rounds, errors and verdicts, peers, memory, cases, comparison of files."""
+
+import dataclasses
+import math
+import os
+import signal
+from functools import partial
+
+import pytest
+import torch
+
+from bench import diff, forms, matrix, peers
+from bench.__main__ import main
+from bench.measure import in_fresh_process, interleaved, measure, peak_of_step
+from bench.peers import OURS, Absent, Peer
+from bench.record import Case, Row, Writer, read
+
+SMALL = ["--shape", "32", "8", "16", "--seconds", "0"]
+# Logits of 1 TiB, more than any machine's memory; once per class they are small.
+TOO_LARGE = Case("ntce", 1 << 19, 4, 2)
+
+
+def rows_of(case, candidates, **options):
+    return {row.form: row for row in measure(case, candidates, "cpu", 0, **{"memory": False, **options})}
+
+
+# The file
+
+
+def test_rows_survive_the_file(tmp_path):
+    full = Row("ntce", OURS, 8, 4, 2, "float32", fwd_ms=1.5, launches=3, repeats=True, reason="one, two\nthree")
+    rows = [full, dataclasses.replace(full, form="other", repeats=False, fwd_ms=None, launches=None, status="absent")]
+    writer = Writer(tmp_path / "new" / "matrix.csv")
+    for row in rows:
+        writer.add(row)
+    assert read(writer.path) == rows
+    assert rows[0].case == Case("ntce", 8, 4, 2)
+
+
+# Rounds
+
+
+def test_forms_run_in_turn():
+    ran = []
+    runs = {name: partial(ran.append, name) for name in "abc"}
+    times = interleaved(runs, 0, lambda run: run() or float(len(ran)), least=4)
+    assert "".join(ran) == "abc" * 5  # a warm-up and four rounds
+    assert times["b"] == [5, 8, 11, 14]
+
+
+def test_rounds_go_on_for_the_time_asked():
+    def clock(run):
+        run()
+        return 1.0
+
+    assert len(interleaved({"a": lambda: torch.ones(1)}, 0.05, clock)["a"]) > 100
+
+
+# Errors
+
+
+def test_tangential_part():
+    g = forms.tangential(torch.tensor([[3.0, 4.0], [1.0, 1.0]]), torch.tensor([[2.0, 0.0], [5.0, 5.0]]))
+    assert torch.equal(g, torch.tensor([[0.0, 4.0], [0.0, 0.0]]))
+
+
+def test_what_lies_along_a_vector_is_no_tangential_error():
+    z = torch.tensor([[2.0, 0.0]], dtype=torch.float64)
+    want = [torch.tensor(1.0), torch.tensor([[0.0, 4.0]])]
+    assert forms.errors([want[0], torch.tensor([[1.0, 4.0]])], want, [z]) == (0.25, 0.0)
+    assert forms.errors([want[0], torch.tensor([[0.0, 5.0]])], want, [z]) == (0.25, 0.25)
+    assert math.isnan(forms.errors([want[0], torch.tensor([[math.nan, 4.0]])], want, [z])[0])
+
+
+@pytest.mark.parametrize("features", ["random", "collapsed"])
+@pytest.mark.parametrize("op", forms.EAGER)
+def test_eager_forms_are_the_specification(op, features):
+    """Or the bound they set would mean nothing."""
+    case = Case(op, 96, 7, 16, features=features, temperature=0.2)
+    leaves, y = forms.of_case(case, "cpu")
+    want = forms.true_step(case, leaves, y)
+    for form in forms.EAGER[op].values():
+        got = forms.step(partial(form, temperature=0.2), leaves, y)
+        assert max(forms.errors(got, want, leaves)) < (1e-4 if features == "collapsed" else 1e-5)
+
+
+def test_the_bound_is_the_best_eager_forms():
+    case = Case("ntce", 8, 4, 2)
+    assert forms.bound(case, [1e-2, 3e-3, math.nan]) == 6e-3
+    floor = forms.bound(case, [0.0])
+    assert 1e-6 < floor < 2e-5
+    assert forms.bound(case, []) == floor
+    assert forms.bound(case._replace(dtype="bfloat16"), [0.0]) > 2**-8
+
+
+@pytest.mark.parametrize(
+    ("case", "size"),
+    [
+        (Case("ntce", 4096, 1000, 512), (4096, 1000)),
+        (Case("ntce", 65536, 1000, 128), (4096, 1000)),
+        (Case("normface", 32768, 100_000, 512), (1024, 100_000)),
+        (Case("supcon", 65536, 1000, 128), (2048, 31)),  # an anchor keeps its 64 positives
+        (Case("supcon", 65536, 32768, 128, labels="instances"), (2048, 1024)),
+        (Case("normface", 16384, 16384, 64, labels="instances"), (1024, 1024)),
+    ],
+)
+def test_errors_are_measured_at_a_size_that_float64_can_do(case, size):
+    small = forms.reduced(case)
+    assert (small.n, small.k) == size
+    assert small._replace(n=case.n, k=case.k) == case
+
+
+def radial(z, w, y, temperature=0.1):
+    """The right value, and gradients with a part along their vectors."""
+    loss = forms.ntce_eager(z, w, y, temperature)
+    length = z.norm(dim=1).sum()
+    return loss + length - length.detach()
+
+
+WRONG = {
+    "value": lambda z, w, y, temperature=0.1: forms.ntce_eager(z, w, y, temperature) + 0.01,
+    "temperature": lambda z, w, y, temperature=0.1: forms.ntce_eager(z, w, y, 1.01 * temperature),
+    "gradient along its vector": radial,
+    "not a number": lambda z, w, y, temperature=0.1: forms.ntce_eager(z, w, y, temperature) * math.nan,
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_wrong_form_is_told(mistake):
+    case = Case("ntce", 64, 8, 16)
+    rows = rows_of(case, {"eager K x M": forms.ntce_eager, OURS: WRONG[mistake]})
+    assert rows["eager K x M"].status == "ok"
+    assert rows[OURS].status == "wrong"
+    assert "is past" in rows[OURS].reason
+    assert rows[OURS].fwd_bwd_ms > 0
+
+
+def test_a_wrong_form_fails_the_run(monkeypatch, tmp_path, capsys):
+    arguments = ["matrix", "--op", "ntce", *SMALL, "--vs", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    assert [row.status for row in read(tmp_path / "matrix.csv")] == ["ok", "ok"]
+    monkeypatch.setattr(forms, "ours", lambda op, temperature: WRONG["temperature"])
+    assert main(arguments) == 1
+    assert [row.status for row in read(tmp_path / "matrix.csv")] == ["ok", "wrong"]
+    assert "bench: ours of ntce 32 x 8 x 16 is wrong: " in capsys.readouterr().err
+
+
+def test_a_case_that_fails_leaves_the_others(monkeypatch, tmp_path):
+    monkeypatch.setattr(forms, "true_step", lambda case, *_: 1 / (case.n - 32))
+    entries = [matrix.Entry(Case(op, 32, 8, 16), ()) for op in ("buffer", "ntce")]
+    outcome = matrix.measure_all(entries, tmp_path / "matrix.csv", "cpu", 0)
+    assert {row.op for row in outcome.rows} == {"buffer", "ntce"}
+    assert [(row.status, row.reason) for row in outcome.wrong] == [("failed", "ZeroDivisionError: division by zero")]
+
+
+# What a row holds
+
+
+def test_a_row_is_whole():
+    case = Case("nonl", 64, 8, 16, features="collapsed")
+    row = rows_of(case, peers.candidates(case, "cpu", []), memory=True)[OURS]
+    assert row.case == case
+    assert row.status == "ok"
+    assert row.repeats is True
+    assert row.rounds == 3
+    assert row.fwd_p20 <= row.fwd_ms <= row.fwd_p80
+    assert row.fwd_bwd_p20 <= row.fwd_bwd_ms <= row.fwd_bwd_p80
+    assert row.tflops == pytest.approx(6e-9 * 64 * 8 * 16 / row.fwd_bwd_ms, rel=1e-3)
+    assert row.outputs_mib == pytest.approx((1 + (64 + 8) * 16) * 4 / 2**20, rel=1e-3)
+    assert 0 <= row.scratch_mib < 16
+    assert 0 < row.tangential_error < 1e-4
+    assert row.threads == torch.get_num_threads()
+    assert row.torch == torch.__version__
+    assert row.speedup > 0
+    assert row.matmul_share > 0
+    assert (row.graph_ms, row.launches) == (None, None)  # a GPU's
+
+
+def test_speed_is_over_the_first_eager_form():
+    case = Case("ntce", 64, 8, 16)
+    rows = rows_of(case, peers.candidates(case, "cpu", ["eager M x M"]))
+    assert list(rows) == ["eager M x M", "eager K x M", OURS]
+    assert rows["eager M x M"].speedup == 1
+    assert rows_of(case, peers.candidates(case, "cpu", []))["eager K x M"].speedup == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_buffer_is_measured(ranks):
+    from bench import buffer
+
+    rows = buffer.measure(Case("buffer", 8, 32, 12, ranks=ranks), "cpu", 0)
+    assert [row.form for row in rows] == [buffer.EAGER, buffer.TWIN, OURS]
+    for row in rows:
+        assert row.status == ("ok" if buffer.operators(row.form) or row.form == buffer.EAGER else "absent")
+        assert row.status != "ok" or (row.error < 1e-6 and row.fwd_ms > 0 and row.rounds >= buffer.ROUNDS)
+
+
+# Labels
+
+
+@pytest.mark.parametrize("kind", forms.LABELS)
+@pytest.mark.parametrize("op", ["ntce", "supcon"])
+def test_labels(op, kind):
+    k, views = 200, 2 if op == "supcon" else 1
+    (_, *_), y = forms.inputs(op, views * k, k, 4, labels=kind)
+    counts = torch.bincount(y, minlength=k)
+    assert len(y) == views * k
+    expected = {"single": counts[0] == len(y), "instances": (counts == views).all()}
+    assert expected.get(kind, counts.max() < len(y) / 4)
+    if kind == "longtail":
+        assert counts[:50].sum() > 5 * counts[-50:].sum()
+
+
+def test_collapsed_features_are_at_their_prototypes():
+    (z, w), y = forms.of_case(Case("ntce", 64, 8, 16, features="collapsed"), "cpu")
+    assert torch.cosine_similarity(z, w[y]).min() > 0.999
+
+
+# Peers
+
+
+def peer(build, **options):
+    return Peer(lambda case: case.op == "normface", build, **options)
+
+
+def test_an_absent_peer_says_why(monkeypatch):
+    monkeypatch.setattr(peers, "PEERS", {
+        "not installed": peer(None, missing=peers._package("no_such_module", "no-such-package")),
+        "for a GPU": peer(None, needs_gpu=True),
+        "broken": peer(lambda case: 1 / 0),
+        "for another loss": Peer(lambda case: case.op == "supcon", None),
+    })  # fmt: skip
+    case = Case("normface", 32, 8, 16)
+    rows = rows_of(case, peers.candidates(case, "cpu"))
+    reasons = {name: row.reason for name, row in rows.items() if row.status == "absent"}
+    assert reasons == {
+        "not installed": "pip install no-such-package",
+        "for a GPU": "needs a GPU",
+        "broken": "ZeroDivisionError: division by zero",
+    }
+    assert rows[OURS].status == "ok"
+    assert rows["for a GPU"].fwd_bwd_ms is None
+    assert "for another loss" not in rows
+
+
+def test_a_peer_that_fails_or_differs_is_a_finding(monkeypatch, tmp_path):
+    def raises(z, w, y):
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setattr(peers, "PEERS", {
+        "fails": peer(lambda case: raises),
+        "differs": peer(lambda case: lambda z, w, y: 2 * forms.normface_eager(z, w, y)),
+    })  # fmt: skip
+    outcome = matrix.measure_all(
+        [matrix.Entry(Case("normface", 32, 8, 16))], tmp_path / "matrix.csv", "cpu", 0, memory=False
+    )
+    statuses = {row.form: row.status for row in outcome.rows}
+    assert statuses == {"eager K x M": "ok", "fails": "failed", "differs": "wrong", OURS: "ok"}
+    assert next(row for row in outcome.rows if row.form == "fails").reason == "RuntimeError: no kernel"
+    assert not outcome.wrong
+
+
+@pytest.mark.parametrize("name", ["pytorch-metric-learning", "lightly"])
+def test_installed_peers_compute_our_number(name):
+    case = Case("supcon", 32, 16, 8, labels="instances")
+    form = peers.candidates(case, "cpu", [name])[name]
+    if isinstance(form, Absent):
+        pytest.skip(form.reason)
+    leaves, y = forms.of_case(case, "cpu")
+    error = forms.errors(forms.step(form, leaves, y), forms.true_step(case, leaves, y), leaves)
+    assert max(error) < 1e-6
+
+
+# Memory
+
+
+def test_out_of_memory_is_a_result():
+    rows = rows_of(TOO_LARGE, peers.candidates(TOO_LARGE, "cpu", ["eager M x M"]), memory=True)
+    assert rows["eager M x M"].status == "out of memory"
+    assert "GiB that are free" in rows["eager M x M"].reason
+    assert rows["eager M x M"].fwd_bwd_ms is None
+    assert rows["eager M x M"].error < 1e-4  # the smaller case of errors fits
+    assert rows[OURS].status == "ok"
+    assert rows["eager K x M"].speedup == 1
+
+
+def end_of_process():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_out_of_memory():
+    with pytest.raises(MemoryError, match="ended with code -9"):
+        in_fresh_process(end_of_process)
+
+
+def test_other_errors_come_out_of_the_process():
+    with pytest.raises(RuntimeError, match="KeyError"):
+        in_fresh_process(peak_of_step, Case("ntce", 8, 4, 2), "no such form")
+
+
+# Cases
+
+
+def test_quick_has_the_headlines():
+    entries = {entry.case: entry.vs for entry in matrix.quick()}
+    assert len(entries) == len(matrix.quick())
+    assert entries[Case("ntce", 4096, 1000, 512)] == ("eager M x M", "compiled")  # and K x M, which is always there
+    for op in ("nonl", "normface"):
+        assert Case(op, 4096, 1000, 512) in entries
+    assert Case("supcon", 8192, 100, 128) in entries
+    sizes = [case.n for case in entries if case[:1] + case[2:4] == ("ntce", 1000, 128) and case.features == "random"]
+    assert sizes == [256, 1024, 4096, 16384, 65536]
+    assert {case.op for case in entries if case.features == "collapsed"} == set(forms.EAGER)
+    kept = [4 * case.n * case.k <= 64 * 2**20 for case in entries if case.op == "ntce"]
+    assert {True, False} == set(kept)
+
+
+def test_standard_cases_can_be_made():
+    for entries in (matrix.quick(), matrix.standard_cpu(), matrix.standard_gpu()):
+        for entry in entries:
+            matrix._check(entry.case)
+            assert entry.vs is None or set(entry.vs) <= {name for op in forms.EAGER for name in peers.names(op)}
+    shapes = {(case.n, case.k, case.d) for case in (entry.case for entry in matrix.standard_gpu()) if case.op == "nonl"}
+    assert shapes >= {(4096, 1000, 2048), (65536, 1000, 128), (32768, 100_000, 512), (256, 1000, 2048)}
+    assert {entry.case.n for entry in matrix.standard_gpu() if entry.case.op == "supcon"} >= {8192, 65536, 262144}
+
+
+def test_cases_past_the_limit_are_named(tmp_path, capsys):
+    entries = [matrix.Entry(Case("ntce", 32, 8, 16), ())]
+    outcome = matrix.measure_all(entries, tmp_path / "matrix.csv", "cpu", 0, limit=-1)
+    assert not outcome.rows
+    assert outcome.skipped == entries
+    assert "ntce 32 x 8 x 16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quick", "--shape", "8", "4", "2"], "--quick has its own cases"),
+        (["--quick", "--op", "step"], "no standard case of step"),
+        (["--shape", "8", "0", "2"], "--shape must be positive, got 8 0 2"),
+        (["--op", "ntce", "--temperature", "-1"], "--temperature must be positive, got -1.0"),
+        (["--op", "supcon", "--labels", "instances", "--shape", "8", "8", "2"], "N = 2K"),
+        (["unheard"], "must be one of matrix, diff"),
+    ],
+)
+def test_bad_usage_is_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+# Comparison
+
+
+def timed(form=OURS, fwd_bwd=10.0, error=1e-6, **other):
+    times = {"fwd_bwd_ms": fwd_bwd, "fwd_bwd_p20": 0.95 * fwd_bwd, "fwd_bwd_p80": 1.05 * fwd_bwd}
+    return Row("ntce", form, 8, 4, 2, "float32", error=error, tangential_error=error, **{**times, **other})
+
+
+@pytest.mark.parametrize(
+    ("after", "worse"),
+    [
+        (timed(), None),
+        (timed(fwd_bwd=5.0), None),
+        (timed(fwd_bwd=13.0), "fwd_bwd is 1.30x as slow"),
+        (timed(fwd_bwd=10.9), None),
+        (timed(fwd_bwd=13.0, fwd_bwd_p20=10.2), None),  # the ranges overlap
+        (timed(error=1.1e-6), None),
+        (timed(error=2e-6), "error grew from 1.0e-06 to 2.0e-06"),
+        (timed(error=math.nan), "error grew"),
+        (timed(status="wrong", reason="because"), "is wrong (because)"),
+        (timed(status="out of memory", fwd_bwd_ms=None), "is out of memory"),
+    ],
+)
+def test_diff(after, worse, tmp_path, capsys):
+    for name, row in (("a", timed()), ("b", after)):
+        writer = Writer(tmp_path / f"{name}.csv")
+        writer.add(row)
+        writer.add(timed(form=f"only {name}"))
+    assert main(["diff", str(tmp_path / "a.csv"), str(tmp_path / "b.csv")]) == (1 if worse else 0)
+    said = capsys.readouterr().out
+    assert "1 rows in both; 1 in A alone, 1 in B alone" in said
+    assert ("worse: " in said) == bool(worse)
+    assert worse is None or worse in said
+
+
+def test_diff_marks_what_proves_nothing():
+    assert "~1.04" in diff.table([(timed(), timed(fwd_bwd=10.4))])
+    assert "| 1.50 |" in diff.table([(timed(), timed(fwd_bwd=15.0))])
+
+
+def test_diff_of_what_cannot_be_compared(tmp_path, capsys):
+    for name, form in (("a", "x"), ("b", "y")):
+        Writer(tmp_path / f"{name}.csv").add(timed(form=form))
+    (tmp_path / "c.csv").write_text("loss,form\n")
+    a, b, c = (str(tmp_path / f"{name}.csv") for name in "abc")
+    assert main(["diff", a, b]) == 2
+    assert main(["diff", a, c]) == 2
+    assert main(["diff", a, str(tmp_path / "none.csv")]) == 2
+    assert capsys.readouterr().err.count("bench: ") == 3
