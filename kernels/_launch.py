@@ -1,7 +1,8 @@
 """What every launcher needs: pinned block sizes, the split rule, and where to launch.
 
-Block sizes are pinned by operand type and width, never tuned at run time, so results repeat from run to run and every
-shipped configuration can be compiled and inspected ahead of time (`aot.aot_configurations`).
+Block sizes are pinned by architecture, operand type and width, never tuned at run time, so results repeat from run to
+run and every shipped configuration can be compiled and inspected ahead of time (`aot.aot_configurations`). Better ones
+are looked for by `python -m bench tune`.
 """
 
 from __future__ import annotations
@@ -44,76 +45,99 @@ class Config:
         }
 
 
-# Narrow (half types): a whole vector fits the tile, so the owned rows stay on chip. Keyed by block_d >= D.
-FORWARD_NARROW = {
+ARCHITECTURES = (80, 90, 100)
+Narrow = dict[int, Config]  # keyed by block_d >= D
+Wide = dict[tuple[int, bool], Config]  # keyed by (bytes an element, whether large tiles would leave a GPU idle)
+
+# One table a kernel and architecture, CROWDED for launches that bring more into a tile and have fewer registers left.
+# Narrow (half types): a whole vector fits the tile, so the owned rows stay on chip. Wide: the product runs over D in
+# steps.
+_NARROW: Narrow = {
     16: Config(128, 64, 16, 8, 3),
     32: Config(128, 64, 32, 8, 3),
     64: Config(128, 64, 64, 8, 3),
     128: Config(128, 64, 128, 8, 3),
 }
-BACKWARD_NARROW = {
-    16: Config(128, 64, 16, 8, 3),
-    32: Config(128, 64, 32, 8, 3),
-    64: Config(128, 64, 64, 8, 3),
-    128: Config(128, 64, 128, 8, 3),
-}
-# TIGHT tables need fewer registers: for other GPUs than Hopper, and for backwards that bring more into a tile, such as
-# those of column sums with their two more vectors of each sample.
-BACKWARD_NARROW_TIGHT = {
-    **BACKWARD_NARROW,
-    64: Config(128, 32, 64, 8, 3),
-    128: Config(64, 64, 128, 8, 3, max_registers=255),
-}
-# Wide: the product runs over D in steps. Keyed by (bytes an element, whether large tiles would leave a GPU idle).
-FORWARD_WIDE = {
-    (2, False): Config(128, 128, 64, 8, 3),
+_WIDE: Wide = {
+    (2, False): Config(128, 64, 64, 8, 3, max_registers=255),
     (2, True): Config(64, 64, 64, 4, 4, max_registers=255),
     (4, False): Config(64, 64, 16, 4, 3, max_registers=255),
     (4, True): Config(64, 64, 16, 4, 3, max_registers=255),
 }
-FORWARD_WIDE_TIGHT = {**FORWARD_WIDE, (2, False): Config(128, 64, 64, 8, 3, max_registers=255)}
-BACKWARD_WIDE = {
-    (2, False): Config(128, 128, 64, 8, 3),
-    (2, True): Config(64, 64, 64, 4, 4),
-    (4, False): Config(64, 64, 16, 4, 3, max_registers=255),
-    (4, True): Config(64, 64, 16, 4, 3, max_registers=255),
-}
-BACKWARD_WIDE_TIGHT = {**BACKWARD_WIDE, (2, False): Config(128, 64, 64, 8, 3)}
+FORWARD_NARROW = dict.fromkeys(ARCHITECTURES, _NARROW)
+FORWARD_WIDE = {80: _WIDE, 90: {**_WIDE, (2, False): Config(128, 128, 64, 8, 3)}, 100: _WIDE}
 # Wide forwards that keep exp(s). Tall tiles: what one needs of each column takes registers in every thread.
-FORWARD_KEEP = {(2, False): Config(256, 128, 64, 8, 4), (2, True): Config(64, 64, 64, 4, 4)}
-FORWARD_KEEP_TIGHT = {**FORWARD_KEEP, (2, False): Config(256, 64, 64, 8, 3)}
+_FORWARD_KEEP: Wide = {(2, False): Config(256, 64, 64, 8, 3), (2, True): Config(64, 64, 64, 4, 4)}
+FORWARD_KEEP = {80: _FORWARD_KEEP, 90: {**_FORWARD_KEEP, (2, False): Config(256, 128, 64, 8, 4)}, 100: _FORWARD_KEEP}
+FORWARD_KEEP_CROWDED = dict.fromkeys(ARCHITECTURES, _FORWARD_KEEP)
 BACKWARD_KEPT = Config(64, 128, 0, 8, 1)  # no product, hence no depth
 KEEP_WIDTH = 512  # of the products saved, from where on keeping pays: see `kept_shape`
 # Largest 1/τ at which exp(s) is kept. bfloat16 has float32's exponents. In float16 e^10 is finite and e^-10 lost half a
 # bit to underflow. float32 is not kept: its accuracy would show that no maximum was subtracted before exp.
 KEEP_INV_TEMPERATURE = {torch.bfloat16: 64.0, torch.float16: 10.0}
+# A triangular forward needs block_c to divide block_r.
+PAIR_TRIANGLE_NARROW = dict.fromkeys(ARCHITECTURES, _NARROW)
+PAIR_TRIANGLE_WIDE = dict.fromkeys(ARCHITECTURES, _WIDE)
+PAIR_FORWARD_NARROW = dict.fromkeys(ARCHITECTURES, _NARROW)
+PAIR_FORWARD_WIDE = dict.fromkeys(ARCHITECTURES, _WIDE)
 
-# Pairs of samples. A triangular forward needs block_c to divide block_r.
-PAIR_FORWARD_NARROW = FORWARD_NARROW
-PAIR_FORWARD_WIDE = FORWARD_WIDE_TIGHT
-PAIR_BACKWARD_NARROW = BACKWARD_NARROW
-PAIR_BACKWARD_NARROW_TIGHT = {
+# The accumulator of a narrow backward is a tile of its own, and outside Hopper it is all in registers.
+_BACKWARD_NARROW: Narrow = {
+    **_NARROW,
+    64: Config(128, 32, 64, 8, 3),
+    128: Config(64, 64, 128, 8, 3, max_registers=255),
+}
+_BACKWARD_WIDE: Wide = {
+    **_WIDE,
+    (2, False): Config(128, 64, 64, 8, 3),
+    (2, True): Config(64, 64, 64, 4, 4),
+}
+BACKWARD_NARROW = {80: _BACKWARD_NARROW, 90: _NARROW, 100: _BACKWARD_NARROW}
+BACKWARD_WIDE = {
+    80: _BACKWARD_WIDE,
+    90: {**_BACKWARD_WIDE, (2, False): Config(128, 128, 64, 8, 3)},
+    100: _BACKWARD_WIDE,
+}
+# Column sums bring two more vectors of each sample, listed classes their rows' addresses.
+BACKWARD_NARROW_CROWDED = dict.fromkeys(ARCHITECTURES, _BACKWARD_NARROW)
+BACKWARD_WIDE_CROWDED = dict.fromkeys(ARCHITECTURES, _BACKWARD_WIDE)
+
+_PAIR_BACKWARD_NARROW: Narrow = {
     16: Config(128, 32, 16, 8, 3, max_registers=255),
     32: Config(128, 32, 32, 8, 3, max_registers=255),
     64: Config(128, 32, 64, 8, 3, max_registers=255),
     128: Config(64, 64, 128, 8, 3, max_registers=255),
 }
-PAIR_BACKWARD_WIDE = {
+_PAIR_BACKWARD_WIDE: Wide = {
     (2, False): Config(128, 64, 64, 8, 3),
     (2, True): Config(64, 64, 64, 8, 4, max_registers=255),
     (4, False): Config(64, 64, 16, 8, 3, max_registers=255),
     (4, True): Config(64, 64, 16, 8, 3, max_registers=255),
 }
-# Log-sum-exps of positives bring two more exponentials of each pair into a tile, masks two pointers.
-PAIR_BACKWARD_WIDE_TIGHT = {**PAIR_BACKWARD_WIDE, (2, False): PAIR_BACKWARD_WIDE[2, True]}
+PAIR_BACKWARD_NARROW = {80: _PAIR_BACKWARD_NARROW, 90: _NARROW, 100: _PAIR_BACKWARD_NARROW}
+PAIR_BACKWARD_WIDE = dict.fromkeys(ARCHITECTURES, _PAIR_BACKWARD_WIDE)
+# Log-sum-exps of positives bring two more exponentials of each pair, masks two pointers.
+_PAIR_BACKWARD_WIDE_CROWDED: Wide = {**_PAIR_BACKWARD_WIDE, (2, False): _PAIR_BACKWARD_WIDE[2, True]}
+PAIR_BACKWARD_NARROW_CROWDED = dict.fromkeys(ARCHITECTURES, _PAIR_BACKWARD_NARROW)
+PAIR_BACKWARD_WIDE_CROWDED = dict.fromkeys(ARCHITECTURES, _PAIR_BACKWARD_WIDE_CROWDED)
 
 
-def is_narrow(dtype: torch.dtype, dim: int) -> bool:
-    """Where recomputing logits from rows kept on chip beats passing H through memory.
+def architecture(device: torch.device) -> int:
+    """Whose tables a device takes: those of Ampere, which ask for the least, where it has none of its own.
+
+    The interpreter runs Hopper's.
+    """
+    if device.type != "cuda":
+        return 90
+    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
+
+
+def is_narrow(tables: dict[int, Narrow], x: Tensor) -> bool:
+    """Where recomputing logits from rows kept on chip beats passing H through memory: where that is pinned.
 
     float32 is wide at any D: its exact products are three, which leaves no registers for a second accumulator.
     """
-    return dtype.itemsize == 2 and dim <= max(FORWARD_NARROW)
+    return x.dtype.itemsize == 2 and padded_width(x.shape[1]) in tables[architecture(x.device)]
 
 
 def padded_width(dim: int) -> int:
@@ -121,14 +145,15 @@ def padded_width(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def narrow_config(table: dict[int, Config], dim: int) -> Config:
-    return table[padded_width(dim)]
+def narrow_config(tables: dict[int, Narrow], x: Tensor) -> Config:
+    return tables[architecture(x.device)][padded_width(x.shape[1])]
 
 
-def wide_config(table: dict, dtype: torch.dtype, rows: int, columns: int) -> Config:
-    large = table[dtype.itemsize, False]
-    tiles = cdiv(rows, large.block_r) * cdiv(columns, large.block_c)
-    return table[dtype.itemsize, tiles < TARGET_PROGRAMS // 4]
+def wide_config(tables: dict[int, Wide], x: Tensor, num_columns: int) -> Config:
+    table, itemsize = tables[architecture(x.device)], x.dtype.itemsize
+    large = table[itemsize, False]
+    tiles = cdiv(len(x), large.block_r) * cdiv(num_columns, large.block_c)
+    return table[itemsize, tiles < TARGET_PROGRAMS // 4]
 
 
 def row_blocks(dim: int) -> dict[str, int]:
@@ -207,11 +232,6 @@ def pair_chunks(num_rows: int, num_columns: int, itemsize: int) -> Iterator[tupl
     parts = [slice(start, min(start + CHUNK_COLUMNS, num_columns)) for start in range(0, num_columns, CHUNK_COLUMNS)]
     for rows in row_chunks(num_rows, itemsize * min(num_columns, CHUNK_COLUMNS)):
         yield rows, parts
-
-
-def is_tight(crowded: bool, device: torch.device) -> bool:
-    """Whether a launch takes the TIGHT tables: for what it brings into a tile, or for where it runs."""
-    return crowded or (device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0))
 
 
 def cdiv(a: int, b: int) -> int:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from . import _epilogue, _launch, class_sums, pair_backward, pair_forward, prototype_backward, prototype_forward
+from ._launch import ARCHITECTURES
 
-ARCHITECTURES = (80, 90, 100)
 _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _OPERANDS = {"a_ptr", "b_ptr", "w_ptr", "z_ptr", "h_ptr", "kept_ptr", "x_ptr", "features_ptr", "prototypes_ptr"}
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
@@ -58,6 +64,18 @@ _RULES = [(True, False, False), (True, False, True), (False, True, False), (Fals
 
 
 @dataclass(frozen=True)
+class Compiled:
+    """What a compiled kernel takes of a multiprocessor."""
+
+    registers: int  # a thread
+    spills: int  # instructions that store or load what found no register
+    stack: int  # bytes a thread
+    shared: int  # bytes of shared memory a program
+    tensor_columns: int  # of Blackwell's tensor memory a program
+    wgmma: int  # instructions of Hopper's tensor cores
+
+
+@dataclass(frozen=True)
 class AotConfiguration:
     name: str
     kernel: Any
@@ -65,6 +83,7 @@ class AotConfiguration:
     constexprs: dict[str, Any]
     options: dict[str, int]  # num_warps, num_stages, maxnreg
     architectures: tuple[int, ...]
+    crowded: bool  # of its kernel's two tables, the one for launches that bring more into a tile
 
     def aligned_arguments(self, aligned: bool) -> list[str]:
         """Arguments that Triton may take for multiples of 16: all it looks at, or those that the launchers align."""
@@ -72,6 +91,36 @@ class AotConfiguration:
             name for name, kind in self.signature.items() if kind != "constexpr" and name not in _NEVER_SPECIALIZED
         ]
         return [name for name in varying if aligned or name in _ALWAYS_ALIGNED or name.startswith("stride_")]
+
+    def compiled(self, architecture: int, aligned: bool) -> Compiled:
+        """Without a GPU; Triton must have been imported without its interpreter."""
+        index = self.kernel.arg_names.index
+        attributes = {(index(name),): [["tt.divisibility", 16]] for name in self.aligned_arguments(aligned)}
+        source = ASTSource(self.kernel, self.signature, self.constexprs, attributes)
+        binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=self.options)
+        usage, sass = _disassembled(binary.asm["cubin"])
+        stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("STACK", "LOCAL"))
+        return Compiled(
+            registers=int(re.search(r"REG:(\d+)", usage)[1]),
+            spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+            stack=stack + local,
+            shared=binary.metadata.shared,
+            tensor_columns=binary.metadata.tmem_size,
+            wgmma=len(re.findall("HGMMA", sass)),
+        )
+
+
+def _disassembled(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and SASS, by the disassembler that comes with Triton."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage, sass = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    return usage, sass
 
 
 def aot_configurations() -> list[AotConfiguration]:
@@ -90,6 +139,7 @@ def _configuration(
     meta: dict[str, Any],
     grad_dtype: torch.dtype | None = None,
     archs: tuple[int, ...] = ARCHITECTURES,
+    crowded: bool = False,
 ) -> AotConfiguration:
     constexprs = {key: value for key, value in meta.items() if key not in _OPTIONS}
     signature = {}
@@ -108,6 +158,7 @@ def _configuration(
         constexprs,
         {key: value for key, value in meta.items() if key in _OPTIONS},
         archs,
+        crowded,
     )
 
 
@@ -139,10 +190,8 @@ def _flags(rows: bool, cols: bool) -> Iterator[tuple[bool, bool]]:
 
 def _forward() -> Iterator[AotConfiguration]:
     for dtype in _TRITON_NAMES:
-        narrow = [(c, True, ARCHITECTURES) for c in _launch.FORWARD_NARROW.values() if dtype.itemsize == 2]
-        tables = [_of_type(t, dtype) for t in (_launch.FORWARD_WIDE, _launch.FORWARD_WIDE_TIGHT)]
-        wide = [(c, False, archs) for c, archs in _by_architecture(*tables, crowded=False)]
-        for (config, is_narrow, archs), (rows, cols, exclude_own) in itertools.product(narrow + wide, _RULES):
+        configs = _forward_configs(_launch.FORWARD_NARROW, _launch.FORWARD_WIDE, dtype)
+        for (config, is_narrow, archs), (rows, cols, exclude_own) in itertools.product(configs, _RULES):
             for tensor_temperature, compact in _flags(rows, cols):
                 for a_is_classes, fixed_shift in itertools.product(
                     [True] * rows + [False] * cols,
@@ -163,8 +212,7 @@ def _forward() -> Iterator[AotConfiguration]:
 
 def _forward_keep() -> Iterator[AotConfiguration]:
     for dtype, (rows, cols, exclude_own) in itertools.product(_launch.KEEP_INV_TEMPERATURE, _RULES):
-        tables = [_of_type(t, dtype) for t in (_launch.FORWARD_KEEP, _launch.FORWARD_KEEP_TIGHT)]
-        configs = _by_architecture(*tables, crowded=rows and cols)
+        configs = _pinned(_launch.FORWARD_KEEP_CROWDED if rows and cols else _launch.FORWARD_KEEP, dtype)
         compaction = (False, True) if rows and not cols else (False,)
         for (config, archs), compact in itertools.product(configs, compaction):
             meta = {
@@ -178,18 +226,24 @@ def _forward_keep() -> Iterator[AotConfiguration]:
             yield _configuration("lse_fwd_tile", prototype_forward._lse_fwd_tile_kernel, dtype, meta, archs=archs)
 
 
-def _of_type(table: dict[tuple[int, bool], _launch.Config], dtype: torch.dtype) -> dict[bool, _launch.Config]:
-    return {small: config for (itemsize, small), config in table.items() if itemsize == dtype.itemsize}
+def _forward_configs(
+    narrow: dict[int, _launch.Narrow], wide: dict[int, _launch.Wide], dtype: torch.dtype
+) -> list[tuple[_launch.Config, bool, tuple[int, ...]]]:
+    """(configuration, whether it is a narrow one, where it is chosen)."""
+    configs = [(config, False, archs) for config, archs in _pinned(wide, dtype)]
+    return configs + [(config, True, archs) for config, archs in _pinned(narrow, dtype) if dtype.itemsize == 2]
 
 
-def _by_architecture(usual: dict, tight: dict, crowded: bool) -> list[tuple[_launch.Config, tuple[int, ...]]]:
-    """The configurations of two tables and where `_launch.is_tight` chooses each."""
-    choices = [(tight, ARCHITECTURES)] if crowded else [(usual, (90,)), (tight, (80, 100))]
-    chosen: dict[_launch.Config, tuple[int, ...]] = {}
-    for table, archs in choices:
-        for config in dict.fromkeys(table.values()):
-            chosen[config] = tuple(sorted({*chosen.get(config, ()), *archs}))
-    return list(chosen.items())
+def _pinned(
+    tables: dict[int, _launch.Narrow] | dict[int, _launch.Wide], dtype: torch.dtype
+) -> list[tuple[_launch.Config, tuple[int, ...]]]:
+    """The configurations of a kernel for a type, and the architectures that choose each."""
+    chosen: dict[_launch.Config, set[int]] = {}
+    for architecture, table in tables.items():
+        for key, config in table.items():
+            if not isinstance(key, tuple) or key[0] == dtype.itemsize:
+                chosen.setdefault(config, set()).add(architecture)
+    return [(config, tuple(sorted(architectures))) for config, architectures in chosen.items()]
 
 
 def _backward_narrow() -> Iterator[AotConfiguration]:
@@ -197,8 +251,8 @@ def _backward_narrow() -> Iterator[AotConfiguration]:
         endings = [(True, False), (False, True), (False, False)]  # (SPLIT, NORMALIZE)
         for (tensor_temperature, compact), a_is_classes in itertools.product(_flags(rows, cols), (True, False)):
             crowded = cols or (compact and a_is_classes)
-            configs = _by_architecture(_launch.BACKWARD_NARROW, _launch.BACKWARD_NARROW_TIGHT, crowded)
-            for (config, archs), (split, normalize) in itertools.product(configs, endings):
+            tables = _launch.BACKWARD_NARROW_CROWDED if crowded else _launch.BACKWARD_NARROW
+            for (config, archs), (split, normalize) in itertools.product(_pinned(tables, dtype), endings):
                 meta = {
                     "A_IS_CLASSES": a_is_classes,
                     "EXCLUDE_OWN": exclude_own,
@@ -212,17 +266,17 @@ def _backward_narrow() -> Iterator[AotConfiguration]:
                     "INPUT_PRECISION": _launch.input_precision(dtype),
                     **config.launch_options(),
                 }
-                yield _configuration("lse_bwd", prototype_backward._lse_bwd_kernel, dtype, meta, archs=archs)
-                if a_is_classes and not split:  # fp32 prototypes of half features: their gradient stays fp32
+                # fp32 prototypes of half features: their gradient stays fp32.
+                for grad_dtype in (None, torch.float32) if a_is_classes and not split else (None,):
                     yield _configuration(
-                        "lse_bwd", prototype_backward._lse_bwd_kernel, dtype, meta, torch.float32, archs
+                        "lse_bwd", prototype_backward._lse_bwd_kernel, dtype, meta, grad_dtype, archs, crowded
                     )
 
 
 def _backward_wide() -> Iterator[AotConfiguration]:
     for dtype, (rows, cols, exclude_own) in itertools.product(_TRITON_NAMES, _RULES):
-        tables = [_of_type(t, dtype) for t in (_launch.BACKWARD_WIDE, _launch.BACKWARD_WIDE_TIGHT)]
-        choices = [(config, archs, False) for config, archs in _by_architecture(*tables, cols)]
+        configs = _pinned(_launch.BACKWARD_WIDE_CROWDED if cols else _launch.BACKWARD_WIDE, dtype)
+        choices = [(config, archs, False) for config, archs in configs]
         if dtype in _launch.KEEP_INV_TEMPERATURE:
             choices.append((_launch.BACKWARD_KEPT, ARCHITECTURES, True))
         for (config, archs, kept), (tensor_temperature, compact) in itertools.product(choices, _flags(rows, cols)):
@@ -239,7 +293,9 @@ def _backward_wide() -> Iterator[AotConfiguration]:
                 "INPUT_PRECISION": _launch.input_precision(dtype),
                 **config.launch_options(),
             }
-            yield _configuration("lse_bwd_tile", prototype_backward._lse_bwd_tile_kernel, dtype, meta, archs=archs)
+            yield _configuration(
+                "lse_bwd_tile", prototype_backward._lse_bwd_tile_kernel, dtype, meta, archs=archs, crowded=cols
+            )
 
 
 def _pair_scalings(dtype: torch.dtype) -> list[tuple[bool, bool]]:
@@ -248,22 +304,28 @@ def _pair_scalings(dtype: torch.dtype) -> list[tuple[bool, bool]]:
 
 
 def _pair_forward() -> Iterator[AotConfiguration]:
-    for dtype in _TRITON_NAMES:
-        configs = [(c, True) for c in _launch.PAIR_FORWARD_NARROW.values() if dtype.itemsize == 2]
-        configs += [(c, False) for c in dict.fromkeys(_of_type(_launch.PAIR_FORWARD_WIDE, dtype).values())]
-        combinations = itertools.product(configs, _pair_scalings(dtype))
-        for (config, is_narrow), (fixed_shift, tensor_temperature) in combinations:
+    triangle = "pair_triangle", pair_forward._pair_triangle_kernel
+    rectangle = "pair_fwd", pair_forward._pair_fwd_kernel
+    positives = [
+        {"HAS_MASK": has_mask, "HAS_POSITIVES": has_mask or inside, "INSIDE": inside}
+        for has_mask, inside in itertools.product((True, False), repeat=2)
+    ]
+    families = (
+        (*triangle, _launch.PAIR_TRIANGLE_NARROW, _launch.PAIR_TRIANGLE_WIDE, [{}]),
+        (*rectangle, _launch.PAIR_FORWARD_NARROW, _launch.PAIR_FORWARD_WIDE, positives),
+    )
+    for (name, kernel, narrow, wide, flags), dtype in itertools.product(families, _TRITON_NAMES):
+        combinations = itertools.product(_forward_configs(narrow, wide, dtype), _pair_scalings(dtype), flags)
+        for (config, is_narrow, archs), (fixed_shift, tensor_temperature), more in combinations:
             meta = {
+                **more,
                 "FIXED_SHIFT": fixed_shift,
                 "HAS_TEMPERATURE": tensor_temperature,
                 "NARROW": is_narrow,
                 "INPUT_PRECISION": _launch.input_precision(dtype),
                 **config.launch_options(),
             }
-            yield _configuration("pair_triangle", pair_forward._pair_triangle_kernel, dtype, meta)
-            for has_mask, inside in itertools.product((True, False), repeat=2):
-                positives = {"HAS_MASK": has_mask, "HAS_POSITIVES": has_mask or inside, "INSIDE": inside}
-                yield _configuration("pair_fwd", pair_forward._pair_fwd_kernel, dtype, positives | meta)
+            yield _configuration(name, kernel, dtype, meta, archs=archs)
 
 
 def _pair_backward() -> Iterator[AotConfiguration]:
@@ -281,23 +343,30 @@ def _pair_backward() -> Iterator[AotConfiguration]:
                 "INPUT_PRECISION": _launch.input_precision(dtype),
             }
             if dtype.itemsize == 2:
-                tables = _launch.PAIR_BACKWARD_NARROW, _launch.PAIR_BACKWARD_NARROW_TIGHT
-                for config, archs in _by_architecture(*tables, inside or not rows):
+                crowded = inside or not rows
+                tables = _launch.PAIR_BACKWARD_NARROW_CROWDED if crowded else _launch.PAIR_BACKWARD_NARROW
+                for config, archs in _pinned(tables, dtype):
                     meta = {**shared, **config.launch_options()}
-                    yield _configuration("pair_bwd", pair_backward._pair_bwd_kernel, dtype, meta, archs=archs)
+                    yield _configuration(
+                        "pair_bwd", pair_backward._pair_bwd_kernel, dtype, meta, archs=archs, crowded=crowded
+                    )
             for has_mask in (False, True):
-                tight = inside or has_mask
-                table = _launch.PAIR_BACKWARD_WIDE_TIGHT if tight else _launch.PAIR_BACKWARD_WIDE
-                for config in dict.fromkeys(_of_type(table, dtype).values()):
+                crowded = inside or has_mask
+                tables = _launch.PAIR_BACKWARD_WIDE_CROWDED if crowded else _launch.PAIR_BACKWARD_WIDE
+                for config, archs in _pinned(tables, dtype):
                     meta = {**shared, "HAS_MASK": has_mask, **config.launch_options()}
-                    yield _configuration("pair_bwd_tile", pair_backward._pair_bwd_tile_kernel, dtype, meta)
+                    yield _configuration(
+                        "pair_bwd_tile", pair_backward._pair_bwd_tile_kernel, dtype, meta, archs=archs, crowded=crowded
+                    )
 
 
 def _over_rows() -> Iterator[AotConfiguration]:
+    backwards = (_launch.BACKWARD_NARROW, _launch.PAIR_BACKWARD_NARROW)
+    narrow_widths = {width for tables in backwards for table in tables.values() for width in table}
     for dtype, dim in itertools.product(_TRITON_NAMES, (16, 32, 64, 128, 256, 512, 1024)):
         blocks = _launch.row_blocks(dim)
         # Library products leave the scale of fp16 to be undone; the narrow backwards undo it themselves.
-        ranges = [False] * _launch.is_narrow(dtype, dim) + [True] if dtype == torch.float16 else [False]
+        ranges = [False] * (dim in narrow_widths) + [True] if dtype == torch.float16 else [False]
         for tensor_temperature in (False, True):
             temperature = {"HAS_TEMPERATURE": tensor_temperature}
             yield _configuration(
@@ -311,8 +380,8 @@ def _over_rows() -> Iterator[AotConfiguration]:
                     yield _configuration("finish", _epilogue._finish_kernel, dtype, meta, grad_dtype)
         for normalize in (False, True):
             yield _configuration("norms", pair_forward._norms_kernel, dtype, {"NORMALIZE": normalize, **blocks})
-    tables = (_launch.PAIR_FORWARD_NARROW, _launch.PAIR_FORWARD_WIDE)
-    steps = {config.block_r for table in tables for config in table.values()}  # one a block of rows of the triangle
+    triangles = (*_launch.PAIR_TRIANGLE_NARROW.values(), *_launch.PAIR_TRIANGLE_WIDE.values())
+    steps = {config.block_r for table in triangles for config in table.values()}  # one a block of rows
     for step, accumulate in [(0, False), (0, True), *((step, True) for step in sorted(steps))]:
         meta = {"STEP": step, "ACCUMULATE": accumulate, **_launch.COMBINE_BLOCKS}
         yield _configuration("combine", _epilogue._combine_kernel, torch.float32, meta)

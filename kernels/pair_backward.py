@@ -446,9 +446,9 @@ def narrow(scaling: Scaling, backward: Backward, gradient: Gradient) -> None:
 def _launch_narrow(scaling: Scaling, chunk: Backward, weights_range: Tensor | None) -> Tensor:
     """P of a chunk, in parts [S, R, D]."""
     (num_rows, dim), num_columns = chunk.pairs.rows.shape, len(chunk.pairs.columns)
-    tight = _launch.is_tight(chunk.inside or chunk.row_side is None, chunk.pairs.rows.device)
-    table = _launch.PAIR_BACKWARD_NARROW_TIGHT if tight else _launch.PAIR_BACKWARD_NARROW
-    config = _launch.narrow_config(table, dim)
+    crowded = chunk.inside or chunk.row_side is None
+    tables = _launch.PAIR_BACKWARD_NARROW_CROWDED if crowded else _launch.PAIR_BACKWARD_NARROW
+    config = _launch.narrow_config(tables, chunk.pairs.rows)
     row_blocks = cdiv(num_rows, config.block_r)
     splits = _launch.split_count(row_blocks, cdiv(num_columns, config.block_c), 4 * num_rows * dim)
     partials = chunk.inv_rows.new_empty(splits, num_rows, dim)
@@ -479,9 +479,9 @@ def _launch_tile(scaling: Scaling, chunk: Backward, weights_range: Tensor | None
     """H of a chunk, in the operand's type."""
     rows = chunk.pairs.rows
     num_rows, num_columns = len(rows), len(chunk.pairs.columns)
-    tight = chunk.inside or chunk.has_mask
-    table = _launch.PAIR_BACKWARD_WIDE_TIGHT if tight else _launch.PAIR_BACKWARD_WIDE
-    config = _launch.wide_config(table, rows.dtype, num_rows, num_columns)
+    crowded = chunk.inside or chunk.has_mask
+    tables = _launch.PAIR_BACKWARD_WIDE_CROWDED if crowded else _launch.PAIR_BACKWARD_WIDE
+    config = _launch.wide_config(tables, rows, num_columns)
     h = rows.new_empty(num_rows, cdiv(num_columns, 64) * 64)  # padded: library products want aligned rows
     _pair_bwd_tile_kernel[(cdiv(num_rows, config.block_r) * cdiv(num_columns, config.block_c),)](
         h_ptr=h,

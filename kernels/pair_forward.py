@@ -315,7 +315,8 @@ def rectangle(
     """Log-sum-exps [R], and positives [R] when they need the tiles: a mask, or their log-sum-exp."""
     rows, columns = pairs.rows, pairs.columns
     (num_rows, dim), num_columns = rows.shape, len(columns)
-    config, variant = _forward_variant(scaling, rows, num_columns)
+    tables = _launch.PAIR_FORWARD_NARROW, _launch.PAIR_FORWARD_WIDE
+    config, variant = _forward_variant(scaling, *tables, rows, num_columns)
     row_blocks = cdiv(num_rows, config.block_r)
     splits = _launch.split_count(row_blocks, cdiv(num_columns, config.block_c), 4 * num_rows)
     lse = torch.empty(splits, num_rows, device=rows.device)
@@ -353,7 +354,8 @@ def triangle(scaling: Scaling, pairs: Pairs, inv: Tensor) -> Tensor:
     """Log-sum-exps [R] of rows that are the columns as well."""
     x, ids = pairs.rows, pairs.row_ids
     num_rows, dim = x.shape
-    config, variant = _forward_variant(scaling, x, num_rows)
+    tables = _launch.PAIR_TRIANGLE_NARROW, _launch.PAIR_TRIANGLE_WIDE
+    config, variant = _forward_variant(scaling, *tables, x, num_rows)
     lse = inv.new_full((num_rows,), float("-inf"))
     for first, last in _strip_groups(num_rows, config.block_r):
         group_rows, columns = last - first, num_rows - first
@@ -389,14 +391,19 @@ def _strip_groups(num_rows: int, block: int) -> Iterator[tuple[int, int]]:
         first = last
 
 
-def _forward_variant(scaling: Scaling, rows: Tensor, num_columns: int) -> tuple[_launch.Config, dict[str, Any]]:
+def _forward_variant(
+    scaling: Scaling,
+    narrow_tables: dict[int, _launch.Narrow],
+    wide_tables: dict[int, _launch.Wide],
+    rows: Tensor,
+    num_columns: int,
+) -> tuple[_launch.Config, dict[str, Any]]:
     """The tile, and what follows of it and of the type for either forward kernel."""
-    num_rows, dim = rows.shape
-    narrow = _launch.is_narrow(rows.dtype, dim)
+    narrow = _launch.is_narrow(narrow_tables, rows)
     if narrow:
-        config = _launch.narrow_config(_launch.PAIR_FORWARD_NARROW, dim)
+        config = _launch.narrow_config(narrow_tables, rows)
     else:
-        config = _launch.wide_config(_launch.PAIR_FORWARD_WIDE, rows.dtype, num_rows, num_columns)
+        config = _launch.wide_config(wide_tables, rows, num_columns)
     return config, {
         "FIXED_SHIFT": scaling.fixed_shift(rows.dtype, MAX_FIXED_SHIFT),
         "NARROW": narrow,

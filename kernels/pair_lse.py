@@ -132,7 +132,7 @@ def launch_bwd(
     grad = torch.empty(pairs.rows.shape, dtype=_launch.kernel_dtype(rows), device=rows.device)
     gradient = Gradient(pairs.rows, inv_rows, grad, radial)
     with _launch.on_device(rows):
-        is_narrow = not backward.has_mask and _launch.is_narrow(dtype, pairs.rows.shape[1])
+        is_narrow = not backward.has_mask and _launch.is_narrow(_launch.PAIR_BACKWARD_NARROW, pairs.rows)
         (pair_backward.narrow if is_narrow else pair_backward.wide)(scaling, backward, gradient)
     return unpadded(grad, rows), scaling.divide(radial.sum())
 

@@ -309,10 +309,8 @@ def _launch_narrow(
 ) -> None:
     """dA, by recomputing the logits."""
     num_rows, (num_columns, dim) = len(a.x), b.x.shape
-    # Listed classes take their rows from memory, which leaves no registers for the usual tile.
-    listed_rows = a_is_classes and operands.present is not None
-    tight = _launch.is_tight(listed_rows or (b if a_is_classes else a).lse is not None, a.x.device)
-    config = _launch.narrow_config(_launch.BACKWARD_NARROW_TIGHT if tight else _launch.BACKWARD_NARROW, dim)
+    crowded = (a_is_classes and operands.present is not None) or (b if a_is_classes else a).lse is not None
+    config = _launch.narrow_config(_launch.BACKWARD_NARROW_CROWDED if crowded else _launch.BACKWARD_NARROW, a.x)
     row_blocks = cdiv(num_rows, config.block_r)
     splits = _launch.split_count(row_blocks, cdiv(num_columns, config.block_c), 4 * num_rows * dim)
     weights_range = fp16_range(a.x.dtype, (a.upstream, b.upstream, grad_pos), b.inv)
@@ -386,9 +384,8 @@ def _launch_tile(
     """H of a chunk of classes and samples, in the operand's type."""
     num_rows, (num_columns, dim) = len(classes.x), samples.x.shape
     if kept is None:
-        tight = _launch.is_tight(samples.lse is not None, samples.x.device)
-        table = _launch.BACKWARD_WIDE_TIGHT if tight else _launch.BACKWARD_WIDE
-        config = _launch.wide_config(table, samples.x.dtype, num_rows, num_columns)
+        tables = _launch.BACKWARD_WIDE if samples.lse is None else _launch.BACKWARD_WIDE_CROWDED
+        config = _launch.wide_config(tables, classes.x, num_columns)
     else:
         config = _launch.BACKWARD_KEPT
     h = samples.x.new_empty(num_rows, cdiv(num_columns, 64) * 64)  # padded: library products want aligned rows

@@ -300,12 +300,11 @@ def lse(
         classes = present.take(operands.prototypes), present.take(inv_prototypes)
     (a, inv_a), (b, inv_b) = (classes, samples) if a_is_classes else (samples, classes)
     num_rows, (num_columns, dim) = len(a), b.shape
-    narrow = _launch.is_narrow(a.dtype, dim)
+    narrow = _launch.is_narrow(_launch.FORWARD_NARROW, a)
     if narrow:
-        config = _launch.narrow_config(_launch.FORWARD_NARROW, dim)
+        config = _launch.narrow_config(_launch.FORWARD_NARROW, a)
     else:
-        table = _launch.FORWARD_WIDE_TIGHT if _launch.is_tight(False, a.device) else _launch.FORWARD_WIDE
-        config = _launch.wide_config(table, a.dtype, num_rows, num_columns)
+        config = _launch.wide_config(_launch.FORWARD_WIDE, a, num_columns)
     row_blocks = cdiv(num_rows, config.block_r)
     splits = _launch.split_count(row_blocks, cdiv(num_columns, config.block_c), 4 * num_rows)
     partials = torch.empty(splits, num_rows, device=a.device)
@@ -352,9 +351,8 @@ def lse_keeping(
     if present is not None:
         prototypes, inv_prototypes = present.take(prototypes), present.take(inv_prototypes)
     num_rows, (num_samples, dim) = len(prototypes), features.shape
-    tight = _launch.is_tight(rows and cols, features.device)
-    table = _launch.FORWARD_KEEP_TIGHT if tight else _launch.FORWARD_KEEP
-    config = _launch.wide_config(table, features.dtype, num_rows, num_samples)
+    tables = _launch.FORWARD_KEEP_CROWDED if rows and cols else _launch.FORWARD_KEEP
+    config = _launch.wide_config(tables, prototypes, num_samples)
     row_tiles, col_tiles = cdiv(num_rows, config.block_r), cdiv(num_samples, config.block_c)
     row_partials = torch.empty(col_tiles if rows else 0, num_rows, device=features.device)
     col_partials = torch.empty(row_tiles if cols else 0, num_samples, device=features.device)

@@ -142,7 +142,7 @@ def launch_bwd(
     if len(features):
         shared = (operands, options, classes, samples, grad_pos)
         with _launch.on_device(features):
-            if _launch.is_narrow(operands.features.dtype, operands.features.shape[1]):
+            if _launch.is_narrow(_launch.BACKWARD_NARROW, operands.features):
                 prototype_backward.narrow(*shared)
             else:
                 prototype_backward.wide(*shared, Kept(kept, positives) if kept.numel() else None)

@@ -39,12 +39,12 @@ BUDGET = 2**26
 @pytest.fixture
 def keeping(monkeypatch):
     """Every width and type takes the wide path and keeps: float32 shows errors of logic that half types would hide."""
-    monkeypatch.setattr(_launch, "is_narrow", lambda dtype, dim: False)
+    monkeypatch.setattr(_launch, "is_narrow", lambda tables, x: False)
     monkeypatch.setattr(_launch, "KEEP_WIDTH", 1)
     monkeypatch.setitem(_launch.KEEP_INV_TEMPERATURE, torch.float32, 64.0)
-    for table in (_launch.FORWARD_KEEP, _launch.FORWARD_KEEP_TIGHT):
+    for tables in (_launch.FORWARD_KEEP, _launch.FORWARD_KEEP_CROWDED):
         for small in (False, True):
-            monkeypatch.setitem(table, (4, small), table[2, small])
+            monkeypatch.setitem(tables[90], (4, small), tables[90][2, small])
 
 
 def forward(case: Case) -> tuple:

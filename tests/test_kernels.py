@@ -264,9 +264,9 @@ def check_draw(seed: int, monkeypatch) -> None:
     monkeypatch.setattr(_launch, "TARGET_PROGRAMS", 1 + seed % 4)
     monkeypatch.setattr(_launch, "COMPACT_FLOP", 0)
     if seed % 3 == 0:  # float32 takes the narrow path only here: half types alone show its errors too coarsely
-        monkeypatch.setattr(_launch, "is_narrow", lambda dtype, dim: dim <= 128)
+        monkeypatch.setattr(_launch, "is_narrow", lambda tables, x: x.shape[1] <= 128)
     if seed % 3 == 1:
-        monkeypatch.setattr(_launch, "is_narrow", lambda dtype, dim: False)
+        monkeypatch.setattr(_launch, "is_narrow", lambda tables, x: False)
         monkeypatch.setattr(_launch, "SCRATCH_BYTES", 1)  # several chunks
         if seed % 2 == 1:
             monkeypatch.setattr(_launch, "KEEP_WIDTH", 1)
