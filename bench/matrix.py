@@ -136,11 +136,9 @@ def _rows(entry: Entry, device: str, seconds: float, memory: bool) -> list[Row]:
 
             return buffer.measure(case, device, seconds)
         if case.op == "step":
-            if importlib.util.find_spec("bench.step") is None:
-                return [row(case, OURS, device, {"status": "absent", "reason": "needs bench/step.py"})]
             from bench import step
 
-            return step.rows(case, device, seconds)
+            return list(step.rows(device, quick=False))
         return measure(case, peers.candidates(case, device, entry.vs), device, seconds, memory)
     except Exception as error:  # one case must not take the others with it
         return [row(case, OURS, device, {"status": "failed", "reason": reason_of(error)})]
