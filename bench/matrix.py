@@ -15,7 +15,7 @@ import itertools
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ OPS = ("nonl", "ntce", "normface", "supcon", "buffer", "step")
 SHAPES = {"supcon": (8192, 100, 128), "buffer": (512, 16_384, 128)}
 SHAPE = (4096, 1000, 512)
 PAIRWISE = ("eager M x M",)
+STEP = Case("step", 512, 10, 512)  # stands for those of bench/step.py
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def standard_cpu() -> list[Entry]:
     entries += [Entry(Case("supcon", 2 * n, n, 128, labels="instances")) for n in (1024, 4096)]
     entries += [Entry(Case("normface", 4096, 4096, 256, labels="instances"))]
     entries += [Entry(Case("buffer", *SHAPES["buffer"], ranks=ranks)) for ranks in (1, 2)]
-    return [*_once(entries), Entry(Case("step", 512, 10, 512))]
+    return [*_once(entries), Entry(STEP)]
 
 
 def standard_gpu() -> list[Entry]:
@@ -79,7 +80,7 @@ def standard_gpu() -> list[Entry]:
     table += [Case("supcon", n, 1000, 128, "bfloat16") for n in (8192, 65536, 262144)]
     uncompiled = (*PAIRWISE, *(name for name in peers.PEERS if name != "compiled"))
     entries = [Entry(case, uncompiled) for case in table]
-    entries += [Entry(Case("step", 512, 10, 512, "bfloat16")), Entry(Case("buffer", *SHAPES["buffer"], "bfloat16"))]
+    entries += [Entry(STEP), Entry(Case("buffer", *SHAPES["buffer"], "bfloat16"))]
     for case in (table[0], table[1], table[2], table[-3]):
         variants = [{"features": "collapsed"}, {"dtype": "tf32"}, {"dtype": "float32"}, {"dtype": "float16"}]
         entries += [Entry(case._replace(**variant), ()) for variant in variants]
@@ -136,12 +137,19 @@ def _rows(entry: Entry, device: str, seconds: float, memory: bool) -> list[Row]:
 
             return buffer.measure(case, device, seconds)
         if case.op == "step":
-            from bench import step
-
-            return list(step.rows(device, quick=False))
+            return _steps(device)
         return measure(case, peers.candidates(case, device, entry.vs), device, seconds, memory)
     except Exception as error:  # one case must not take the others with it
         return [row(case, OURS, device, {"status": "failed", "reason": reason_of(error)})]
+
+
+def _steps(device: str) -> list[Row]:
+    """The training step has cases of its own."""
+    try:
+        from bench import step
+    except ImportError as error:  # the driver's extras
+        return [row(STEP, OURS, device, {"status": "absent", "reason": str(error)})]
+    return list(step.rows(device, quick=False))
 
 
 def _short(case: Case) -> str:
@@ -162,10 +170,14 @@ def headlines(rows: Sequence[Row]) -> str:
         if mine is None or theirs.form == OURS or not theirs.speedup:
             continue
         speed = mine.speedup / theirs.speedup
-        scratch = "" if mine.scratch_mib is None else f"{short(mine.scratch_mib)} / {short(theirs.scratch_mib)}"
-        errors = f"{mine.error:.1e} / {theirs.error:.1e}"
+        errors = _both(mine.error, theirs.error, "{:.1e}".format)
+        scratch = _both(mine.scratch_mib, theirs.scratch_mib, short)
         lines.append(f"| {_short(mine.case)} | {theirs.form} | {speed:.2f}x | {errors} | {scratch} |")
     return "\n".join(lines)
+
+
+def _both(mine: float | None, theirs: float | None, shown: Callable[[float], str]) -> str:
+    return "" if mine is None or theirs is None else f"{shown(mine)} / {shown(theirs)}"
 
 
 def draw(csv: Path) -> list[Path]:
@@ -210,6 +222,10 @@ def chosen(args: argparse.Namespace, device: str) -> list[Entry]:
                 "--quick has its own cases: leave out --shape, --dtype, --labels, --temperature, --features"
             )
         entries = []
+        if "step" in (args.op or ()):
+            raise ValueError(
+                "--op step has its own cases: leave out --shape, --dtype, --labels, --temperature, --features"
+            )
         for op in args.op or forms.EAGER:
             values = (args.shape or [SHAPES.get(op, SHAPE)], args.dtype or ["float32"], args.labels or ["uniform"],
                       args.temperature or [forms.TAU], args.features or ["random"])  # fmt: skip

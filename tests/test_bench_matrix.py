@@ -4,6 +4,8 @@ import dataclasses
 import math
 import os
 import signal
+import sys
+import types
 from functools import partial
 
 import pytest
@@ -226,6 +228,22 @@ def test_a_buffer_is_measured(ranks):
         assert row.status != "ok" or (row.error < 1e-6 and row.fwd_ms > 0 and row.rounds >= buffer.ROUNDS)
 
 
+def test_the_training_step_has_rows_of_its_own(monkeypatch, tmp_path):
+    entries = [matrix.Entry(matrix.STEP)]
+    found = [
+        timed(op="step", form=form, error=None, speedup=speedup) for form, speedup in (("eager", 1.0), (OURS, 1.5))
+    ]
+    monkeypatch.setattr("bench.step", types.SimpleNamespace(rows=lambda device, quick: iter(found)), raising=False)
+    outcome = matrix.measure_all(entries, tmp_path / "matrix.csv", "cpu", 0)
+    assert read(tmp_path / "matrix.csv") == outcome.rows == found
+    assert "| eager | 1.50x |  |  |" in matrix.headlines(outcome.rows)
+    monkeypatch.setitem(sys.modules, "bench.step", None)
+    monkeypatch.delattr("bench.step", raising=False)
+    (row,) = matrix.measure_all(entries, tmp_path / "matrix.csv", "cpu", 0).rows
+    assert row.status == "absent"
+    assert "bench.step" in row.reason
+
+
 # Labels
 
 
@@ -368,6 +386,7 @@ def test_cases_past_the_limit_are_named(tmp_path, capsys):
     [
         (["--quick", "--shape", "8", "4", "2"], "--quick has its own cases"),
         (["--quick", "--op", "step"], "no standard case of step"),
+        (["--op", "step", "--dtype", "float32"], "--op step has its own cases"),
         (["--shape", "8", "0", "2"], "--shape must be positive, got 8 0 2"),
         (["--op", "ntce", "--temperature", "-1"], "--temperature must be positive, got -1.0"),
         (["--op", "supcon", "--labels", "instances", "--shape", "8", "8", "2"], "N = 2K"),
@@ -384,9 +403,9 @@ def test_bad_usage_is_one_line(arguments, message, capsys):
 # Comparison
 
 
-def timed(form=OURS, fwd_bwd=10.0, error=1e-6, **other):
+def timed(form=OURS, fwd_bwd=10.0, error=1e-6, op="ntce", **other):
     times = {"fwd_bwd_ms": fwd_bwd, "fwd_bwd_p20": 0.95 * fwd_bwd, "fwd_bwd_p80": 1.05 * fwd_bwd}
-    return Row("ntce", form, 8, 4, 2, "float32", error=error, tangential_error=error, **{**times, **other})
+    return Row(op, form, 8, 4, 2, "float32", error=error, tangential_error=error, **{**times, **other})
 
 
 @pytest.mark.parametrize(
