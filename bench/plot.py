@@ -155,8 +155,8 @@ def _where(x: Row | Point) -> str:
 
 
 def _variant(row: Row) -> list[str]:
-    """What a case has unlike most: `longtail labels`."""
-    words = {"labels": "{} labels", "temperature": "τ = {:g}", "features": "{} features", "ranks": "{} ranks"}
+    """What a case has unlike most."""
+    words = {"labels": "{}", "temperature": "τ = {:g}", "features": "{}", "ranks": "{} ranks"}
     usual = Case(*row.case[:5])
     return [words[name].format(value) for name, value in row.case._asdict().items() if value != getattr(usual, name)]
 
@@ -173,11 +173,11 @@ def _page(width: float, height: float, title: str, subtitle: str) -> Figure:
     return page
 
 
-def _axes(page: Figure, left: float, top: float, width: float, height: float, title: str) -> Axes:
-    """Axes that many inches from the page's top left corner."""
+def _axes(page: Figure, left: float, top: float, width: float, height: float, title: str, indent: float = 0) -> Axes:
+    """Axes that many inches from the page's top left corner; their title begins so many inches further left."""
     across, down = page.get_size_inches()
     axes = page.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
-    axes.set_title(title, loc="left", fontsize=11, weight="bold", pad=8)
+    axes.set_title(title, loc="left", x=-indent / width, fontsize=11, weight="bold", pad=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)
     axes.grid(True, color=GRID, linewidth=0.8)
@@ -214,7 +214,8 @@ def growth_figure(rows: Sequence[Row], quantity: Quantity) -> Figure:
         for column, panel in enumerate(line):
             several, left = _is_lines(panel), column * WIDTH
             before, after = (0.75, label_width + 0.75) if several else (label_width + 0.35, 1.1)
-            axes = _axes(page, left + before, top, WIDTH - before - after, _height(panel), _panel_title(panel))
+            indent = before - 0.75  # titles of a column begin together, and have all of its width
+            axes = _axes(page, left + before, top, WIDTH - before - after, _height(panel), _panel_title(panel), indent)
             (_draw_lines if several else _draw_bars)(axes, panel, quantity, style)
         top += height_there + GAP
     for i, note in enumerate(reversed(notes)):
@@ -393,6 +394,7 @@ def _draw_bars(axes: Axes, panel: Sequence[Row], quantity: Quantity, style: dict
         label.set(color=style[row.form].colour, weight=style[row.form].weight)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, max([largest, *(ends[1] for row in rows if (ends := quantity.band(row)))]) * 1.02)
+    axes.locator_params(axis="x", nbins=5)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.set_xlabel(quantity.unit, fontsize=10)
     axes.grid(False, axis="y")
