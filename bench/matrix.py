@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +23,7 @@ import torch
 from bench import forms, peers
 from bench.measure import measure, reason_of, row
 from bench.peers import OURS
-from bench.record import ROOT, Case, Row, Writer, environment, markdown, markdown_line, short
+from bench.record import Case, Row, Writer, environment, markdown, markdown_line, results_folder, short
 
 OPS = ("nonl", "ntce", "normface", "supcon", "buffer", "step")
 # Where --shape is not given: N, K (supcon: classes, buffer: rows of its queue), D.
@@ -261,8 +260,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     where = environment(device)
     start = time.perf_counter()
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", where["device"]).strip("-")
-    folder = args.output or ROOT / "runs" / "bench" / f"{where['date']}-{slug}"
+    folder = args.output or results_folder(device)
     print("# " + ", ".join(f"{name} {value}" for name, value in where.items() if value), flush=True)
     seconds = args.seconds if args.seconds is not None else 1.0 if args.quick else 5.0
     outcome = measure_all(entries, folder / "matrix.csv", device, seconds)

@@ -1,4 +1,7 @@
-"""One row a measurement and one schema for all of them: what the bench writes, draws, compares and shows."""
+"""One row a measurement and one schema for all of them: what the bench writes, draws, compares and shows.
+
+Another dataclass of numbers and words is written and read the same way: bench/roofline.py has one.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import csv
 import dataclasses
 import functools
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 
@@ -85,7 +89,12 @@ class Row:
         return Case(*(getattr(self, name) for name in Case._fields))
 
 
-COLUMNS = [field.name for field in dataclasses.fields(Row)]
+def columns(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+COLUMNS = columns(Row)
+Record = TypeVar("Record")
 
 
 @functools.cache
@@ -100,6 +109,12 @@ def environment(device: str) -> dict[str, Any]:
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def results_folder(device: str) -> Path:
+    """Where a command writes when nobody says where: runs/bench/DATE-DEVICE."""
+    where = environment(device)
+    return ROOT / "runs" / "bench" / f"{where['date']}-{re.sub(r'[^A-Za-z0-9]+', '-', where['device']).strip('-')}"
 
 
 def cpu_name() -> str:
@@ -132,25 +147,25 @@ def _version(package: str) -> str:
 class Writer:
     """A CSV file that has every row as soon as it was measured."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, kind: type = Row) -> None:
+        self.path, self.columns = path, columns(kind)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
-            csv.writer(file).writerow(COLUMNS)
+            csv.writer(file).writerow(self.columns)
 
-    def add(self, row: Row) -> None:
+    def add(self, row: Any) -> None:
         with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writerow(dataclasses.asdict(row))
+            csv.DictWriter(file, self.columns).writerow(dataclasses.asdict(row))
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a CSV file; ValueError where its columns are not ours."""
-    kinds = get_type_hints(Row)
+def read(path: Path, kind: type[Record] = Row) -> list[Record]:
+    """The rows of a CSV file; ValueError where its columns are not those of `kind`."""
+    kinds = get_type_hints(kind)
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != COLUMNS:
-            raise ValueError(f"{path} must have the columns of bench/record.py, got {reader.fieldnames}")
-        return [Row(**{name: _parsed(text, kinds[name]) for name, text in line.items()}) for line in reader]
+        if reader.fieldnames != columns(kind):
+            raise ValueError(f"{path} must have the columns of a {kind.__name__}, got {reader.fieldnames}")
+        return [kind(**{name: _parsed(text, kinds[name]) for name, text in line.items()}) for line in reader]
 
 
 def _parsed(text: str, kind: Any) -> Any:
