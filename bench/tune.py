@@ -1,9 +1,9 @@
 """Offline tuning: looks for better configurations of the kernels than those that kernels/_launch.py has pinned.
 
-Every cell of its tables (kernel, architecture, dtype, width) has candidates, see bench/candidates.py. Each is compiled and
-ranked by evidence alone: registers, spills, shared memory, programs and warps a multiprocessor holds, FLOP for a byte
-loaded. With a GPU, those that could be pinned are then checked against float64 and timed in turn with what is pinned, on
-the shapes of the speed targets, in the pass (forward or backward) that the kernel is part of. And the crossover is
+Every cell of its tables (kernel, architecture, dtype, width) has candidates, see bench/candidates.py. Each is compiled
+and ranked by evidence alone: registers, spills, shared memory, programs and warps a multiprocessor holds, FLOP for a
+byte loaded. With a GPU, those that could be pinned are then checked against float64 and timed in turn with what is
+pinned, on the shapes of the speed targets, in the pass (forward or backward) that the kernel is part of. And the crossover is
 measured: narrow against wide kernels of half types, by width.
 
 Cells come in order of importance, and each result is in tune.csv as soon as it is there, so a run may be stopped at any
@@ -103,7 +103,7 @@ class Table:
 
 
 def examined(cell: Cell, configs: Sequence[Config], pool: Executor, end: float) -> list[Trial]:
-    """Those that were compiled by `end`, the best first. What spills is tried once more with all registers there are."""
+    """Those that were compiled by `end`, the best first. What spills is tried once more with all registers."""
     found, waiting = [], {pool.submit(examine, cell, config): config for config in configs}
     while waiting and (left := end - time.perf_counter()) > 0:
         done, _ = wait(waiting, left, FIRST_COMPLETED)
@@ -239,7 +239,7 @@ def best(trials: Iterable[Trial]) -> tuple[Config, float] | None:
 def crossover(
     dtype: str, architecture: int, device: str, pool: Executor, table: Table, rehearse: bool, end: float
 ) -> None:
-    """Narrow against wide, pass by pass and width by width. Where no narrow one is pinned, the best by evidence stands in."""
+    """Narrow against wide, by pass and width. Where no narrow one is pinned, the best by evidence stands in."""
     print("\n## Narrow against wide\n\n| kernel | d | narrow ms | wide ms | wide/narrow | narrow configuration |")
     print("|---|---|---|---|---|---|")
     for d in CROSSOVER_WIDTHS[-2:] if rehearse else CROSSOVER_WIDTHS:
@@ -280,7 +280,8 @@ def title(cell: Cell) -> str:
 def markdown(trials: Sequence[Trial], rows: int = 5) -> str:
     """The first rows, and what is pinned."""
     lines = [
-        "| configuration | registers | spills | shared KiB | programs | warps | wgmma | FLOP/byte | score | ms | x today | |",
+        "| configuration | registers | spills | shared KiB | programs | warps | wgmma | FLOP/byte | score | ms "
+        "| x today | |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for trial in [trial for place, trial in enumerate(trials) if place < rows or trial.pinned]:
