@@ -3,8 +3,8 @@
 Every cell of its tables (kernel, architecture, dtype, width) has candidates, see bench/candidates.py. Each is compiled
 and ranked by evidence alone: registers, spills, shared memory, programs and warps a multiprocessor holds, FLOP for a
 byte loaded. With a GPU, those that could be pinned are then checked against float64 and timed in turn with what is
-pinned, on the shapes of the speed targets, in the pass (forward or backward) that the kernel is part of. And the crossover is
-measured: narrow against wide kernels of half types, by width.
+pinned, on the shapes of the speed targets, in the pass (forward or backward) that the kernel is part of. And the
+crossover is measured: narrow against wide kernels of half types, by width.
 
 Cells come in order of importance, and each result is in tune.csv as soon as it is there, so a run may be stopped at any
 time; runs with the same folder add to it. Nothing is pinned by itself: paste pins.txt into _launch.py and let
