@@ -1,6 +1,6 @@
 """The headline CPU ratios a second time, by a script that shares nothing with the rest of the bench.
 
-    python bench/independent.py
+    python -m bench.independent
 
 Its own eager forms, its own inputs, PyTorch's own timer (`torch.utils.benchmark`), forward and backward through
 `.backward()` as a training loop calls it, and every form in turn in rounds. Prints, for each loss, median milliseconds,
@@ -11,13 +11,10 @@ against float64.
 from __future__ import annotations
 
 import statistics
-import sys
-from pathlib import Path
 
 import torch
 from torch.utils.benchmark import Timer
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import hypercontrast as hc
 
 ROUNDS, SECONDS = 5, 1.0

@@ -75,14 +75,18 @@ def prototype_loss(
         isinstance(x, Tensor) and x.requires_grad for x in (features, prototypes, temperature)
     )
     keep_bytes = blockwise.memory_budget() if needs_grad else 0
+    # Triton has room for as many present classes as there are samples: those of other ranks need not fit.
+    listed = counts if group is None or backend != "triton" else None
     row_lse, col_lse, positives, inv_norms, _, _ = _ops.lse(
-        features, prototypes, labels, counts, learned, inv_temperature, ignore_index, rule.rows, rule.cols,
+        features, prototypes, labels, listed, learned, inv_temperature, ignore_index, rule.rows, rule.cols,
         rule.exclude_own, normalize, keep_bytes, backend,
     )  # fmt: skip
     if queue is not None:
         past, past_labels = queue
+        if backend == "triton" and len(past) < len(features):
+            listed = None
         past_lse, *_ = _ops.lse(
-            past.to(features.dtype), prototypes, torch.where(past_labels == ABSENT, ignore_index, past_labels), counts,
+            past.to(features.dtype), prototypes, torch.where(past_labels == ABSENT, ignore_index, past_labels), listed,
             learned, inv_temperature, ignore_index, True, False, rule.exclude_own, normalize, keep_bytes, backend,
         )  # fmt: skip
         row_lse = logaddexp(row_lse, past_lse)

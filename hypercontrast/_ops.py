@@ -97,7 +97,8 @@ def lse(
 
     Args:
         features [N, D], prototypes [K, D], labels [N].
-        counts: [K] samples of each class in the (global) batch; rows of absent classes may then be skipped.
+        counts: [K] samples of each class in the (global) batch; rows of absent classes may then be skipped. Triton
+            takes no more than N present classes; None computes all rows.
         temperature: one float on the device, or None to use `inv_temperature`.
         rows, cols: which log-sum-exps to compute; the other is returned empty.
         keep_bytes: how much may be kept to spare the backward the exponentials.

@@ -71,8 +71,8 @@ def launch_fwd(
         features, prototypes: [N, D] and [K, D] float32, bfloat16 or float16, any row stride. Products are taken in the
             type of the features and summed in fp32.
         labels: [N] int64. `ignore_index` and anything outside [0, K) is left out of every row sum and has no positive.
-        counts: [K] int64, samples of each class in the global batch. With rows alone and K large, rows of absent
-            classes are skipped and their row_lse is -inf.
+        counts: [K] int64, samples of each class in the batch, N of them present at most. With rows alone and K large,
+            rows of absent classes are skipped and their row_lse is -inf.
         temperature: one fp32 value on the device, read by the kernels; None to use the number `inv_temperature`.
         keep_bytes: room for exponentials, kept for the backward where `_launch.kept_shape` finds that to pay.
 
