@@ -21,8 +21,13 @@ VERSION = torch.__version__.split("+")[0]
 @pytest.fixture
 def load_afresh():
     """The loader as in a new process, put back afterwards."""
-    _extension.load.cache_clear()
+    forget()
     yield _extension.load
+    forget()
+
+
+def forget():
+    _extension._found.cache_clear()
     _extension.load.cache_clear()
 
 
@@ -56,7 +61,7 @@ MISFITS = [
 def test_without_a_fitting_extension(module, reason, load_afresh, monkeypatch):
     """One warning with the reason and the command, and the same results."""
     with_what_is_there = use_buffer()
-    load_afresh.cache_clear()
+    forget()
     monkeypatch.setitem(sys.modules, "hypercontrast._C", module)
     with pytest.warns(UserWarning, match=reason) as warned:
         results = [use_buffer(), use_buffer()]

@@ -109,14 +109,14 @@ def test_opcheck(rows, cols, exclude_own):
     torch.library.opcheck(_ops.lse, (features, prototypes, labels, counts, *options))
 
 
-def equals_blockwise_where_absent_classes_are_skipped(labels, k, **options):
+def equals_another_backend_where_absent_classes_are_skipped(other, labels, k, **options):
     _launch.COMPACT_FLOP = 0  # of this process alone
     g = torch.Generator().manual_seed(0)
     features = torch.randn(len(labels), 20, generator=g).to(DEVICE).requires_grad_()
     prototypes = torch.randn(k, 20, generator=g).to(DEVICE).requires_grad_()
     runs = [
         loss_and_gradients(lambda *a, b=b: hc.nonl_loss(*a, backend=b, **options), features, prototypes, labels)
-        for b in ("triton", "blockwise")
+        for b in ("triton", other)
     ]
     for got, want in zip(*runs, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
@@ -126,14 +126,14 @@ def test_a_queue_shorter_than_the_batch_meets_all_its_classes(monkeypatch):
     monkeypatch.setattr(_launch, "COMPACT_FLOP", 0)
     labels = 2 * torch.arange(30, device=DEVICE)
     queue = torch.randn(10, 20, device=DEVICE), torch.arange(10, device=DEVICE)
-    equals_blockwise_where_absent_classes_are_skipped(labels, 70, queue=queue)
+    equals_another_backend_where_absent_classes_are_skipped("reference", labels, 70, queue=queue)
 
 
 def other_classes_elsewhere(rank, path):
     dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2)
     try:
         labels = torch.arange(30, device=DEVICE) + 30 * rank
-        equals_blockwise_where_absent_classes_are_skipped(labels, 70)
+        equals_another_backend_where_absent_classes_are_skipped("blockwise", labels, 70)
     finally:
         dist.destroy_process_group()
 
