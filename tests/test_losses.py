@@ -248,3 +248,15 @@ def test_driver_baselines():
     frame = hc.simplex_etf(3, 4)
     assert hc.ETFDRLoss()(2 * frame[labels], frame, labels).item() == pytest.approx(0, abs=1e-12)
     assert hc.ETFDRLoss()(-frame[labels], frame, labels).item() == pytest.approx(2)
+
+
+@pytest.mark.parametrize("name", ["ntce", "nonl"])
+def test_a_queue_may_hold_classes_that_the_batch_has_not(name):
+    labels, queue = 2 * torch.arange(30), (torch.randn(10, 20), torch.arange(10))
+    tensors = torch.randn(30, 20, requires_grad=True), torch.randn(70, 20, requires_grad=True), labels
+    actual, expected = (
+        loss_and_gradients(lambda *a, b=b: call(name, *a, backend=b, queue=queue), *tensors)
+        for b in ("blockwise", "reference")
+    )
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
