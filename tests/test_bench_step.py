@@ -49,11 +49,11 @@ def test_parts_fill_the_step(recipe):
 
 @pytest.mark.parametrize("slow", PARTS)
 def test_time_is_counted_where_it_is_spent(slow, monkeypatch):
-    """Every part in turn made slower by 40 ms a step."""
+    """Every part in turn made slower by 250 ms a step, which stands out on a busy machine too."""
 
     def delayed(function):
         def run(*args, **options):
-            time.sleep(0.04)
+            time.sleep(0.25)
             return function(*args, **options)
 
         return run
@@ -65,7 +65,7 @@ def test_time_is_counted_where_it_is_spent(slow, monkeypatch):
 
         @staticmethod
         def backward(ctx, grad):
-            time.sleep(0.04)
+            time.sleep(0.25)
             return grad
 
     training = Training(configure(recipe="cifar10-nonl", **SMALL), 48, CPU)
@@ -86,7 +86,7 @@ def test_time_is_counted_where_it_is_spent(slow, monkeypatch):
         training.step.optimizer.zero_grad = delayed(training.step.optimizer.zero_grad)
     training.whole(1)
     parts = training.parts(3)
-    assert parts[slow] >= 120
+    assert parts[slow] >= 750
     assert max(parts, key=parts.get) == slow
 
 
