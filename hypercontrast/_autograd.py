@@ -6,7 +6,8 @@ With s_j the positive of sample j, a its class's weight, n_c the samples of clas
     sample anchor:     L = (1/M) Σ_j a_j (ℓ_j - s_j).
 
 Over R ranks the value is the global one on every rank, and local gradients carry a factor R, which DDP's average
-removes.
+removes. On a GPU of its own, a batch small enough has its loss from one operator instead (`_ops.prototype_loss`): there
+the launches of this arithmetic would cost more than the work.
 """
 
 from __future__ import annotations
@@ -19,18 +20,21 @@ from torch import Tensor
 
 from hypercontrast import _checks, _ops, blockwise
 from hypercontrast.distributed import ABSENT, all_sum, global_lse, world_size
+from hypercontrast.kernels import _launch  # needs no Triton
 
 
 @dataclass(frozen=True)
 class Rule:
     """Which logits a loss sums: along rows (a prototype against the samples), columns (a sample against the
-    prototypes) or both, with or without those of the anchor's own class, and what to do when nothing is left.
+    prototypes) or both, with or without those of the anchor's own class, and what to do when nothing is left. Rows of
+    classes `absent` from the batch are summed where asked for.
     """
 
     rows: bool
     cols: bool
     exclude_own: bool
     empty: str = "align"
+    absent: bool = False
 
 
 class _ClassGather(torch.autograd.Function):
@@ -64,40 +68,28 @@ def prototype_loss(
     class_means,
     backend: str,
 ) -> Tensor:
-    num_classes = len(prototypes)
-    in_range = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
-    class_of = torch.where(in_range, labels, 0)
-    counts = labels.new_zeros(num_classes).index_add_(0, class_of, in_range.long())
-    counts = all_sum(counts, group if rule.rows else None)  # only a row's sum needs to know who else has its class
-
     learned, inv_temperature = _checks.split_temperature(temperature)
-    needs_grad = torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in (features, prototypes, temperature)
-    )
-    keep_bytes = blockwise.memory_budget() if needs_grad else 0
-    # Triton has room for as many present classes as there are samples: those of other ranks need not fit.
-    listed = counts if group is None or backend != "triton" else None
-    row_lse, col_lse, positives, inv_norms, _, _ = _ops.lse(
-        features, prototypes, labels, listed, learned, inv_temperature, ignore_index, rule.rows, rule.cols,
-        rule.exclude_own, normalize, keep_bytes, backend,
-    )  # fmt: skip
-    if queue is not None:
-        past, past_labels = queue
-        if backend == "triton" and len(past) < len(features):
-            listed = None
-        past_lse, *_ = _ops.lse(
-            past.to(features.dtype), prototypes, torch.where(past_labels == ABSENT, ignore_index, past_labels), listed,
-            learned, inv_temperature, ignore_index, True, False, rule.exclude_own, normalize, keep_bytes, backend,
+    num_classes = len(prototypes)
+    alone = queue is None and group is None
+    if (
+        backend == "triton" and alone and reduction != "none" and rule.empty != "error"
+        and _launch.loss_follows_lse(len(features), num_classes, features.shape[1], rule.rows, rule.cols)
+    ):  # fmt: skip
+        loss, _, _, inv_norms, *_, extremes = _ops.prototype_loss(
+            features, prototypes, labels, weight, learned, inv_temperature, ignore_index, rule.rows, rule.cols,
+            rule.exclude_own, normalize, rule.empty == "zero", reduction == "mean",
         )  # fmt: skip
-        row_lse = logaddexp(row_lse, past_lse)
-    dtype = positives.dtype  # what the O(N + K) arithmetic below runs in
-    a_N = in_range.to(dtype) if weight is None else weight.to(dtype)[class_of] * in_range
-    if class_means is not None:
-        class_means.add(*_ops.class_sums(features.detach(), inv_norms, labels, num_classes, ignore_index, backend))
-    batch = _Batch(labels, in_range, a_N, counts, weight, group, reduction)
+        _checks.watch_labels(labels, num_classes, ignore_index, extremes)
+        if class_means is not None:
+            class_means.add(*_ops.class_sums(features.detach(), inv_norms, labels, num_classes, ignore_index, backend))
+        return loss
+    row_lse, col_lse, positives, batch = statistics(
+        features, prototypes, labels, rule, temperature=temperature, weight=weight, ignore_index=ignore_index,
+        reduction=reduction, normalize=normalize, queue=queue, group=group, class_means=class_means, backend=backend,
+    )  # fmt: skip
     bounded = blockwise.is_bounded(learned, inv_temperature, normalize)
     if rule.rows and not rule.cols and reduction != "none":
-        positive_total = (a_N * positives).sum()
+        positive_total = (batch.a_N * positives).sum()
         lse_K, totals = global_lse(row_lse, positive_total[None], group, bounded=bounded, sum_gradients=False)
         loss = _over_classes(rule, lse_K, positive_total, totals[0], batch)
     else:
@@ -105,14 +97,14 @@ def prototype_loss(
         if rule.rows:
             nothing = row_lse.new_empty(0)
             lse_K, _ = global_lse(row_lse, nothing, group, bounded=bounded, sum_gradients=True)
-            own_N = _ClassGather.apply(lse_K, labels, in_range, ignore_index, backend)
+            own_N = _ClassGather.apply(lse_K, labels, batch.in_range, ignore_index, backend)
             lse_N = logaddexp(col_lse, own_N) if rule.cols else own_N
         loss = _over_samples(rule, lse_N, positives, batch)
     return loss.to(_checks.accumulator(features))
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """The samples and what they weigh: a_N is zero for ignored ones; counts [K], see `Rule.rows`, are over all
     ranks.
     """
@@ -126,7 +118,59 @@ class _Batch:
     reduction: str
 
 
-def _over_classes(rule: Rule, lse_K: Tensor, positive_total: Tensor, global_total: Tensor, batch: _Batch) -> Tensor:
+def statistics(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    rule: Rule,
+    *,
+    temperature: float | Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    normalize: bool,
+    queue: tuple[Tensor, Tensor] | None,
+    group: dist.ProcessGroup | None,
+    class_means,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Batch]:
+    """This rank's row_lse [K], col_lse [N] and positives [N], see `_ops.lse`, and what the samples weigh."""
+    learned, inv_temperature = _checks.split_temperature(temperature)
+    num_classes = len(prototypes)
+    _checks.watch_labels(labels, num_classes, ignore_index)
+    in_range = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
+    class_of = torch.where(in_range, labels, 0)
+    counts = labels.new_zeros(num_classes).index_add_(0, class_of, in_range.long())
+    if rule.rows and group is not None:  # only a row's sum needs to know who else has its class
+        counts = all_sum(counts.int(), group).long()  # half the bytes
+
+    needs_grad = torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in (features, prototypes, temperature)
+    )
+    keep_bytes = blockwise.memory_budget() if needs_grad else 0
+    # Triton has room for as many present classes as there are samples: those of other ranks need not fit.
+    listed = counts if not rule.absent and (group is None or backend != "triton") else None
+    row_lse, col_lse, positives, inv_norms, _, _ = _ops.lse(
+        features, prototypes, labels, listed, learned, inv_temperature, ignore_index, rule.rows, rule.cols,
+        rule.exclude_own, normalize, keep_bytes, backend,
+    )  # fmt: skip
+    if queue is not None:
+        past, past_labels = queue
+        if backend == "triton" and len(past) < len(features):
+            listed = None
+        past_lse, *_ = _ops.lse(
+            past.to(features.dtype), prototypes, torch.where(past_labels == ABSENT, ignore_index, past_labels), listed,
+            learned, inv_temperature, ignore_index, True, False, rule.exclude_own, normalize, keep_bytes, backend,
+        )  # fmt: skip
+        row_lse = logaddexp(row_lse, past_lse)
+    if class_means is not None:
+        class_means.add(*_ops.class_sums(features.detach(), inv_norms, labels, num_classes, ignore_index, backend))
+    dtype = positives.dtype  # what the O(N + K) arithmetic on them runs in
+    a_N = in_range.to(dtype) if weight is None else weight.to(dtype)[class_of] * in_range
+    return row_lse, col_lse, positives, Batch(labels, in_range, a_N, counts, weight, group, reduction)
+
+
+def _over_classes(rule: Rule, lse_K: Tensor, positive_total: Tensor, global_total: Tensor, batch: Batch) -> Tensor:
     """(1/M) [Σ_c a_c n_c ℓ_c - Σ_j a_j s_j]: every rank knows the whole first sum; of the second its own part, which
     has the gradient, and the global value.
     """
@@ -141,10 +185,10 @@ def _over_classes(rule: Rule, lse_K: Tensor, positive_total: Tensor, global_tota
     loss = (lse_total - positive_total) / divisor
     if batch.group is None:
         return loss
-    return _with_value(world_size(batch.group) * loss, (lse_total - global_total) / divisor)
+    return with_value(world_size(batch.group) * loss, (lse_total - global_total) / divisor)
 
 
-def _over_samples(rule: Rule, lse_N: Tensor, positives: Tensor, batch: _Batch) -> Tensor:
+def _over_samples(rule: Rule, lse_N: Tensor, positives: Tensor, batch: Batch) -> Tensor:
     """(1/M) Σ_j a_j (ℓ_j - s_j), or its terms."""
     empty = lse_N == -torch.inf
     _refuse_empty(rule, empty & batch.in_range)
@@ -164,7 +208,7 @@ def reduce_samples(loss_N: Tensor, weight_N: Tensor, reduction: str, group: dist
         return totals[0] / _divisor(totals[1], reduction)
     value, weight = all_sum(totals, group)
     divisor = _divisor(weight, reduction)
-    return _with_value(world_size(group) * totals[0] / divisor, value / divisor)
+    return with_value(world_size(group) * totals[0] / divisor, value / divisor)
 
 
 def _divisor(total: Tensor, reduction: str) -> Tensor | float:
@@ -177,7 +221,7 @@ def logaddexp(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(nothing, -torch.inf, torch.logaddexp(torch.where(nothing, 0, a), torch.where(nothing, 0, b)))
 
 
-def _with_value(surrogate: Tensor, value: Tensor) -> Tensor:
+def with_value(surrogate: Tensor, value: Tensor) -> Tensor:
     """`value` with the gradient of `surrogate`."""
     return surrogate + (value - surrogate).detach()
 

@@ -7,12 +7,15 @@ ops (`_ops.py`) on the CPU, where reading is free; on a GPU the labels are watch
 from __future__ import annotations
 
 import math
+from collections import defaultdict, deque
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Below it the rounding of a float32 cosine alone is more than one in the logits; far below, logits overflow to NaN.
+LEAST_TEMPERATURE = torch.finfo(torch.float32).eps
 
 
 def check_option(name: str, value: str, options: Sequence[str]) -> None:
@@ -25,6 +28,8 @@ def check_matrix(name: str, x: Tensor, shape: str) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {x.layout}")
     if x.dim() != 2:
         raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
     if x.shape[1] == 0:
@@ -35,7 +40,10 @@ def check_labels(labels: Tensor, num_samples: int, device: torch.device, name: s
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(labels).__name__}")
     if labels.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {labels.dtype}")
+        whole = not (labels.is_floating_point() or labels.is_complex())
+        raise TypeError(f"{name} must be int64, got {labels.dtype}{': pass labels.long()' if whole else ''}")
+    if labels.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {labels.layout}")
     if labels.shape != (num_samples,):
         raise ValueError(f"{name} must have shape [{num_samples}] to match features, got {list(labels.shape)}")
     if labels.device != device:
@@ -53,11 +61,19 @@ def check_temperature(temperature: float | Tensor, device: torch.device) -> None
         raise TypeError(f"temperature must be a number or a tensor of one float, got {type(temperature).__name__}")
     elif not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    elif temperature < LEAST_TEMPERATURE:
+        raise ValueError(f"temperature must be at least {LEAST_TEMPERATURE:.1e}, got {temperature}")
 
 
 def split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
     """(the tensor to read and to learn, or None; the 1/τ that stands for it)."""
+    temperature = number(temperature)
     return (temperature, 1.0) if isinstance(temperature, Tensor) else (None, 1.0 / temperature)
+
+
+def number(temperature: float | Tensor) -> float | Tensor:
+    """A tensor of one float, whatever its shape, without dimensions."""
+    return temperature.reshape(()) if isinstance(temperature, Tensor) else temperature
 
 
 def check_weight(weight: Tensor | None, num_classes: int, device: torch.device) -> None:
@@ -65,19 +81,25 @@ def check_weight(weight: Tensor | None, num_classes: int, device: torch.device) 
         return
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor of class weights, got {type(weight).__name__}")
-    if not weight.is_floating_point():
-        raise TypeError(f"weight must be a floating-point tensor, got {weight.dtype}")
-    if weight.shape != (num_classes,):
-        raise ValueError(f"weight must have shape [{num_classes}], one class each, got {list(weight.shape)}")
-    if weight.device != device:
-        raise ValueError(f"weight must be on the features' device {device}, got {weight.device}")
+    check_per_class("weight", weight, num_classes, device)
     if weight.requires_grad:
         raise ValueError("weight must not require a gradient: class weights are constants of the loss")
-    if weight.device.type == "cpu" and not torch.compiler.is_compiling():
-        bad = ~(torch.isfinite(weight) & (weight >= 0))
+
+
+def check_per_class(name: str, x: Tensor, num_classes: int, device: torch.device, signed: bool = False) -> None:
+    """One finite number a class [K], `signed` or not negative."""
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+    if x.shape != (num_classes,):
+        raise ValueError(f"{name} must have shape [{num_classes}], one class each, got {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on the features' device {device}, got {x.device}")
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = ~(torch.isfinite(x) & (x >= (-torch.inf if signed else 0)))
         if bad.any():
             c = int(bad.nonzero()[0])
-            raise ValueError(f"weight must be finite and not negative, got {weight[c].item()} for class {c}")
+            rule = "finite" if signed else "finite and not negative"
+            raise ValueError(f"{name} must be {rule}, got {x[c].item()} for class {c}")
 
 
 def check_prototype_inputs(
@@ -108,6 +130,8 @@ def check_prototype_inputs(
     check_weight(weight, prototypes.shape[0], features.device)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an integer, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit int64, got {ignore_index}")
     check_option("reduction", reduction, ("mean", "sum", "none"))
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize must be True or False, got {normalize!r}")
@@ -191,11 +215,11 @@ def check_queue(queue: tuple[Tensor, Tensor], features: Tensor) -> None:
     check_labels(labels, len(past), past.device, name="queue labels")
 
 
-def check_label_range(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+def check_label_range(labels: Tensor, num_classes: int, ignore_index: int, name: str = "labels") -> None:
     """Read the labels (so: off-GPU only) and name the first that is neither a class nor ignored."""
     bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if bad.any():
-        raise ValueError(f"labels must lie in [0, {num_classes}), got {labels[bad][0].item()}")
+        raise ValueError(f"{name} must lie in [0, {num_classes}), got {labels[bad][0].item()}")
 
 
 def check_finite_norms(name: str, norms: Tensor) -> None:
@@ -212,35 +236,37 @@ def accumulator(x: Tensor) -> torch.dtype:
 
 def check_temperature_value(temperature: float | Tensor | None) -> None:
     """Read a tensor temperature (so: off-GPU only)."""
-    if isinstance(temperature, Tensor) and not (temperature > 0 and torch.isfinite(temperature)):
-        raise ValueError(f"temperature must be positive and finite, got {temperature.item()}")
+    if isinstance(temperature, Tensor):
+        check_temperature(temperature.item(), temperature.device)
 
 
 class LabelWatch:
     """Notices out-of-range labels on a GPU without a host sync.
 
-    Every call copies the smallest and largest label to pinned memory behind the kernels; the next call reads the copy
-    if it has arrived. So an error is raised a step late, and the kernels, which only compare labels, stay in bounds.
+    Every call copies the smallest and largest label to pinned memory behind the kernels; later calls read the copies
+    that have arrived. So an error is raised a step or more late, and the kernels, which only compare labels, stay in
+    bounds.
     """
 
     def __init__(self) -> None:
-        self._pending: dict[torch.device, tuple[torch.cuda.Event, Tensor, int]] = {}
+        self._pending: dict[torch.device, deque[tuple[torch.cuda.Event, Tensor, int]]] = defaultdict(deque)
 
-    def __call__(self, labels: Tensor, num_classes: int, ignore_index: int) -> None:
-        if labels.numel() == 0 or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    def __call__(self, labels: Tensor, num_classes: int, ignore_index: int, extremes: Tensor | None = None) -> None:
+        """`extremes`: smallest and largest label, ignored ones taken for zero, where a kernel has found them anyway."""
+        if not labels.is_cuda or labels.numel() == 0 or torch.compiler.is_compiling():
             return
-        pending = self._pending.get(labels.device)
-        if pending is not None:
-            arrived, extremes, limit = pending
-            if not arrived.query():
-                return
-            del self._pending[labels.device]
-            check_label_range(extremes, limit, ignore_index=0)
-        seen = torch.stack(torch.aminmax(torch.where(labels == ignore_index, 0, labels)))
-        extremes = torch.empty(2, dtype=torch.int64, pin_memory=True).copy_(seen, non_blocking=True)
+        if torch.cuda.is_current_stream_capturing():  # no event of a capture can be asked, and a replay checks nothing
+            return
+        pending = self._pending[labels.device]
+        while pending and pending[0][0].query():
+            _, seen, limit = pending.popleft()
+            check_label_range(seen, limit, ignore_index=0)
+        if extremes is None:
+            extremes = torch.stack(torch.aminmax(torch.where(labels == ignore_index, 0, labels)))
+        seen = torch.empty(2, dtype=torch.int64, pin_memory=True).copy_(extremes, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
-        self._pending[labels.device] = (arrived, extremes, num_classes)
+        arrived.record(torch.cuda.current_stream(labels.device))
+        pending.append((arrived, seen, num_classes))
 
 
 watch_labels = LabelWatch()

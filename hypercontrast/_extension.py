@@ -27,7 +27,8 @@ def _found() -> tuple[ModuleType | None, str]:
         module = importlib.import_module("hypercontrast._C")
     except ImportError as error:
         return None, str(error)
-    built, wanted = (module.TORCH, module.REVISION), (torch.__version__.split("+")[0], REVISION)
+    built = getattr(module, "TORCH", "unknown"), getattr(module, "REVISION", "unknown")
+    wanted = torch.__version__.split("+")[0], REVISION
     if built == wanted:
         return module, ""
     return None, (

@@ -10,8 +10,7 @@ pushed through the normalisation. m is zero at a sample's own class when `exclud
 
 from __future__ import annotations
 
-import functools
-import importlib
+import importlib.util
 import os
 from typing import Any
 
@@ -22,6 +21,16 @@ from hypercontrast import _checks, blockwise
 from hypercontrast.kernels import _launch  # needs no Triton
 
 BACKENDS = ("auto", "reference", "blockwise", "triton")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # a part of it is missing, or it has been blocked
+        return False
+
+
+TRITON_IS_INSTALLED = _is_installed("triton")  # found, not imported: once, since torch.compile cannot trace a search
 
 
 def resolve_backend(backend: str, features: Tensor) -> str:
@@ -36,10 +45,10 @@ def resolve_backend(backend: str, features: Tensor) -> str:
         backend = os.environ.get("HYPERCONTRAST_BACKEND", "auto")
         _checks.check_option("HYPERCONTRAST_BACKEND", backend, BACKENDS)
     if backend == "auto":
-        usable = features.is_cuda and features.dtype != torch.float64 and _triton_is_installed()
+        usable = features.is_cuda and features.dtype != torch.float64 and TRITON_IS_INSTALLED
         return "triton" if usable else "blockwise"
     if backend == "triton":
-        if not _triton_is_installed():
+        if not TRITON_IS_INSTALLED:
             raise ValueError("backend='triton' needs the triton package, which cannot be imported")
         if features.dtype == torch.float64:
             raise ValueError("backend='triton' computes in float32, bfloat16 or float16, got float64 features")
@@ -48,19 +57,16 @@ def resolve_backend(backend: str, features: Tensor) -> str:
     return backend
 
 
-@functools.cache
-def _triton_is_installed() -> bool:
-    try:
-        importlib.import_module("triton")
-    except ImportError:
-        return False
-    return True
-
-
 def _kernels():
     from hypercontrast.kernels import prototype_lse  # Triton is imported on first use, not with the package
 
     return prototype_lse
+
+
+def _loss_kernels():
+    from hypercontrast.kernels import prototype_loss
+
+    return prototype_loss
 
 
 def widened(temperature: Tensor | None, features: Tensor) -> Tensor | None:
@@ -75,6 +81,13 @@ def _options(
         "counts": counts, "temperature": widened(temperature, features), "inv_temperature": inv_temperature,
         "ignore_index": ignore_index, "rows": rows, "cols": cols, "exclude_own": exclude_own, "normalize": normalize,
     }  # fmt: skip
+
+
+def _check_values(features, prototypes, labels, temperature, ignore_index) -> None:
+    """What is read where reading is free."""
+    if features.device.type == "cpu":
+        _checks.check_label_range(labels, len(prototypes), ignore_index)
+        _checks.check_temperature_value(temperature)
 
 
 @torch.library.custom_op("hypercontrast::lse", mutates_args=())
@@ -109,9 +122,7 @@ def lse(
         accumulator's dtype; the kept exponentials, or an empty tensor, in a layout of the backend's own.
     """
     with torch.autocast(features.device.type, enabled=False):
-        if features.device.type == "cpu":
-            _checks.check_label_range(labels, len(prototypes), ignore_index)
-            _checks.check_temperature_value(temperature)
+        _check_values(features, prototypes, labels, temperature, ignore_index)
         options = _options(
             features, counts, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize
         )
@@ -177,7 +188,9 @@ def lse_backward(
             grad_row.contiguous(), grad_col.contiguous(), grad_pos.contiguous(),
         )  # fmt: skip
         if backend == "triton":
-            return _kernels().launch_bwd(*statistics, positives, *rest, **options)
+            *grads, radial = _kernels().launch_bwd(*statistics, positives, *rest, **options)
+            logit_grad_sum = radial.sum() * inv_temperature if temperature is None else radial.sum() / temperature
+            return *grads, logit_grad_sum.to(radial.dtype).reshape(())
         return blockwise.lse_backward(*statistics, *rest, **options)
 
 
@@ -230,6 +243,125 @@ def _lse_autograd(ctx, grad_row, grad_col, grad_pos, *_unused):
 
 
 lse.register_autograd(_lse_autograd, setup_context=_lse_setup_context)
+
+
+@torch.library.custom_op("hypercontrast::prototype_loss", mutates_args=())
+def prototype_loss(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    temperature: Tensor | None,
+    inv_temperature: float,
+    ignore_index: int,
+    rows: bool,
+    cols: bool,
+    exclude_own: bool,
+    normalize: bool,
+    zero_empty: bool,
+    mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss itself, by Triton: `lse` and what _autograd.py makes of it over one process, in three launches.
+
+    Args: as of `lse`, and
+        weight: [K] class weights.
+        zero_empty: samples without any logit to sum drop out, instead of keeping their positive.
+        mean: divided by the sum of the samples' weights.
+
+    Returns:
+        The loss; what the backward needs, see `kernels.prototype_loss.Forward`: log-sum-exps, inverse norms of
+        features and prototypes, upstream gradients of row_lse, col_lse and positives, the divisor (all fp32); and the
+        smallest and the largest label, ignored ones taken for zero.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        _check_values(features, prototypes, labels, temperature, ignore_index)
+        return tuple(
+            _loss_kernels().launch_fwd(
+                features, prototypes, labels, weight, temperature=widened(temperature, features),
+                inv_temperature=inv_temperature, ignore_index=ignore_index, rows=rows, cols=cols,
+                exclude_own=exclude_own, normalize=normalize, zero_empty=zero_empty, mean=mean,
+            )
+        )  # fmt: skip
+
+
+@prototype_loss.register_fake
+def _prototype_loss_fake(
+    features, prototypes, labels, weight, temperature, inv_temperature, ignore_index, rows, cols, *_
+):  # fmt: skip
+    n, k = len(features), len(prototypes)
+    row_lse, col_lse = (features.new_empty(size, dtype=torch.float32) for size in (k if rows else 0, n if cols else 0))
+    per_sample, per_class, scalar = (features.new_empty(shape, dtype=torch.float32) for shape in (n, k, ()))
+    like = torch.empty_like
+    return (
+        scalar, row_lse, col_lse, per_sample, per_class, like(row_lse), like(col_lse), like(per_sample), like(scalar),
+        labels.new_empty(2),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("hypercontrast::prototype_loss_backward", mutates_args=())
+def prototype_loss_backward(
+    grad_loss: Tensor,
+    divisor: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    inv_norm_features: Tensor,
+    inv_norm_prototypes: Tensor,
+    grad_row: Tensor,
+    grad_col: Tensor,
+    grad_pos: Tensor,
+    temperature: Tensor | None,
+    inv_temperature: float,
+    ignore_index: int,
+    rows: bool,
+    cols: bool,
+    exclude_own: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `prototype_loss`: of the features, of the prototypes, and τ Σ_c G∘s of every sample [N]."""
+    with torch.autocast(features.device.type, enabled=False):
+        options = _options(
+            features, None, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize
+        )
+        return _kernels().launch_bwd(
+            features, prototypes, labels, row_lse, col_lse, None, inv_norm_features, inv_norm_prototypes, None,
+            grad_row, grad_col, grad_pos, **options, factor=(grad_loss, divisor),
+        )  # fmt: skip
+
+
+@prototype_loss_backward.register_fake
+def _prototype_loss_backward_fake(grad_loss, divisor, features, prototypes, *args):
+    return (
+        torch.empty_like(features, memory_format=torch.contiguous_format),
+        torch.empty_like(prototypes, memory_format=torch.contiguous_format),
+        features.new_empty(len(features), dtype=torch.float32),
+    )
+
+
+def _prototype_loss_setup_context(ctx, inputs, output) -> None:
+    features, prototypes, labels, _, temperature, *options = inputs
+    _, *statistics, divisor, _ = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(divisor, features, prototypes, labels, *statistics, temperature)
+    ctx.options = options
+
+
+def _prototype_loss_autograd(ctx, grad_loss, *_unused):
+    *tensors, temperature = ctx.saved_tensors
+    grad_features, grad_prototypes, radial = prototype_loss_backward(
+        grad_loss, *tensors, temperature, *ctx.options[:-2]
+    )  # fmt: skip
+    grad_temperature = None
+    if temperature is not None:
+        grad_temperature = -radial.sum() / temperature.to(radial.dtype).square()
+        grad_temperature = grad_temperature.to(temperature.dtype).reshape(temperature.shape)
+    return grad_features, grad_prototypes, None, None, grad_temperature, *[None] * len(ctx.options)
+
+
+prototype_loss.register_autograd(_prototype_loss_autograd, setup_context=_prototype_loss_setup_context)
 
 
 @torch.library.custom_op("hypercontrast::segment_sum", mutates_args=())

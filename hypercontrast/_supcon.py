@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hypercontrast import _autograd, _checks, _pair_ops
+from hypercontrast._agreement import agree
 from hypercontrast.distributed import ABSENT, gather_rows, row_counts
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def supcon_loss(
     align = positives - some.log() if logits.inside else positives / some
     loss_N = torch.where(single, 0, torch.where(single, 0, lse) - align)
     if base_temperature is not None:
-        loss_N = loss_N * (temperature / base_temperature)
+        loss_N = loss_N * (_checks.number(temperature) / base_temperature)
     weight_N = (~single).to(lse.dtype) if singletons == "exclude" else torch.ones_like(lse)
     loss = _autograd.reduce_samples(loss_N, weight_N, reduction, group)
     return loss.to(_checks.accumulator(features)), single.sum()
@@ -125,7 +126,7 @@ def _against_all_ranks(
         columns, column_labels, offset = buffer.gather(features.detach(), labels)
         rows = [buffer.batch] * dist.get_world_size(group)
     else:
-        rows = row_counts(features, group, "features")
+        rows = row_counts(features, group)
         columns, column_labels = (gather_rows(x.detach(), rows, group) for x in (features, labels))
         offset = sum(rows[: dist.get_rank(group)])
     ids, column_ids = _class_ids(labels, column_labels)
@@ -151,6 +152,7 @@ class _GlobalPairs(torch.autograd.Function):
     def backward(ctx, grad_lse, grad_positives):
         features, learned, columns, ids, column_ids, lse, positives, inv_features, inv_columns = ctx.saved_tensors
         side = [lse, grad_lse, positives, grad_positives]
+        agree(lambda: "backward of supcon_loss", ctx.group, features)
         column_side = gather_rows(torch.stack(side, 1), ctx.rows, ctx.group).unbind(1)
         grad, logit_grad_sum = _pair_ops.pair_lse_backward(
             features, columns, ids, column_ids, inv_features, inv_columns, side, list(column_side), None, None,

@@ -26,6 +26,9 @@ from hypercontrast.reference import MIN_NORM
 # float32 overflow (e^88) and single terms stay normal numbers (e^-64 = 2e-28).
 BOUNDED_INV_TEMPERATURE = 64.0
 
+# Smallest factor/|x| that rows are folded with: sums up to its inverse then fit float32, times 64/τ.
+MIN_FOLDED_SCALE = 1e-32
+
 TILE_ELEMENTS = 1 << 21  # logits in a tile, 8 MiB of float32: fewer rows slow the products, more are more memory
 PANEL_CLASSES = 4096  # classes in a tile
 MIN_BLOCK = 128  # samples in a tile at least, so that the products stay products of matrices
@@ -272,11 +275,14 @@ def _folded(t: _Tiling, row, col, pos: Tensor) -> tuple[Tensor | None, Tensor | 
 
     Of a loss with one kind of anchor the factors of exp(s) are constant along a row or a column of G, so they can scale
     the operands of the products instead of the K x N exponentials. Not where a factor of zero would have to be divided
-    out of a positive.
+    out of a positive, nor where vectors are so long that the projection's sums would overflow before they are scaled.
     """
     if t.rows and t.cols:
         return None, None, pos
     factor = (row or col)[1]
+    inv = t.inv_prototypes if t.rows else t.inv_features
+    if (((factor * inv).abs() < MIN_FOLDED_SCALE) & (factor != 0) & (inv != 0)).any():
+        return None, None, pos
     own = factor[t.labels] if t.rows else factor
     if ((own == 0) & (pos != 0)).any():
         return None, None, pos

@@ -1,7 +1,8 @@
 """The negative buffer: all ranks' features and a ring of past ones in preallocated memory, one collective a step.
 
 Memory: W·batch + queue rows. A row is D elements of the buffer's dtype, padded to 16 bytes, then 16 bytes of int64: its
-label and a header. So one collective carries features, labels and headers, and every row begins on 16 bytes.
+label and a header. So one collective carries features, labels and headers, and every row begins on 16 bytes. (Gloo,
+whose host waits and which aborts where sizes differ, has a small one before it.)
 
     rows 0 ..           rank 0's samples, then absent rows
          batch ..       rank 1's ...
@@ -16,7 +17,6 @@ Shapes: W ranks, D dimensions, n samples of this rank, M rows.
 from __future__ import annotations
 
 import zlib
-from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hypercontrast import _checks, _extension
+from hypercontrast._agreement import HeaderWatch, agree, carriers, connected
 from hypercontrast.distributed import ABSENT, GroupLike, resolve_group, world_size
 from hypercontrast.reference import unit_rows
 
@@ -58,8 +59,7 @@ class Gathering:
     def wait(self) -> Gathered:
         """The result, once; on a GPU the current stream waits for it, not the host.
 
-        Raises ValueError when another rank had an error or is at another call (on a GPU at a later call), RuntimeError
-        when it was waited for already.
+        Raises RuntimeError when it was waited for already, LostRankError when another rank ended or does not answer.
         """
         return self.buffer._finish(self)
 
@@ -94,6 +94,7 @@ class NegativeBuffer:
 
     Raises:
         ValueError, TypeError: naming argument, rule and value; on every rank, before data moves, where ranks differ.
+        LostRankError: if another rank ended or does not answer.
     """
 
     ABSENT: ClassVar[int] = ABSENT
@@ -111,8 +112,8 @@ class NegativeBuffer:
     ) -> None:
         device = torch.get_default_device() if device is None else torch.device(device)
         self.group = resolve_group(group)
-        carriers = _carriers(self.group)
-        error = _argument_error(dim, batch, queue, dtype, normalize, device, carriers)
+        backends = carriers(self.group)
+        error = _argument_error(dim, batch, queue, dtype, normalize, device, backends)
         self._signature = 0
         if self.group is not None:
             arguments = dict(dim=dim, batch=batch, queue=queue, dtype=dtype, normalize=normalize, device=device.type)
@@ -127,14 +128,22 @@ class NegativeBuffer:
         self.device = rows.bytes.device
         self._gathered, self._ring = rows.part(0, everyone), rows.part(everyone, everyone + queue)
         self._slot = (rank * batch, (rank + 1) * batch)
+        # Gloo's host waits anyway, so its ranks compare calls before rows move; those of NCCL, by the rows' headers.
+        self._by_gloo = backends.get(self.device.type) == "gloo"
         # Gloo's support of GPU memory is partial, so what it sends is a copy on the host.
-        through_host = carriers.get(self.device.type) == "gloo" and self.device.type == "cuda"
+        through_host = self._by_gloo and self.device.type == "cuda"
         self._wire = _Rows.allocate(everyone, dim, dtype, "cpu", pinned=True) if through_host else self._gathered
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._watch = _HeaderWatch()
+        self._watch = HeaderWatch()
         self._operators: Any = _extension.load() or _Twin
         self._calls = self._cursor = 0
         self._pending: Gathering | None = None
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "NegativeBuffer must not be copied or pickled, for it belongs to its process and group:"
+            " keep its state_dict(), and hold it outside of what is copied"
+        )
 
     def gather(self, features: Tensor, labels: Tensor) -> Gathered:
         """All ranks' samples, from each rank's own: features [n <= batch, D] raw, labels [n] int64.
@@ -149,9 +158,11 @@ class NegativeBuffer:
         self._check_idle("gather")
         self._watch.check_arrived()
         error = self._sample_error(features, labels, limit=self.batch)
+        if error is not None and self.group is None:
+            raise error
+        if self.group is not None and self._by_gloo:
+            agree(lambda: self._described(error), self.group, None)
         if error is not None:
-            if self.group is None:
-                raise error
             # The others are waiting: take part with nothing but the bad news.
             features, labels = self._gathered.features[:0], self._gathered.tails[:0, 0]
         self._calls += 1
@@ -225,7 +236,8 @@ class NegativeBuffer:
         if self._side is None:
             return work
         work.wait()  # the side stream does, not the host
-        self._watch.send(self._headers(), header & ~ERROR)
+        expected = header & ~ERROR
+        self._watch.send(self._headers(), lambda headers: _check_headers(headers.tolist(), expected))
         return None
 
     def _finish(self, gathering: Gathering) -> Gathered:
@@ -233,8 +245,6 @@ class NegativeBuffer:
             raise RuntimeError("a gather can be waited for once")
         self._complete()
         self._watch.check_arrived()
-        if gathering.work is not None:
-            _check_headers(self._headers().tolist(), gathering.header)
         return Gathered(self._gathered.features, self._gathered.tails[:, 0], self._slot[0])
 
     def _complete(self) -> None:
@@ -243,13 +253,19 @@ class NegativeBuffer:
         if self._side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._side)
         if gathering is not None and gathering.work is not None:
-            gathering.work.wait()
+            with connected():
+                gathering.work.wait()
         if self._wire is not self._gathered:
             self._gathered.bytes.copy_(self._wire.bytes, non_blocking=True)
 
     def _headers(self) -> Tensor:
         """[W]: of each slot's first row."""
         return self._wire.tails[:: self.batch, 1]
+
+    def _described(self, error: Exception | None) -> str:
+        if error is not None:
+            raise error
+        return f"gather, call {self._calls + 1} of NegativeBuffer {self._signature} [{self.batch}, {self.dim}]"
 
     def _side_stream(self) -> AbstractContextManager:
         """The buffer's own stream, behind everything that the caller's has been given so far."""
@@ -346,26 +362,6 @@ class _Twin:
         return (cursor + kept) % size
 
 
-class _HeaderWatch:
-    """Checks headers on a GPU without a host sync: they are read once they have arrived, at a later call."""
-
-    def __init__(self) -> None:
-        self._arriving: deque[tuple[torch.cuda.Event, Tensor, int]] = deque()
-
-    def send(self, headers: Tensor, expected: int) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            return
-        copy = torch.empty(headers.shape, dtype=headers.dtype, pin_memory=True).copy_(headers, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self._arriving.append((arrived, copy, expected))
-
-    def check_arrived(self) -> None:
-        while self._arriving and not torch.cuda.is_current_stream_capturing() and self._arriving[0][0].query():
-            _, headers, expected = self._arriving.popleft()
-            _check_headers(headers.tolist(), expected)
-
-
 def _check_headers(headers: list[int], expected: int) -> None:
     """Raise ValueError for the first rank that had an error, else for the first that is at another call."""
     for rank, header in enumerate(headers):
@@ -397,16 +393,12 @@ def _argument_error(
     return None
 
 
-def _carriers(group: dist.ProcessGroup | None) -> dict[str, str]:
-    """Which backend carries which type of device: {"cpu": "gloo", "cuda": "nccl"}."""
-    return {} if group is None else dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
-
-
 def _agree(arguments: dict[str, Any], error: Exception | None, group: dist.ProcessGroup) -> int:
     """Compare the arguments over the ranks, before any data moves. Returns the buffer's signature.
 
     A rank whose own are wrong takes part, so every rank raises: it the error, the others a ValueError that quotes it.
     """
+    agree(lambda: "NegativeBuffer()", group, None)
     told: list[Any] = [None] * dist.get_world_size(group)
     mine = (NegativeBuffer._next_serial, error and str(error), None if error else arguments)
     dist.all_gather_object(told, mine, group=group)

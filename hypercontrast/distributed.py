@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
 from hypercontrast import _checks
+from hypercontrast._agreement import LostRankError as LostRankError  # offered from here
+from hypercontrast._agreement import agree, connected
 
 GroupLike = dist.ProcessGroup | str | None
 
@@ -46,7 +48,8 @@ def all_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     x = x.detach()
     if group is not None:
         x = x.clone()
-        dist.all_reduce(x, group=group)
+        with connected():
+            dist.all_reduce(x, group=group)
     return x
 
 
@@ -62,13 +65,14 @@ class _GlobalLSE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, lse: Tensor, beside: Tensor, group: dist.ProcessGroup, bounded: bool, sum_gradients: bool):
         shifted = lse
-        if not bounded:  # else |s| is small enough for plain sums, and one exchange will do
-            peak = lse.clone()
-            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-            shift = torch.where(peak == -torch.inf, 0, peak)
-            shifted = lse - shift
-        sums = torch.cat([shifted.exp(), beside])
-        dist.all_reduce(sums, group=group)
+        with connected():
+            if not bounded:  # else |s| is small enough for plain sums, and one exchange will do
+                peak = lse.clone()
+                dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+                shift = torch.where(peak == -torch.inf, 0, peak)
+                shifted = lse - shift
+            sums = torch.cat([shifted.exp(), beside])
+            dist.all_reduce(sums, group=group)
         total, beside = sums.split([len(lse), len(beside)])
         out = total.log() if bounded else shift + total.log()
         ctx.group = group if sum_gradients else None
@@ -79,6 +83,8 @@ class _GlobalLSE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, _: Tensor):
         (share,) = ctx.saved_tensors
+        if ctx.group is not None:
+            agree(lambda: "backward of a prototype loss", ctx.group, grad)
         return all_sum(grad, ctx.group) * share, None, None, None, None
 
 
@@ -98,12 +104,13 @@ def gather_rows(x: Tensor, rows: list[int], group: dist.ProcessGroup) -> Tensor:
     slot = x.new_zeros(max(rows), *x.shape[1:])
     slot[: x.shape[0]] = x
     slots = slot.new_empty(len(rows) * max(rows), *x.shape[1:])
-    dist.all_gather_into_tensor(slots, slot, group=group)
+    with connected():
+        dist.all_gather_into_tensor(slots, slot, group=group)
     slots = slots.unflatten(0, (len(rows), max(rows)))
     return torch.cat([slot[:n] for slot, n in zip(slots, rows, strict=True)])
 
 
-class _GatherWithGrad(torch.autograd.Function):
+class GatherWithGrad(torch.autograd.Function):
     """All ranks' rows in rank order; the backward sums the ranks' gradients of this rank's rows."""
 
     @staticmethod
@@ -114,26 +121,19 @@ class _GatherWithGrad(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
+        agree(lambda: "backward of gather_with_grad", ctx.group, grad)
         # Many ranks' gradients add up here: in half precision every addition would round.
         slots = pad_sequence(grad.to(_checks.accumulator(grad)).split(ctx.rows), batch_first=True)
         mine = slots.new_empty(slots.shape[1:])
-        dist.reduce_scatter_tensor(mine, slots.flatten(0, 1), group=ctx.group)
+        with connected():
+            dist.reduce_scatter_tensor(mine, slots.flatten(0, 1), group=ctx.group)
         return mine[: ctx.rows[dist.get_rank(ctx.group)]].to(grad.dtype), None, None
 
 
-def row_counts(x: Tensor, group: dist.ProcessGroup, name: str = "x") -> list[int]:
-    """Rows of x on each rank. Every rank sees what every rank holds, so a mismatch raises on all of them alike."""
-    with_grad = "with" if torch.is_grad_enabled() and x.requires_grad else "without"
-    held: list[tuple[int, str]] = [(0, "")] * dist.get_world_size(group)
-    mine = (x.shape[0], f"{x.dtype} [rows{''.join(f', {n}' for n in x.shape[1:])}] {with_grad} gradient")
-    dist.all_gather_object(held, mine, group=group)
-    for rank, (_, kind) in enumerate(held):
-        if kind != held[0][1]:
-            raise ValueError(
-                f"{name} must have one dtype and trailing shape on every rank, and require a gradient on all or none, "
-                f"got {held[0][1]} on rank 0 and {kind} on rank {rank}"
-            )
-    return [rows for rows, _ in held]
+def row_counts(x: Tensor, group: dist.ProcessGroup) -> list[int]:
+    """Rows of x on each rank. The host waits for them."""
+    mine = torch.tensor([x.shape[0]], device=x.device)
+    return gather_rows(mine, [1] * dist.get_world_size(group), group).tolist()
 
 
 def gather_with_grad(x: Tensor, group: GroupLike = "auto") -> Tensor:
@@ -166,12 +166,22 @@ def gather_with_grad(x: Tensor, group: GroupLike = "auto") -> Tensor:
 
     Raises:
         ValueError: if x has no rows to speak of (a scalar); on every rank, before data moves, if dtype, trailing shape
-            or the wish for a gradient differ between ranks.
+            or the wish for a gradient differ between ranks, or one of them has a bad x.
         TypeError: if x is not a tensor.
+        LostRankError: if another rank ended or does not answer.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if x.dim() == 0:
-        raise ValueError("x must have shape [n, ...], got []")
     group = resolve_group(group)
-    return x if group is None else _GatherWithGrad.apply(x, row_counts(x, group), group)
+
+    def described() -> str:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        if x.dim() == 0:
+            raise ValueError("x must have shape [n, ...], got []")
+        with_grad = "with" if torch.is_grad_enabled() and x.requires_grad else "without"
+        return f"gather_with_grad of {x.dtype} [rows{''.join(f', {n}' for n in x.shape[1:])}] {with_grad} gradient"
+
+    if group is None:
+        described()
+        return x
+    agree(described, group, x)
+    return GatherWithGrad.apply(x, row_counts(x, group), group)

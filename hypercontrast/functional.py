@@ -5,6 +5,7 @@ unit prototypes, s_cj = ŵ_c·u_j/τ (of samples with each other s_ij = u_i·u_j
 in the batch.
 
 What holds for every loss here
+
 - Arguments. `features` [N, D] and `prototypes` [K, D] are raw; both are normalised inside unless `normalize=False`,
   which takes them as they are. `labels` [N] int64. `temperature` τ is a positive number, or a tensor of one float to
   learn it. `weight` [K] are class weights and `ignore_index` marks samples that count nowhere, as in
@@ -13,9 +14,9 @@ What holds for every loss here
   (float64 for float64), and so is the loss. Gradients come back in each argument's own dtype.
 - Global batch. With `group="auto"` and torch.distributed initialised, the loss is over all ranks' samples and the
   value is the same on every rank; gradients are scaled so that DDP's average is exact. Ranks may hold different
-  numbers of samples, none included. The prototype losses exchange per-class sums and counts, 2K numbers, never
-  features; SupCon gathers features. With reduction="none" each rank gets its own samples' losses, and the gradient is
-  exact for the average over ranks of whatever each makes of them.
+  numbers of samples, none included. The prototype losses exchange per-class sums and counts, 2K numbers beside 512
+  bytes that describe the call, never features; SupCon gathers features. With reduction="none" each rank gets its own
+  samples' losses, and the gradient is exact for the average over ranks of whatever each makes of them.
 - Backends. "reference" (eager, K x N or larger, one process), "blockwise" (PyTorch, memory-linear), "triton" (GPU).
   "auto" picks by device; `resolve_backend` tells which. The environment variable HYPERCONTRAST_BACKEND overrides
   "auto".
@@ -23,10 +24,14 @@ What holds for every loss here
 - `queue`: past features as further columns of the log-sum-exps: a `NegativeBuffer`, or a pair (features [Q, D], labels
   [Q]). They are constants and no anchors, count in no n_c and no mean. The loss only reads it; push after the backward.
 - Special cases. A feature or prototype no longer than 1e-12 has no direction: its logits are zero, its gradient is
-  zero. A batch with nothing to average has a loss of zero.
-- Errors. ValueError or TypeError naming argument, rule and value. Label range and finite norms are read on the CPU;
-  on a GPU an out-of-range label counts as ignored and is reported by a later call, and non-finite features give a
-  non-finite loss.
+  zero. Lengths up to 1e12 cost no accuracy; in float16 on a GPU, as long as those of one batch lie within a factor of
+  about 1,000 of each other. A batch with nothing to average has a loss of zero.
+- Several ranks compare their calls before data moves. Where they differ in shape, dtype or options, in the order of
+  calls, or one of them has bad input, every rank raises (over NCCL a rank may notice at its next call); LostRankError
+  if a rank ended or does not answer.
+- Errors. ValueError or TypeError naming argument, rule and value. Label range and finite norms are read on the CPU
+  (a length above 1.8e19 has squares beyond float32); on a GPU an out-of-range label counts as ignored and is reported
+  by a later call (from a captured CUDA graph by none), and a norm that is not finite gives a loss that is not.
 """
 
 from __future__ import annotations
@@ -35,10 +40,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hypercontrast import _autograd, _checks, _supcon, reference
+from hypercontrast import _autograd, _checks, _supcon, blockwise, reference
+from hypercontrast._agreement import agree
 from hypercontrast._autograd import Rule
 from hypercontrast._ops import resolve_backend
 from hypercontrast.buffer import NegativeBuffer
@@ -76,7 +83,7 @@ def normface_loss(
     """
     rule = Rule(rows=False, cols=True, exclude_own=False)
     return _prototype_loss(
-        reference.normface_loss, rule, features, prototypes, labels, class_means, group, backend,
+        reference.normface_loss, _under(rule), features, prototypes, labels, class_means, group, backend,
         temperature=temperature, weight=weight, ignore_index=ignore_index, reduction=reduction, normalize=normalize,
     )  # fmt: skip
 
@@ -110,7 +117,7 @@ def ntce_loss(
     """
     rule = Rule(rows=True, cols=False, exclude_own=False)
     return _prototype_loss(
-        reference.ntce_loss, rule, features, prototypes, labels, class_means, group, backend,
+        reference.ntce_loss, _under(rule), features, prototypes, labels, class_means, group, backend,
         temperature=temperature, weight=weight, ignore_index=ignore_index, reduction=reduction, normalize=normalize,
         queue=queue,
     )  # fmt: skip
@@ -155,15 +162,15 @@ def nonl_loss(
         raise ValueError("queue must be None for anchor='sample': only prototypes are contrasted with past samples")
     rule = Rule(rows=anchor != "sample", cols=anchor != "prototype", exclude_own=True, empty=empty)
     return _prototype_loss(
-        partial(reference.nonl_loss, anchor=anchor, empty=empty), rule, features, prototypes, labels, class_means,
-        group, backend, temperature=temperature, weight=weight, ignore_index=ignore_index, reduction=reduction,
-        normalize=normalize, queue=queue,
+        partial(reference.nonl_loss, anchor=anchor, empty=empty), _under(rule), features, prototypes, labels,
+        class_means, group, backend, temperature=temperature, weight=weight, ignore_index=ignore_index,
+        reduction=reduction, normalize=normalize, queue=queue,
     )  # fmt: skip
 
 
 def _prototype_loss(
     specification: Callable[..., Tensor],
-    rule: Rule,
+    compute: Callable[..., Tensor],
     features: Tensor,
     prototypes: Tensor,
     labels: Tensor,
@@ -171,40 +178,81 @@ def _prototype_loss(
     group: GroupLike,
     backend: str,
     queue: Queue = None,
+    check: Callable[[], None] = lambda: None,
     **options,
 ) -> Tensor:
-    """Validate and dispatch: to the specification for backend="reference", else to the primitive under its rule."""
-    _checks.check_prototype_inputs(features, prototypes, labels, **options)
-    if class_means is not None and class_means.sums.shape != prototypes.shape:
-        raise ValueError(
-            f"class_means must hold {list(prototypes.shape)} like prototypes, got {list(class_means.sums.shape)}"
-        )
-    process_group, backend = resolve_group(group), resolve_backend(backend, features)
-    past = _queued(queue, features)
-    if isinstance(queue, NegativeBuffer) and queue.group is not None and process_group is not None:
-        raise ValueError("queue must hold this rank's samples alone, got one of all ranks: make it with group=None")
-    if backend == "reference":
+    """Validate and dispatch: to the specification for backend="reference", else to what computes it from the primitive.
+
+    `check` looks at arguments of this loss alone, once those of all losses are known to be right.
+    """
+    process_group = resolve_group(group)
+
+    def checked() -> tuple[str, tuple[Tensor, Tensor] | None]:
+        _checks.check_prototype_inputs(features, prototypes, labels, **options)
+        check()
+        if class_means is not None and not isinstance(class_means, ClassMeans):
+            raise TypeError(f"class_means must be ClassMeans or None, got {type(class_means).__name__}")
+        if class_means is not None and class_means.sums.shape != prototypes.shape:
+            raise ValueError(
+                f"class_means must hold {list(prototypes.shape)} like prototypes, got {list(class_means.sums.shape)}"
+            )
+        if isinstance(queue, NegativeBuffer) and queue.group is not None and process_group is not None:
+            raise ValueError("queue must hold this rank's samples alone, got one of all ranks: make it with group=None")
+        past = _queued(queue, features)
+        if past is not None and _values_can_be_read(past[1]):
+            ignored = torch.where(past[1] == ABSENT, options["ignore_index"], past[1])
+            _checks.check_label_range(ignored, len(prototypes), options["ignore_index"], name="queue labels")
+        return resolve_backend(backend, features), past
+
+    def described() -> str:
+        """What the collectives rest on, once nothing can fail halfway through them."""
+        chosen, past = checked()
+        _check_group(process_group, chosen)
         if features.device.type == "cpu":
             _checks.check_label_range(labels, len(prototypes), options["ignore_index"])
-        _check_for_specification(process_group, options["temperature"], features=features, prototypes=prototypes)
+        _check_values(options["temperature"], features=features, prototypes=prototypes, queue=past and past[0])
+        name, own = getattr(specification, "func", specification).__name__, getattr(specification, "keywords", {})
+        bounded = blockwise.is_bounded(*_checks.split_temperature(options["temperature"]), options["normalize"])
+        return (
+            f"{name} of {features.dtype} features [n, {features.shape[1]}] and {prototypes.dtype}"
+            f" prototypes {list(prototypes.shape)}, {_own_options(own)}reduction {options['reduction']},"
+            f" backend {chosen},"
+            f" normalize {options['normalize']}, ignore_index {options['ignore_index']},"
+            f" weight {options['weight'] is not None}, {'small' if bounded else 'large or unknown'} logits,"
+            f" {_gradient(features, prototypes, options['temperature'])} gradient"
+        )
+
+    if process_group is not None:
+        agree(described, process_group, features)
+    chosen, past = checked()
+    if chosen == "reference":
+        if features.device.type == "cpu":
+            _checks.check_label_range(labels, len(prototypes), options["ignore_index"])
+        _check_values(options["temperature"], features=features, prototypes=prototypes)
         if class_means is not None:
             class_means.update(features.detach(), labels, ignore_index=options["ignore_index"])
         if past is not None:
             options["queue"] = _present(past)
         return specification(features, prototypes, labels, **options)
-    if labels.is_cuda:
-        _checks.watch_labels(labels, len(prototypes), options["ignore_index"])
-    return _autograd.prototype_loss(
+    return compute(
         features,
         prototypes,
         labels,
-        rule,
         **options,
         queue=past,
         group=process_group,
         class_means=class_means,
-        backend=backend,
+        backend=chosen,
     )
+
+
+def _under(rule: Rule) -> Callable[..., Tensor]:
+    return partial(_autograd.prototype_loss, rule=rule)
+
+
+def _own_options(options: dict[str, Any]) -> str:
+    """Of one loss alone, as ranks compare them: of a tensor its shape."""
+    return "".join(f"{k} {list(v.shape) if isinstance(v, Tensor) else v}, " for k, v in options.items())
 
 
 def supcon_loss(
@@ -256,18 +304,36 @@ def supcon_loss(
 
     Source: Khosla et al. 2020, eqs. 2 and 3; arXiv 2605.20302, eq. 2.
     """
-    _checks.check_supcon_inputs(
-        features, labels, mask, ref_features, ref_labels, temperature, base_temperature, variant, singletons, reduction,
-        normalize,
-    )  # fmt: skip
-    process_group, backend = resolve_group(group), resolve_backend(backend, features)
-    past = _queued(queue, features)
-    if mask is not None and (process_group is not None or queue is not None):
-        raise ValueError("mask must be None with a queue or over several ranks: it says nothing of their samples")
-    views_alone = labels is None and mask is None
-    if views_alone and queue is not None:
-        raise ValueError("labels must be given with a queue: without, no past sample can be told from this one")
+    process_group = resolve_group(group)
     buffer = queue if isinstance(queue, NegativeBuffer) and queue.group is not None else None
+    views_alone = labels is None and mask is None
+
+    def checked() -> tuple[str, tuple[Tensor, Tensor] | None]:
+        _checks.check_supcon_inputs(
+            features, labels, mask, ref_features, ref_labels, temperature, base_temperature, variant, singletons,
+            reduction, normalize,
+        )  # fmt: skip
+        if mask is not None and (process_group is not None or queue is not None):
+            raise ValueError("mask must be None with a queue or over several ranks: it says nothing of their samples")
+        if views_alone and queue is not None:
+            raise ValueError("labels must be given with a queue: without, no past sample can be told from this one")
+        return resolve_backend(backend, features), _queued(queue, features)
+
+    def described() -> str:
+        """What the collectives rest on, once nothing can fail halfway through them."""
+        chosen, past = checked()
+        _check_group(process_group, chosen)
+        _check_values(temperature, features=features, ref_features=ref_features, queue=past and past[0])
+        return (
+            f"supcon_loss of {features.dtype} features [n, {features.shape[-1]}]"
+            f" by {'views' if views_alone else 'labels'}, variant {variant}, singletons {singletons},"
+            f" reduction {reduction}, normalize {normalize}, backend {chosen}, references {ref_features is not None},"
+            f" gathered by {'a NegativeBuffer' if buffer else 'itself'}, {_gradient(features, temperature)} gradient"
+        )
+
+    if process_group is not None:
+        agree(described, process_group, features)
+    chosen, past = checked()
     options: dict[str, Any] = {
         "temperature": temperature, "base_temperature": base_temperature, "variant": variant, "singletons": singletons,
         "reduction": reduction, "normalize": normalize,
@@ -276,8 +342,8 @@ def supcon_loss(
     features, labels, mask = reference.flatten_views(features, labels, mask, ref_features is None)
     if views_alone and process_group is not None:
         labels = labels + (dist.get_rank(process_group) << 40)  # every rank numbers its samples from zero
-    if backend == "reference":
-        _check_for_specification(process_group, temperature, features=features)
+    if chosen == "reference":
+        _check_values(temperature, features=features, ref_features=ref_features)
         past = None if past is None else _present(past)
         loss, alone = reference.supcon_loss(
             features, labels, mask=mask, ref_features=ref_features, ref_labels=ref_labels, queue=past, **options
@@ -285,7 +351,7 @@ def supcon_loss(
     else:
         refs = None if ref_features is None else (ref_features, ref_labels)
         loss, alone = _supcon.supcon_loss(
-            features, labels, mask, refs, past, **options, group=process_group, buffer=buffer, backend=backend
+            features, labels, mask, refs, past, **options, group=process_group, buffer=buffer, backend=chosen
         )
     if singletons == "error" and (lonely := int(all_sum(alone, process_group))):  # on all ranks, so that none waits
         raise ValueError(f"labels must give every anchor a positive (singletons='error'), got {lonely} without")
@@ -302,7 +368,14 @@ def _queued(queue: Queue, features: Tensor) -> tuple[Tensor, Tensor] | None:
     if not isinstance(past, tuple) or len(past) != 2:
         raise TypeError(f"queue must be a NegativeBuffer or a pair (features, labels), got {type(queue).__name__}")
     _checks.check_queue(past, features)
+    if _values_can_be_read(past[0]) and not isinstance(queue, NegativeBuffer):  # which has checked what it took
+        used, _ = _present(past)
+        _checks.check_finite_norms("queue", used.norm(dim=1, dtype=_checks.accumulator(used)))
     return past
+
+
+def _values_can_be_read(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _present(past: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -311,12 +384,21 @@ def _present(past: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return past[0][used], past[1][used]
 
 
-def _check_for_specification(group: dist.ProcessGroup | None, temperature: float | Tensor, **operands: Tensor) -> None:
-    """What the operators of the other backends check by themselves."""
-    if group is not None:
+def _gradient(*inputs: Any) -> str:
+    wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    return "with" if wanted else "without"
+
+
+def _check_group(group: dist.ProcessGroup | None, backend: str) -> None:
+    if group is not None and backend == "reference":
         raise ValueError("backend='reference' computes over one process, got a group of several: pass group=None")
+
+
+def _check_values(temperature: float | Tensor, **operands: Tensor | None) -> None:
+    """What operators check by themselves where there is one process, and reading is free."""
     for name, x in operands.items():
-        if x.device.type == "cpu":
-            _checks.check_finite_norms(name, x.detach().norm(dim=1, dtype=_checks.accumulator(x)))
-    if operands["features"].device.type == "cpu":
+        if x is not None and x.device.type == "cpu":
+            _checks.check_finite_norms(name, x.detach().norm(dim=-1, dtype=_checks.accumulator(x)).flatten())
+    features = operands["features"]
+    if features is not None and features.device.type == "cpu":
         _checks.check_temperature_value(temperature)

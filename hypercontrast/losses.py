@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hypercontrast import _checks, functional
+from hypercontrast import _checks, functional, related
 from hypercontrast.functional import GroupLike, Queue
 from hypercontrast.prototypes import ClassMeans
 from hypercontrast.reference import unit_rows
@@ -143,6 +144,126 @@ class SupConLoss(_Loss):
         )
 
 
+class CosFaceLoss(_Loss):
+    """`related.cosface_loss` with its options held."""
+
+    def __init__(
+        self,
+        margin: float | Tensor = 0.35,
+        temperature: float | Tensor = 1 / 64,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        normalize: bool = True,
+        group: GroupLike = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self._hold(
+            margin=margin, temperature=temperature, weight=weight, ignore_index=ignore_index, reduction=reduction,
+            normalize=normalize, group=group, backend=backend,
+        )  # fmt: skip
+
+    def forward(self, features: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
+        return related.cosface_loss(features, prototypes, labels, **self._options())
+
+
+class ArcFaceLoss(_Loss):
+    """`related.arcface_loss` with its options held."""
+
+    def __init__(
+        self,
+        margin: float = 0.5,
+        temperature: float | Tensor = 1 / 64,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        group: GroupLike = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self._hold(
+            margin=margin, temperature=temperature, weight=weight, ignore_index=ignore_index, reduction=reduction,
+            group=group, backend=backend,
+        )  # fmt: skip
+
+    def forward(self, features: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
+        return related.arcface_loss(features, prototypes, labels, **self._options())
+
+
+class LogitAdjustedLoss(_Loss):
+    """`related.logit_adjusted_loss` with its options held."""
+
+    def __init__(
+        self,
+        bias: Tensor,
+        temperature: float | Tensor = 0.1,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        normalize: bool = True,
+        group: GroupLike = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self._hold(
+            bias=bias, temperature=temperature, weight=weight, ignore_index=ignore_index, reduction=reduction,
+            normalize=normalize, group=group, backend=backend,
+        )  # fmt: skip
+
+    def forward(self, features: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
+        return related.logit_adjusted_loss(features, prototypes, labels, **self._options())
+
+
+class ProxyAnchorLoss(_Loss):
+    """`related.proxy_anchor_loss` with its options held."""
+
+    def __init__(
+        self,
+        margin: float = 0.1,
+        temperature: float | Tensor = 1 / 32,
+        ignore_index: int = -100,
+        normalize: bool = True,
+        group: GroupLike = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self._hold(
+            margin=margin, temperature=temperature, ignore_index=ignore_index, normalize=normalize, group=group,
+            backend=backend,
+        )  # fmt: skip
+
+    def forward(self, features: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
+        return related.proxy_anchor_loss(features, prototypes, labels, **self._options())
+
+
+class DCLLoss(_Loss):
+    """`related.dcl_loss` with its options held."""
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        reduction: str = "mean",
+        normalize: bool = True,
+        group: GroupLike = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self._hold(
+            temperature=temperature, reduction=reduction, normalize=normalize, group=group, backend=backend,
+        )  # fmt: skip
+
+    def forward(self, features: Tensor) -> Tensor:
+        return related.dcl_loss(features, **self._options())
+
+
+def _check_baseline(name: str, x: Tensor, labels: Tensor, num_classes: int) -> None:
+    _checks.check_matrix(name, x, "[N, K]" if name == "logits" else "[N, D]")
+    _checks.check_labels(labels, len(x), x.device)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        _checks.check_label_range(labels, num_classes, ignore_index=0)
+
+
 class CELoss(nn.Module):
     """Cross-entropy of ordinary logits [N, K], the baseline: `F.cross_entropy` in float32, averaged over the samples.
 
@@ -157,14 +278,16 @@ class CELoss(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        _check_baseline("logits", logits, labels, logits.shape[-1])
         logits = logits.to(_checks.accumulator(logits))
-        return F.cross_entropy(logits, labels, self.weight, reduction="sum") / len(labels)
+        return F.cross_entropy(logits, labels, self.weight, reduction="sum") / max(len(labels), 1)
 
 
 class ETFDRLoss(nn.Module):
     """Dot regression to fixed prototypes, mean_i (w_{y_i}·u_i - 1)²/2 (Yang et al. 2022), the ETF+DR baseline."""
 
     def forward(self, features: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
+        _check_baseline("features", features, labels, len(prototypes))
         dtype = _checks.accumulator(features)
         cosines = (unit_rows(features.to(dtype)) * unit_rows(prototypes.to(dtype))[labels]).sum(dim=1)
-        return 0.5 * (cosines - 1).square().mean()
+        return 0.5 * (cosines - 1).square().sum() / max(len(labels), 1)

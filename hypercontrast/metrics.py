@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hypercontrast import _checks
+from hypercontrast._agreement import agree
 from hypercontrast.distributed import resolve_group
 from hypercontrast.reference import unit_rows
 
@@ -214,10 +215,8 @@ class NeuralCollapse:
         resolved = resolve_group("auto" if group is None else group)
         if resolved is None:
             return
-        shape = torch.tensor([self.num_classes, self.dim, self._quota], device=self.device)
-        shapes = _gather(shape, resolved)
-        if (shapes != shape).any():
-            raise ValueError(f"(num_classes, dim, samples kept a class) must agree on all ranks, got {shapes.tolist()}")
+        words = f"NeuralCollapse.all_reduce of [{self.num_classes}, {self.dim}], {self._quota} samples kept a class"
+        agree(lambda: words, resolved, self._counts_K)
         kept_RK = _gather(self._counts_K.clamp(max=self._quota), resolved)
         for statistic in (self._counts_K, self._sums_KD, self._moment_DD):
             dist.all_reduce(statistic, group=resolved)

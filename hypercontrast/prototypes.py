@@ -5,12 +5,28 @@ Shapes: N samples, K classes, D dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from hypercontrast import _checks
+from hypercontrast._agreement import agree, connected
+from hypercontrast.distributed import resolve_group
 from hypercontrast.reference import unit_rows
+
+
+def _check_sizes(dim: int, num_classes: int) -> None:
+    if any(isinstance(size, bool) or not isinstance(size, int) for size in (dim, num_classes)):
+        raise TypeError(f"dim and num_classes must be integers, got {dim!r} and {num_classes!r}")
+    if dim < 1 or num_classes < 1:
+        raise ValueError(f"dim and num_classes must be at least 1, got {dim} and {num_classes}")
+
+
+def _check_dimension(features: Tensor, dim: int) -> None:
+    if features.dim() != 2 or features.shape[1] != dim:
+        raise ValueError(f"features must have dimension {dim}, got {list(features.shape)}")
 
 
 def simplex_etf(num_classes: int, dim: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -18,6 +34,7 @@ def simplex_etf(num_classes: int, dim: int, *, generator: torch.Generator | None
 
     K = 1 gives one random unit vector. Raises ValueError when dim < num_classes - 1.
     """
+    _check_sizes(dim, num_classes)
     if dim < num_classes - 1:
         raise ValueError(f"dim must be at least num_classes - 1 = {num_classes - 1} for a simplex ETF, got {dim}")
     if num_classes == 1:
@@ -47,8 +64,8 @@ class PrototypeHead(nn.Module):
 
     def __init__(self, dim: int, num_classes: int, neck: str | None = None, *, fixed_etf: bool = False) -> None:
         super().__init__()
-        if dim < 1 or num_classes < 1:
-            raise ValueError(f"dim and num_classes must be at least 1, got {dim} and {num_classes}")
+        _check_sizes(dim, num_classes)
+        self.dim = dim
         if neck is None:
             self.neck: nn.Module = nn.Identity()
         elif neck == "linear":
@@ -63,6 +80,7 @@ class PrototypeHead(nn.Module):
             self.prototypes = nn.Parameter(torch.randn(num_classes, dim) / dim**0.5)
 
     def embed(self, x: Tensor) -> Tensor:
+        _check_dimension(x, self.dim)
         return self.neck(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,7 +96,7 @@ class ClassMeans(nn.Module):
             average over batches used by the paper's public code.
         momentum: share of the old value in "ema".
 
-    Sums and counts are float64 buffers, so the order of the batches does not matter.
+    Sums are float64 buffers, so the order of the batches does not matter, and stay so in a model that is converted.
     """
 
     sums: Tensor
@@ -86,6 +104,7 @@ class ClassMeans(nn.Module):
 
     def __init__(self, num_classes: int, dim: int, *, mode: str = "mean", momentum: float = 0.9) -> None:
         super().__init__()
+        _check_sizes(dim, num_classes)
         _checks.check_option("mode", mode, ("mean", "ema"))
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
@@ -93,16 +112,24 @@ class ClassMeans(nn.Module):
         self.register_buffer("sums", torch.zeros(num_classes, dim, dtype=torch.float64))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassMeans:
+        """What `.to()`, `.half()` and the like run: the sums go to the device, and stay in float64."""
+        sums = self.sums
+        super()._apply(fn, recurse)
+        if self.sums.dtype != sums.dtype:
+            self.sums = sums.to(self.sums.device)
+        return self
+
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor, *, ignore_index: int = -100) -> None:
-        """Add a batch: features [N, D] raw, labels [N] int64. Raises ValueError on a wrong shape or label."""
+        """Add a batch: features [N, D] raw, labels [N] int64. Raises ValueError on a wrong shape, label or norm."""
         num_classes, dim = self.sums.shape
         _checks.check_matrix("features", features, "[N, D]")
-        if features.shape[1] != dim:
-            raise ValueError(f"features must have dimension {dim}, got {list(features.shape)}")
+        _check_dimension(features, dim)
         _checks.check_labels(labels, len(features), features.device)
         if not labels.is_cuda:
             _checks.check_label_range(labels, num_classes, ignore_index)
+            _checks.check_finite_norms("features", features.norm(dim=1, dtype=_checks.accumulator(features)))
         in_range = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
         y = torch.where(in_range, labels, 0)
         units = unit_rows(features.double()) * in_range[:, None]
@@ -125,9 +152,17 @@ class ClassMeans(nn.Module):
 
     @torch.no_grad()
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Make every rank hold the sum over the ranks of `group` (the average of directions in "ema" mode)."""
-        dist.all_reduce(self.sums, group=group)
-        dist.all_reduce(self.counts, group=group)
+        """Make every rank hold the sum over the ranks of `group` (the average of directions in "ema" mode).
+
+        None: the default group, if there is one. Raises ValueError on every rank where [K, D] differ.
+        """
+        resolved = resolve_group("auto" if group is None else group)
+        if resolved is None:
+            return
+        agree(lambda: f"ClassMeans.all_reduce of {list(self.sums.shape)}", resolved, self.sums)
+        with connected():
+            dist.all_reduce(self.sums, group=resolved)
+            dist.all_reduce(self.counts, group=resolved)
 
     def prototypes(self) -> Tensor:
         """[K, D] float32 unit class means; zero for a class never seen."""
@@ -144,9 +179,12 @@ class PrototypeClassifier(nn.Module):
     def __init__(self, prototypes: Tensor) -> None:
         super().__init__()
         _checks.check_matrix("prototypes", prototypes, "[K, D]")
+        if len(prototypes) == 0:
+            raise ValueError(f"prototypes must hold at least one class, got {list(prototypes.shape)}")
         self.prototypes = prototypes
 
     def forward(self, features: Tensor) -> Tensor:
+        _check_dimension(features, self.prototypes.shape[1])
         return unit_rows(features) @ unit_rows(self.prototypes).to(features.dtype).T
 
     @torch.no_grad()

@@ -8,6 +8,8 @@ Shapes: N samples, M of them not ignored, K classes, D dimensions. s[c, j] = w_c
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -102,6 +104,67 @@ def nonl_loss(
     lse = torch.where(nothing, 0, denominator.masked_fill(nothing, 0).logsumexp(0))
     loss = lse - s.T[own.T]
     return _reduce(torch.where(nothing, 0, loss) if empty == "zero" else loss, a, keep, reduction)
+
+
+def cosface_loss(
+    features, prototypes, labels, *, margin=0.35, temperature=1 / 64, weight=None, ignore_index=-100, reduction="mean",
+    normalize=True,
+):  # fmt: skip
+    s, y, own, a, keep = _logits(features, prototypes, labels, temperature, weight, ignore_index, normalize)
+    margin_M = margin[y].to(s.dtype) if isinstance(margin, torch.Tensor) else margin
+    s = torch.where(own, s - margin_M / temperature, s)
+    return _reduce(s.logsumexp(0) - s.T[own.T], a, keep, reduction)
+
+
+def arcface_loss(
+    features, prototypes, labels, *, margin=0.5, temperature=1 / 64, weight=None, ignore_index=-100, reduction="mean",
+    normalize=True,
+):  # fmt: skip
+    s, _, own, a, keep = _logits(features, prototypes, labels, temperature, weight, ignore_index, normalize)
+    cosine = s * temperature
+    least = 4 * torch.finfo(s.dtype).eps  # from 0 and π, where the angle has no slope
+    angle = cosine.clamp(least - 1, 1 - least).acos()
+    target = torch.where(angle < torch.pi - margin, (angle + margin).cos(), cosine - margin * math.sin(margin))
+    s = torch.where(own, target / temperature, s)
+    return _reduce(s.logsumexp(0) - s.T[own.T], a, keep, reduction)
+
+
+def logit_adjusted_loss(
+    features, prototypes, labels, bias, *, temperature=0.1, weight=None, ignore_index=-100, reduction="mean",
+    normalize=True,
+):  # fmt: skip
+    s, _, own, a, keep = _logits(features, prototypes, labels, temperature, weight, ignore_index, normalize)
+    s = s + bias.to(s.dtype)[:, None]
+    return _reduce(s.logsumexp(0) - s.T[own.T], a, keep, reduction)
+
+
+def proxy_anchor_loss(
+    features, prototypes, labels, *, margin=0.1, temperature=1 / 32, ignore_index=-100, normalize=True, **_
+):
+    """A mean over classes: the samples' weights and reduction, which all losses are called with, have no say."""
+    s, _, own, _, _ = _logits(features, prototypes, labels, temperature, None, ignore_index, normalize)
+    shift, one = margin / temperature, s.new_zeros(len(s), 1)
+    pull = torch.cat([one, (shift - s).masked_fill(~own, -torch.inf)], 1).logsumexp(1)
+    push = torch.cat([one, (shift + s).masked_fill(own, -torch.inf)], 1).logsumexp(1)
+    return pull.sum() / own.any(1).sum().clamp(min=1) + push.mean()
+
+
+def dcl_loss(features, *, temperature=0.1, reduction="mean", normalize=True):
+    """Of two views [B, 2, D]."""
+    samples = len(features)
+    units = features.flatten(0, 1)
+    if normalize:
+        units = unit_rows(units)
+    s = units @ units.T
+    s = s.to(torch.promote_types(s.dtype, torch.float32)) / temperature
+    sample = torch.arange(samples, device=features.device).repeat_interleave(2)
+    own = sample[:, None] == sample
+    nothing = own.all(1)
+    lse = torch.where(nothing, 0, s.masked_fill(own & ~nothing[:, None], -torch.inf).logsumexp(1))
+    loss = lse - s[torch.arange(2 * samples), torch.arange(2 * samples) ^ 1]  # the other view
+    if reduction == "none":
+        return loss.view(samples, 2)
+    return loss.sum() / max(len(loss), 1) if reduction == "mean" else loss.sum()
 
 
 def flatten_views(features, labels, mask, against_self):

@@ -75,11 +75,11 @@ def network_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def newest_checkpoint(run: str) -> Checkpoint:
-    """The newest intact checkpoint of the run in this folder.
+    """The newest intact checkpoint after a whole epoch of the run in this folder.
 
     Raises UsageError if the run has not saved one yet, CheckpointError if none is intact.
     """
-    saved = checkpoint.load_checkpoint(Path(run))
+    saved = checkpoint.load_checkpoint(Path(run), whole_epochs=True)
     if saved is None:
         raise UsageError(f"{run} must hold a checkpoint: the run has not finished an epoch yet")
     return saved

@@ -13,7 +13,7 @@ Shapes: S splits, R rows, D width.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,11 +30,13 @@ MAX_FIXED_SHIFT = 64.0  # |s| below this: exp(s) neither overflows a sum of 2^34
 
 @dataclass(frozen=True)
 class Scaling:
-    """What makes logits of products: s = a·b/(|a||b|τ), or a·b/τ when not `normalize`."""
+    """What makes logits of products: s = a·b/(|a||b|τ), or a·b/τ when not `normalize`; and what scales gradients."""
 
     temperature: Tensor | None  # one fp32 value on the device; None to use the number
     inv_temperature: float
     normalize: bool
+    # (g, M), fp32 on the device: all gradients are multiplied by g/M, last, which leaves G as it is; None for one.
+    factor: tuple[Tensor, Tensor] | None = field(default=None, kw_only=True)
 
     def fixed_shift(self, dtype: torch.dtype, bound: float) -> bool:
         """Whether |s| <= bound, so that exp(s) needs no maximum. float32 keeps it, which is more exact."""
@@ -48,6 +50,12 @@ class Scaling:
             "inv_temperature": self.inv_temperature,
             "HAS_TEMPERATURE": self.temperature is not None,
         }
+
+    def factor_arguments(self, used: bool = True) -> dict[str, Any]:
+        """How the kernels that finish a gradient learn its factor."""
+        used = used and self.factor is not None
+        upstream, divisor = self.factor if used else (None, None)
+        return {"upstream_ptr": upstream, "divisor_ptr": divisor, "HAS_FACTOR": used}
 
     def divide(self, x: Tensor) -> Tensor:
         """x/τ."""
@@ -117,87 +125,173 @@ def combine(partials: Tensor, into: Tensor | None = None, step: int = 0) -> Tens
 
 
 @triton.jit
-def _sum_partials(
-    partials_ptr, row_R, inside_R, d, D, S, stride_partials, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def load_factor(upstream_ptr, divisor_ptr, HAS_FACTOR: tl.constexpr):
+    if HAS_FACTOR:
+        return tl.load(upstream_ptr) / tl.load(divisor_ptr)
+    else:
+        return 1.0
+
+
+@triton.jit
+def _sum_partials(partials_ptr, row_R, inside_R, d, D, S, R, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     depth = d + tl.arange(0, BLOCK_D)
     inside_RD = inside_R[:, None] & (depth < D)[None, :]
-    partials = partials_ptr + row_R.to(tl.int64)[:, None] * D + depth[None, :]
     sum_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for _ in range(S):
-        sum_RD += tl.load(partials, mask=inside_RD, other=0.0)
-        partials += stride_partials
+    for split in range(S):
+        start = (split * R + row_R.to(tl.int64)) * D
+        sum_RD += tl.load(partials_ptr + start[:, None] + depth[None, :], mask=inside_RD, other=0.0)
     return sum_RD
 
 
 @triton.jit
-def _finish_kernel(
-    partials_ptr,  # [S, R, D] fp32: P, in S parts
-    x_ptr,  # [R, D] the operand P is the gradient of
-    inv_ptr,  # [R] fp32
-    temperature_ptr,
-    range_ptr,
-    grad_ptr,  # [R, D]
-    radial_ptr,  # [R] fp32
-    S,
-    R,
-    D,
-    stride_x,
-    stride_partials,
-    inv_temperature,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_RANGE: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def _finish_rows(
+    block, partials_ptr, x_ptr, inv_ptr, grad_ptr, radial_ptr, S, R, D, stride, inv_temp, factor,
+    NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """dX = (P - t i² x)/τ, t = x·P. P is read twice, the second time from cache."""
-    row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_R = block * BLOCK_R + tl.arange(0, BLOCK_R)
     inside_R = row_R < R
-    inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
-    unscale = 1.0
-    if HAS_RANGE:
-        unscale = 1.0 / tl.load(range_ptr)
-
     radial_R = tl.zeros((BLOCK_R,), tl.float32)
     for d in range(0, D, BLOCK_D):
-        sum_RD = _sum_partials(partials_ptr, row_R, inside_R, d, D, S, stride_partials, BLOCK_R, BLOCK_D)
-        x_RD = load_rows(x_ptr, row_R, inside_R, stride_x, d, D, BLOCK_D).to(tl.float32)
+        sum_RD = _sum_partials(partials_ptr, row_R, inside_R, d, D, S, R, BLOCK_R, BLOCK_D)
+        x_RD = load_rows(x_ptr, row_R, inside_R, stride, d, D, BLOCK_D).to(tl.float32)
         radial_R += tl.sum(x_RD * sum_RD, axis=1)
-    radial_R *= unscale
+    radial_R *= factor
     tl.store(radial_ptr + row_R, radial_R, mask=inside_R)
     inv_R = tl.load(inv_ptr + row_R, mask=inside_R, other=0.0)
     for d in range(0, D, BLOCK_D):
-        sum_RD = _sum_partials(partials_ptr, row_R, inside_R, d, D, S, stride_partials, BLOCK_R, BLOCK_D) * unscale
+        sum_RD = _sum_partials(partials_ptr, row_R, inside_R, d, D, S, R, BLOCK_R, BLOCK_D) * factor
         if NORMALIZE:
-            x_RD = load_rows(x_ptr, row_R, inside_R, stride_x, d, D, BLOCK_D).to(tl.float32)
+            x_RD = load_rows(x_ptr, row_R, inside_R, stride, d, D, BLOCK_D).to(tl.float32)
             sum_RD -= x_RD * (radial_R * inv_R * inv_R)[:, None]
         depth = d + tl.arange(0, BLOCK_D)
         grads = grad_ptr + row_R.to(tl.int64)[:, None] * D + depth[None, :]
         tl.store(grads, sum_RD * inv_temp, mask=inside_R[:, None] & (depth < D)[None, :])
 
 
-def finish(scaling: Scaling, side: Gradient, partials: Tensor, fp16_range: Tensor | None) -> None:
-    """side.grad and side.radial from P = Σ_s partials[s] [S, R, D], still scaled by fp16_range when that is given."""
-    splits, num_rows, dim = partials.shape
-    blocks = _launch.row_blocks(dim)
-    _finish_kernel[(cdiv(num_rows, blocks["BLOCK_R"]),)](
-        partials_ptr=partials,
-        x_ptr=side.x,
-        inv_ptr=side.inv,
+@triton.jit
+def _finish_kernel(
+    a_partials_ptr,  # [splits_a, rows_a, D] fp32: P, in splits_a parts
+    a_ptr,  # [rows_a, D] the operand P is the gradient of
+    inv_a_ptr,  # [rows_a] fp32
+    a_grad_ptr,  # [rows_a, D]
+    a_radial_ptr,  # [rows_a] fp32
+    b_partials_ptr,  # and the same of another operand, if the grid reaches it
+    b_ptr,
+    inv_b_ptr,
+    b_grad_ptr,
+    b_radial_ptr,
+    temperature_ptr,
+    range_ptr,
+    upstream_ptr,
+    divisor_ptr,
+    splits_a,
+    rows_a,
+    splits_b,
+    rows_b,
+    D,
+    stride_a,
+    stride_b,
+    inv_temperature,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_RANGE: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The gradients of one operand, or of two of one width."""
+    inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
+    factor = load_factor(upstream_ptr, divisor_ptr, HAS_FACTOR)
+    if HAS_RANGE:
+        factor /= tl.load(range_ptr)
+    block = tl.program_id(0)
+    blocks_a = tl.cdiv(rows_a, BLOCK_R)
+    if block < blocks_a:
+        _finish_rows(
+            block, a_partials_ptr, a_ptr, inv_a_ptr, a_grad_ptr, a_radial_ptr, splits_a, rows_a, D, stride_a,
+            inv_temp, factor, NORMALIZE, BLOCK_R, BLOCK_D,
+        )  # fmt: skip
+    else:
+        _finish_rows(
+            block - blocks_a, b_partials_ptr, b_ptr, inv_b_ptr, b_grad_ptr, b_radial_ptr, splits_b, rows_b, D, stride_b,
+            inv_temp, factor, NORMALIZE, BLOCK_R, BLOCK_D,
+        )  # fmt: skip
+
+
+def finish(
+    scaling: Scaling,
+    fp16_range: Tensor | None,
+    first: tuple[Gradient, Tensor],
+    second: tuple[Gradient, Tensor] | None = None,
+) -> None:
+    """grad and radial of an operand, or of two in one launch, from P = Σ_s partials[s] [S, R, D], which is still scaled
+    by fp16_range when that is given.
+    """
+    (a, a_partials), (b, b_partials) = first, second or first
+    blocks = _launch.row_blocks(a.x.shape[1])
+    programs = cdiv(len(a.x), blocks["BLOCK_R"]) + (cdiv(len(b.x), blocks["BLOCK_R"]) if second else 0)
+    _finish_kernel[(programs,)](
+        a_partials_ptr=a_partials,
+        a_ptr=a.x,
+        inv_a_ptr=a.inv,
+        a_grad_ptr=a.grad,
+        a_radial_ptr=a.radial,
+        b_partials_ptr=b_partials,
+        b_ptr=b.x,
+        inv_b_ptr=b.inv,
+        b_grad_ptr=b.grad,
+        b_radial_ptr=b.radial,
         range_ptr=fp16_range,
-        grad_ptr=side.grad,
-        radial_ptr=side.radial,
-        S=splits,
-        R=num_rows,
-        D=dim,
-        stride_x=side.x.stride(0),
-        stride_partials=num_rows * dim,
+        splits_a=len(a_partials),
+        rows_a=len(a.x),
+        splits_b=len(b_partials),
+        rows_b=len(b.x),
+        D=a.x.shape[1],
+        stride_a=a.x.stride(0),
+        stride_b=b.x.stride(0),
         HAS_RANGE=fp16_range is not None,
         NORMALIZE=scaling.normalize,
+        **scaling.factor_arguments(),
         **scaling.arguments(),
         **blocks,
     )
+
+
+@triton.jit
+def _largest(x_ptr, size, BLOCK: tl.constexpr):
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.abs(tl.load(x_ptr + index, mask=index < size, other=0.0)))
+    return tl.max(largest, axis=0)
+
+
+@triton.jit
+def _range_kernel(
+    g1_ptr,  # fp32 upstream gradients and how many; those not there have none
+    g2_ptr,
+    g3_ptr,
+    g4_ptr,
+    i1_ptr,  # fp32 inverse norms and how many
+    i2_ptr,
+    range_ptr,  # [1] fp32, written
+    size_g1,
+    size_g2,
+    size_g3,
+    size_g4,
+    size_i1,
+    size_i2,
+    BLOCK: tl.constexpr,
+):
+    of_first = tl.maximum(_largest(g1_ptr, size_g1, BLOCK), _largest(g2_ptr, size_g2, BLOCK))
+    of_last = tl.maximum(_largest(g3_ptr, size_g3, BLOCK), _largest(g4_ptr, size_g4, BLOCK))
+    peak = tl.maximum(of_first, of_last) * _largest(i1_ptr, size_i1, BLOCK)
+    if size_i2 > 0:
+        peak *= _largest(i2_ptr, size_i2, BLOCK)
+    floor_log2 = (peak.to(tl.int32, bitcast=True) >> 23) - 127
+    exponent = tl.minimum(tl.maximum(12 - floor_log2, -100), 100)
+    tl.store(range_ptr, ((exponent + 127) << 23).to(tl.float32, bitcast=True))
 
 
 def fp16_range(dtype: torch.dtype, upstream: Iterable[Tensor | None], *inv_norms: Tensor) -> Tensor | None:
@@ -207,11 +301,18 @@ def fp16_range(dtype: torch.dtype, upstream: Iterable[Tensor | None], *inv_norms
     """
     if dtype != torch.float16:
         return None
-    peak = torch.stack([g.abs().amax() for g in upstream if g is not None]).amax()
-    for inv in inv_norms:
-        peak = peak * inv.amax()
-    exponent = (13.0 - torch.log2(peak).ceil()).clamp(-100.0, 100.0)
-    return torch.exp2(exponent)
+    given = [g for g in upstream if g is not None]
+    nothing = given[0].new_empty(0)
+    vectors = {f"g{i + 1}": given[i] if i < len(given) else nothing for i in range(4)}
+    vectors |= {f"i{i + 1}": inv_norms[i] if i < len(inv_norms) else nothing for i in range(2)}
+    fp16_range = nothing.new_empty(1)
+    _range_kernel[(1,)](
+        range_ptr=fp16_range,
+        **{f"{name}_ptr": vector for name, vector in vectors.items()},
+        **{f"size_{name}": len(vector) for name, vector in vectors.items()},
+        **_launch.RANGE_BLOCKS,
+    )
+    return fp16_range
 
 
 def mm_fp32(a: Tensor, b: Tensor) -> Tensor:

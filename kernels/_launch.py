@@ -19,7 +19,10 @@ from torch import Tensor
 TARGET_PROGRAMS = 264
 SCRATCH_BYTES = 64 * 2**20
 COMPACT_FLOP = 2**33
+MAX_LOSS_COMPARISONS = 2**26
 COMBINE_BLOCKS = {"BLOCK_S": 32, "BLOCK_R": 64, "num_warps": 4}
+RANGE_BLOCKS = {"BLOCK": 4096, "num_warps": 8}
+TOTALS_BLOCKS = {"BLOCK_B": 256, "num_warps": 4}
 CHUNK_COLUMNS = 8192
 
 
@@ -64,21 +67,33 @@ _WIDE: Wide = {
     (4, False): Config(64, 64, 16, 4, 3, max_registers=255),
     (4, True): Config(64, 64, 16, 4, 3, max_registers=255),
 }
-FORWARD_NARROW = dict.fromkeys(ARCHITECTURES, _NARROW)
+# A forward has no accumulator of width D: where the backward is wide already, its rows still fit, and a byte loaded
+# serves at least twice the products that it would in a wide one.
+_FORWARD_NARROW: Narrow = {**_NARROW, 256: Config(128, 32, 256, 8, 2)}
+FORWARD_NARROW = dict.fromkeys(ARCHITECTURES, _FORWARD_NARROW)
 FORWARD_WIDE = {80: _WIDE, 90: {**_WIDE, (2, False): Config(128, 128, 64, 8, 3)}, 100: _WIDE}
 # Wide forwards that keep exp(s). Tall tiles: what one needs of each column takes registers in every thread.
 _FORWARD_KEEP: Wide = {(2, False): Config(256, 64, 64, 8, 3), (2, True): Config(64, 64, 64, 4, 4)}
-FORWARD_KEEP = {80: _FORWARD_KEEP, 90: {**_FORWARD_KEEP, (2, False): Config(256, 128, 64, 8, 4)}, 100: _FORWARD_KEEP}
-FORWARD_KEEP_CROWDED = dict.fromkeys(ARCHITECTURES, _FORWARD_KEEP)
+FORWARD_KEEP_WIDE = {
+    80: _FORWARD_KEEP,
+    90: {**_FORWARD_KEEP, (2, False): Config(256, 128, 64, 8, 4)},
+    100: _FORWARD_KEEP,
+}
+FORWARD_KEEP_WIDE_CROWDED = dict.fromkeys(ARCHITECTURES, _FORWARD_KEEP)
 BACKWARD_KEPT = Config(64, 128, 0, 8, 1)  # no product, hence no depth
-KEEP_WIDTH = 512  # of the products saved, from where on keeping pays: see `kept_shape`
+KEEP_WIDTH = 512  # of the products saved, from where on keeping pays: see `_keeping_pays`
+KEEP_FLOP = 2**33  # of one product, 16 us at 550 TFLOP/s: below it launches count, not products
 # Largest 1/τ at which exp(s) is kept. bfloat16 has float32's exponents. In float16 e^10 is finite and e^-10 lost half a
 # bit to underflow. float32 is not kept: its accuracy would show that no maximum was subtracted before exp.
 KEEP_INV_TEMPERATURE = {torch.bfloat16: 64.0, torch.float16: 10.0}
 # A triangular forward needs block_c to divide block_r.
-PAIR_TRIANGLE_NARROW = dict.fromkeys(ARCHITECTURES, _NARROW)
+PAIR_TRIANGLE_NARROW = dict.fromkeys(ARCHITECTURES, _FORWARD_NARROW)
 PAIR_TRIANGLE_WIDE = dict.fromkeys(ARCHITECTURES, _WIDE)
-PAIR_FORWARD_NARROW = dict.fromkeys(ARCHITECTURES, _NARROW)
+PAIR_FORWARD_NARROW = {
+    80: _FORWARD_NARROW,
+    90: _FORWARD_NARROW,
+    100: {**_FORWARD_NARROW, 256: Config(128, 32, 256, 8, 2, max_registers=255)},
+}
 PAIR_FORWARD_WIDE = dict.fromkeys(ARCHITECTURES, _WIDE)
 
 # The accumulator of a narrow backward is a tile of its own, and outside Hopper it is all in registers.
@@ -92,14 +107,22 @@ _BACKWARD_WIDE: Wide = {
     (2, False): Config(128, 64, 64, 8, 3),
     (2, True): Config(64, 64, 64, 4, 4),
 }
-BACKWARD_NARROW = {80: _BACKWARD_NARROW, 90: _NARROW, 100: _BACKWARD_NARROW}
+BACKWARD_NARROW = {
+    80: _BACKWARD_NARROW,
+    90: _NARROW,
+    100: {**_BACKWARD_NARROW, 32: Config(128, 64, 32, 8, 3, max_registers=255)},
+}
 BACKWARD_WIDE = {
     80: _BACKWARD_WIDE,
     90: {**_BACKWARD_WIDE, (2, False): Config(128, 128, 64, 8, 3)},
     100: _BACKWARD_WIDE,
 }
 # Column sums bring two more vectors of each sample, listed classes their rows' addresses.
-BACKWARD_NARROW_CROWDED = dict.fromkeys(ARCHITECTURES, _BACKWARD_NARROW)
+BACKWARD_NARROW_CROWDED = {
+    80: _BACKWARD_NARROW,
+    90: _BACKWARD_NARROW,
+    100: {**_BACKWARD_NARROW, 64: Config(128, 32, 64, 8, 3, max_registers=255)},
+}
 BACKWARD_WIDE_CROWDED = dict.fromkeys(ARCHITECTURES, _BACKWARD_WIDE)
 
 _PAIR_BACKWARD_NARROW: Narrow = {
@@ -171,6 +194,23 @@ def segment_blocks(num_classes: int) -> dict[str, int]:
     return {"BLOCK_K": classes, "BLOCK_N": 16384 // classes, "num_warps": 8}
 
 
+def joins_in_loss(num_samples: int, *splits: int) -> bool:
+    """Whether the kernel of the loss itself joins the parts of log-sum-exps: every program of classes may read all of
+    the samples' parts, and one program of samples reads theirs all.
+    """
+    return max(splits) > 1 and num_samples <= 1024 and max(splits) <= 32
+
+
+def loss_blocks(num_classes: int, joins: bool) -> dict[str, int]:
+    """Comparisons as in `segment_blocks`; joining, one program holds a small batch's samples and four parts of each.
+
+    The register limit is what 16 warps can have at most.
+    """
+    classes = segment_blocks(num_classes)["BLOCK_K"]
+    samples, splits = (1024, 4) if joins else (16384 // classes, 1)
+    return {"BLOCK_K": classes, "BLOCK_N": samples, "BLOCK_S": splits, "num_warps": 16, "maxnreg": 128}
+
+
 def class_sum_blocks(dim: int) -> dict[str, int]:
     depth = min(padded_width(dim), 256)
     return {"BLOCK_N": 4096 // depth, "BLOCK_D": depth, "num_warps": 4}
@@ -193,20 +233,33 @@ def kept_shape(
     normalize: bool,
     keep_bytes: int,
 ) -> tuple[int, int]:
-    """Shape of the exponentials that a forward keeps for its backward, (0, 0) when none are: a rule of shapes alone.
-
-    For each logit keeping moves 4 bytes more (exp(s) written and read; both ways write H), recomputing takes 2D more
-    operations. At 3.0 TB/s and 550 TFLOP/s, 70 % of a library product's, those meet at D = 370: arithmetic, to be
-    measured. With sums along both sides one product serves both, so that keeping saves two.
-    """
+    """Shape of the exponentials that a forward keeps for its backward, (0, 0) when none are: a rule of shapes alone."""
     (num_samples, dim), num_classes = features.shape, len(prototypes)
     if rows and not cols and counts is not None and skips_absent_classes(num_samples, num_classes, dim):
         num_classes = num_samples
     dtype, width = kernel_dtype(features), cdiv(num_samples, 64) * 64
     exact = normalize and temperature is None and inv_temperature <= KEEP_INV_TEMPERATURE.get(dtype, 0.0)
-    pays = dim * (2 if rows and cols else 1) >= KEEP_WIDTH
+    pays = _keeping_pays(num_samples, num_classes, dim, rows, cols)
     fits = 0 < num_classes * width * dtype.itemsize <= keep_bytes
     return (num_classes, width) if exact and pays and fits else (0, 0)
+
+
+def _keeping_pays(num_samples: int, num_classes: int, dim: int, rows: bool, cols: bool) -> bool:
+    """For each logit keeping moves 4 bytes more (exp(s) written and read; both ways write H), recomputing takes 2D more
+    operations. At 3.0 TB/s and 550 TFLOP/s, 70 % of a library product's, those meet at D = 370: arithmetic, to be
+    measured. With sums along both sides one product serves both, so that keeping saves two.
+    """
+    return dim * (2 if rows and cols else 1) >= KEEP_WIDTH and 2 * num_samples * num_classes * dim >= KEEP_FLOP
+
+
+def loss_follows_lse(num_samples: int, num_classes: int, dim: int, rows: bool, cols: bool) -> bool:
+    """Whether the kernel of the loss takes the batch: where its comparisons of every sample with every class are cheap,
+    where no absent classes are to be skipped, and where no exponentials are worth keeping. A rule of shapes alone.
+    """
+    if _keeping_pays(num_samples, num_classes, dim, rows, cols):
+        return False
+    few = num_samples * num_classes <= MAX_LOSS_COMPARISONS
+    return not rows or (few and (cols or not skips_absent_classes(num_samples, num_classes, dim)))
 
 
 def chunks(num_rows: int, num_columns: int, itemsize: int) -> Iterator[tuple[slice, slice]]:

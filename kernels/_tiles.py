@@ -37,7 +37,8 @@ def load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE: 
 def inverse(squares_R, NORMALIZE: tl.constexpr):
     if NORMALIZE:
         norm_R = tl.sqrt_rn(squares_R)
-        return tl.where(norm_R <= 1e-12, 0.0, 1.0 / norm_R)  # no direction: s = 0 and no gradient
+        inverse_R = tl.where(norm_R <= 1e-12, 0.0, 1.0 / norm_R)  # no direction: s = 0 and no gradient
+        return tl.where(norm_R < float("inf"), inverse_R, float("nan"))  # no length either: not to pass for zero
     else:
         return tl.full(squares_R.shape, 1.0, tl.float32)
 

@@ -15,25 +15,49 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import _epilogue, _launch, class_sums, pair_backward, pair_forward, prototype_backward, prototype_forward
+from . import (
+    _epilogue,
+    _launch,
+    class_sums,
+    pair_backward,
+    pair_forward,
+    prototype_backward,
+    prototype_forward,
+    prototype_loss,
+)
 from ._launch import ARCHITECTURES
 
 _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _OPERANDS = {"a_ptr", "b_ptr", "w_ptr", "z_ptr", "h_ptr", "kept_ptr", "x_ptr", "features_ptr", "prototypes_ptr"}
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 # The launchers align these to 16 whatever the caller passes, and D and every stride; any other argument may not be.
-_ALWAYS_ALIGNED = _OPERANDS | {"grad_ptr", "partials_ptr", "D"}
+_GRADIENTS = {"grad_ptr", "a_grad_ptr"}
+_ALWAYS_ALIGNED = _OPERANDS | _GRADIENTS | {"b_grad_ptr", "partials_ptr", "a_partials_ptr", "b_partials_ptr", "D"}
 _NEVER_SPECIALIZED = {
     "ignore_index", "row_start", "inv_temperature", "offset", "first_class", "last_class",
     "mask_row_step", "mask_col_step",
     "row_mask_row_step", "row_mask_col_step", "col_mask_row_step", "col_mask_col_step",
 }  # fmt: skip
-_INT64 = {"labels_ptr", "order_ptr", "bounds_ptr", "ids_ptr", "row_ids_ptr", "col_ids_ptr"}
+_INT64 = {
+    "labels_ptr",
+    "extremes_ptr",
+    "all_extremes_ptr",
+    "order_ptr",
+    "bounds_ptr",
+    "ids_ptr",
+    "row_ids_ptr",
+    "col_ids_ptr",
+}
 _BYTES = {"mask_ptr", "row_mask_ptr", "col_mask_ptr"}
 # Pointers that are None unless all flags named are set, or, after a minus, are not.
 _OPTIONAL = {
     "temperature_ptr": "HAS_TEMPERATURE",
     "range_ptr": "HAS_RANGE",
+    "upstream_ptr": "HAS_FACTOR",
+    "divisor_ptr": "HAS_FACTOR",
+    "weight_ptr": "HAS_WEIGHT",
+    "row_partials_ptr": "HAS_ROWS",
+    "col_partials_ptr": "HAS_COLS",
     "present_ptr": "COMPACT",
     "num_present_ptr": "COMPACT",
     "lse_a_ptr": "HAS_A",
@@ -42,7 +66,7 @@ _OPTIONAL = {
     "grad_b_ptr": "HAS_B",
     "row_lse_ptr": "HAS_ROWS",
     "grad_row_ptr": "HAS_ROWS",
-    "col_lse_ptr": "HAS_COLS",
+    "col_lse_ptr": "HAS_COLS BOTH",
     "grad_col_ptr": "HAS_COLS",
     "partials_ptr": "SPLIT",
     "kept_ptr": "KEPT",
@@ -127,7 +151,7 @@ def aot_configurations() -> list[AotConfiguration]:
     """All kernels in all pinned configurations and all combinations of flags that a loss can reach."""
     families = (
         _forward(), _forward_keep(), _backward_narrow(), _backward_wide(), _pair_forward(), _pair_backward(),
-        _over_rows(), _sums(),
+        _over_rows(), _sums(), _loss(),
     )  # fmt: skip
     return list({c.name: c for c in itertools.chain.from_iterable(families)}.values())
 
@@ -170,8 +194,10 @@ def _is_none(argument: str, constexprs: dict[str, Any]) -> bool:
 def _argument_type(argument: str, dtype: torch.dtype, grad_dtype: torch.dtype) -> str:
     if argument in _OPERANDS:
         return "*" + _TRITON_NAMES[dtype]
-    if argument == "grad_ptr":
+    if argument in _GRADIENTS:
         return "*" + _TRITON_NAMES[grad_dtype]
+    if argument == "b_grad_ptr":
+        return "*" + _TRITON_NAMES[dtype]
     if argument in ("present_ptr", "num_present_ptr"):
         return "*i32"
     if argument in _INT64:
@@ -193,8 +219,8 @@ def _forward() -> Iterator[AotConfiguration]:
         configs = _forward_configs(_launch.FORWARD_NARROW, _launch.FORWARD_WIDE, dtype)
         for (config, is_narrow, archs), (rows, cols, exclude_own) in itertools.product(configs, _RULES):
             for tensor_temperature, compact in _flags(rows, cols):
-                for a_is_classes, fixed_shift in itertools.product(
-                    [True] * rows + [False] * cols,
+                for (a_is_classes, both), fixed_shift in itertools.product(
+                    [(True, False)] * rows + [(False, False)] * cols + [(True, True)] * (rows and cols),
                     [False] if tensor_temperature or dtype == torch.float32 else [False, True],
                 ):
                     meta = {
@@ -203,6 +229,7 @@ def _forward() -> Iterator[AotConfiguration]:
                         "FIXED_SHIFT": fixed_shift,
                         "HAS_TEMPERATURE": tensor_temperature,
                         "COMPACT": compact,
+                        "BOTH": both,
                         "NARROW": is_narrow,
                         "INPUT_PRECISION": _launch.input_precision(dtype),
                         **config.launch_options(),
@@ -212,7 +239,8 @@ def _forward() -> Iterator[AotConfiguration]:
 
 def _forward_keep() -> Iterator[AotConfiguration]:
     for dtype, (rows, cols, exclude_own) in itertools.product(_launch.KEEP_INV_TEMPERATURE, _RULES):
-        configs = _pinned(_launch.FORWARD_KEEP_CROWDED if rows and cols else _launch.FORWARD_KEEP, dtype)
+        crowded = rows and cols
+        configs = _pinned(_launch.FORWARD_KEEP_WIDE_CROWDED if crowded else _launch.FORWARD_KEEP_WIDE, dtype)
         compaction = (False, True) if rows and not cols else (False,)
         for (config, archs), compact in itertools.product(configs, compaction):
             meta = {
@@ -223,7 +251,8 @@ def _forward_keep() -> Iterator[AotConfiguration]:
                 "INPUT_PRECISION": _launch.input_precision(dtype),
                 **config.launch_options(),
             }
-            yield _configuration("lse_fwd_tile", prototype_forward._lse_fwd_tile_kernel, dtype, meta, archs=archs)
+            kernel = prototype_forward._lse_fwd_tile_kernel
+            yield _configuration("lse_fwd_tile", kernel, dtype, meta, archs=archs, crowded=crowded)
 
 
 def _forward_configs(
@@ -248,11 +277,14 @@ def _pinned(
 
 def _backward_narrow() -> Iterator[AotConfiguration]:
     for dtype, (rows, cols, exclude_own) in itertools.product((torch.bfloat16, torch.float16), _RULES):
-        endings = [(True, False), (False, True), (False, False)]  # (SPLIT, NORMALIZE)
+        # (SPLIT, NORMALIZE, HAS_FACTOR)
+        endings = [(True, False, False), *((False, *flags) for flags in itertools.product((True, False), repeat=2))]
         for (tensor_temperature, compact), a_is_classes in itertools.product(_flags(rows, cols), (True, False)):
             crowded = cols or (compact and a_is_classes)
             tables = _launch.BACKWARD_NARROW_CROWDED if crowded else _launch.BACKWARD_NARROW
-            for (config, archs), (split, normalize) in itertools.product(_pinned(tables, dtype), endings):
+            for (config, archs), (split, normalize, factor) in itertools.product(_pinned(tables, dtype), endings):
+                if compact and factor:
+                    continue  # absent classes are not skipped where the loss has a kernel of its own
                 meta = {
                     "A_IS_CLASSES": a_is_classes,
                     "EXCLUDE_OWN": exclude_own,
@@ -260,6 +292,7 @@ def _backward_narrow() -> Iterator[AotConfiguration]:
                     "HAS_B": cols if a_is_classes else rows,
                     "HAS_TEMPERATURE": tensor_temperature,
                     "HAS_RANGE": dtype == torch.float16,
+                    "HAS_FACTOR": factor,
                     "COMPACT": compact,
                     "SPLIT": split,
                     "NORMALIZE": normalize,
@@ -375,8 +408,10 @@ def _over_rows() -> Iterator[AotConfiguration]:
             for normalize in (False, True):
                 meta = {**temperature, "NORMALIZE": normalize, **blocks}
                 yield _configuration("inverse_norms", prototype_forward._inverse_norms_kernel, dtype, meta)
-                for has_range, grad_dtype in itertools.product(ranges, {None, _other_grad_dtype(dtype)}):
-                    meta = {**temperature, "HAS_RANGE": has_range, "NORMALIZE": normalize, **blocks}
+                choices = itertools.product(ranges, (False, True), {None, _other_grad_dtype(dtype)})
+                for has_range, factor, grad_dtype in choices:
+                    flags = {"HAS_RANGE": has_range, "HAS_FACTOR": factor, "NORMALIZE": normalize}
+                    meta = {**temperature, **flags, **blocks}
                     yield _configuration("finish", _epilogue._finish_kernel, dtype, meta, grad_dtype)
         for normalize in (False, True):
             yield _configuration("norms", pair_forward._norms_kernel, dtype, {"NORMALIZE": normalize, **blocks})
@@ -385,6 +420,7 @@ def _over_rows() -> Iterator[AotConfiguration]:
     for step, accumulate in [(0, False), (0, True), *((step, True) for step in sorted(steps))]:
         meta = {"STEP": step, "ACCUMULATE": accumulate, **_launch.COMBINE_BLOCKS}
         yield _configuration("combine", _epilogue._combine_kernel, torch.float32, meta)
+    yield _configuration("range", _epilogue._range_kernel, torch.float32, _launch.RANGE_BLOCKS)
 
 
 def _other_grad_dtype(dtype: torch.dtype) -> torch.dtype | None:
@@ -398,3 +434,15 @@ def _sums() -> Iterator[AotConfiguration]:
     for num_classes in (10, 10**5):
         blocks = _launch.segment_blocks(num_classes)
         yield _configuration("segment_sum", class_sums._segment_sum_kernel, torch.float32, blocks)
+
+
+def _loss() -> Iterator[AotConfiguration]:
+    sides = [(True, False), (False, True), (True, True)]
+    for num_classes, joins in itertools.product((10, 10**5), (False, True)):
+        blocks = _launch.loss_blocks(num_classes, joins)
+        for (rows, cols), weight, zero_empty, mean in itertools.product(sides, *[(False, True)] * 3):
+            flags = {"HAS_ROWS": rows, "HAS_COLS": cols, "HAS_WEIGHT": weight, "ZERO_EMPTY": zero_empty, "MEAN": mean}
+            yield _configuration("loss", prototype_loss._loss_kernel, torch.float32, {**flags, **blocks})
+    for mean in (False, True):
+        meta = {"MEAN": mean, **_launch.TOTALS_BLOCKS}
+        yield _configuration("totals", prototype_loss._totals_kernel, torch.float32, meta)

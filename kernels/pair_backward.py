@@ -440,7 +440,7 @@ def narrow(scaling: Scaling, backward: Backward, gradient: Gradient) -> None:
     for rows in _launch.row_chunks(num_rows, 4 * dim):
         chunk = backward.chunk(rows, slice(0, num_columns))
         # The kernel has undone the scale of fp16.
-        finish(scaling, gradient.rows(rows), _launch_narrow(scaling, chunk, weights_range), None)
+        finish(scaling, None, (gradient.rows(rows), _launch_narrow(scaling, chunk, weights_range)))
 
 
 def _launch_narrow(scaling: Scaling, chunk: Backward, weights_range: Tensor | None) -> Tensor:
@@ -472,7 +472,7 @@ def wide(scaling: Scaling, backward: Backward, gradient: Gradient) -> None:
             chunk = backward.chunk(rows, columns)
             part_sum = mm_fp32(_launch_tile(scaling, chunk, weights_range), chunk.pairs.columns)
             whole_sum = part_sum if whole_sum is None else whole_sum.add_(part_sum)
-        finish(scaling, gradient.rows(rows), whole_sum[None], weights_range)
+        finish(scaling, weights_range, (gradient.rows(rows), whole_sum[None]))
 
 
 def _launch_tile(scaling: Scaling, chunk: Backward, weights_range: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._epilogue import Gradient, finish, fp16_range, mm_fp32
+from ._epilogue import Gradient, finish, fp16_range, load_factor, mm_fp32
 from ._launch import cdiv
 from ._prototype_tiles import Operands, Options, class_logits, load_classes
 from ._tiles import exp, load_inverse_temperature, load_rows, product, split_range
@@ -104,6 +104,8 @@ def _lse_bwd_kernel(
     present_ptr,
     num_present_ptr,
     range_ptr,  # [1] fp32 power of two that brings G into fp16's range, when HAS_RANGE
+    upstream_ptr,  # [1] fp32 each, when HAS_FACTOR: the gradient is multiplied by upstream/divisor
+    divisor_ptr,
     grad_ptr,  # [R, D]: dA
     radial_ptr,  # [R] fp32: x·P, see the top of the file
     partials_ptr,  # [S, R, D] fp32 when SPLIT: P of this split
@@ -122,6 +124,7 @@ def _lse_bwd_kernel(
     HAS_B: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_RANGE: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
     COMPACT: tl.constexpr,
     SPLIT: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -183,8 +186,9 @@ def _lse_bwd_kernel(
         radial_R = tl.sum(x_RD * sum_RD, axis=1)
         if NORMALIZE:
             sum_RD -= x_RD * (radial_R * inv_a_R * inv_a_R)[:, None]
-        tl.store(grad_ptr + start_R[:, None] + depth[None, :], sum_RD * inv_temp, mask=inside_RD)
-        tl.store(radial_ptr + row_R, radial_R, mask=inside_R)
+        factor = load_factor(upstream_ptr, divisor_ptr, HAS_FACTOR)
+        tl.store(grad_ptr + start_R[:, None] + depth[None, :], sum_RD * (inv_temp * factor), mask=inside_RD)
+        tl.store(radial_ptr + row_R, radial_R * factor, mask=inside_R)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "row_start"])
@@ -300,14 +304,17 @@ class Kept:
 
 
 def narrow(operands: Operands, options: Options, classes: Side, samples: Side, grad_pos: Tensor) -> None:
-    _launch_narrow(operands, options, classes, samples, grad_pos, a_is_classes=True)
-    _launch_narrow(operands, options, samples, classes, grad_pos, a_is_classes=False)
+    of_classes = _launch_narrow(operands, options, classes, samples, grad_pos, a_is_classes=True)
+    of_samples = _launch_narrow(operands, options, samples, classes, grad_pos, a_is_classes=False)
+    split = [(side, part) for side, part in ((classes, of_classes), (samples, of_samples)) if part is not None]
+    if split:
+        finish(options, None, *split)  # the kernel has undone the scale of fp16
 
 
 def _launch_narrow(
     operands: Operands, options: Options, a: Side, b: Side, grad_pos: Tensor, *, a_is_classes: bool
-) -> None:
-    """dA, by recomputing the logits."""
+) -> Tensor | None:
+    """dA, by recomputing the logits; or, when splits share its columns, their parts of P [S, R, D]."""
     num_rows, (num_columns, dim) = len(a.x), b.x.shape
     crowded = (a_is_classes and operands.present is not None) or (b if a_is_classes else a).lse is not None
     config = _launch.narrow_config(_launch.BACKWARD_NARROW_CROWDED if crowded else _launch.BACKWARD_NARROW, a.x)
@@ -342,14 +349,15 @@ def _launch_narrow(
         HAS_B=b.lse is not None,
         HAS_RANGE=weights_range is not None,
         SPLIT=splits > 1,
-        NORMALIZE=options.normalize and splits == 1,  # of partial results the next kernel removes the radial part
+        # Partial results the next kernel frees of their radial part and multiplies by their factor.
+        NORMALIZE=options.normalize and splits == 1,
+        **options.factor_arguments(used=splits == 1),
         INPUT_PRECISION=_launch.input_precision(a.x.dtype),
         **operands.class_arguments(),
         **options.scalars(),
         **config.launch_options(),
     )
-    if partials is not None:
-        finish(options, a, partials, None)  # the kernel has undone the scale of fp16
+    return partials
 
 
 def wide(
@@ -358,16 +366,19 @@ def wide(
     """Both gradients through H, a bounded chunk at a time along the longer side; the other side's sum stays in fp32."""
     dtype, num_rows, num_samples = samples.x.dtype, len(classes.x), len(samples.x)
     weights_range = fp16_range(dtype, (classes.upstream, samples.upstream, grad_pos), classes.inv, samples.inv)
-    longer, shorter = (classes, samples) if num_rows > num_samples else (samples, classes)
+    shorter = 1 if num_rows > num_samples else 0  # of (classes, samples): the side that every chunk holds whole
     whole_sum = None
     for rows, columns in _launch.chunks(num_rows, num_samples, dtype.itemsize):
         w, z = classes.rows(rows), samples.rows(columns)
         part = None if kept is None else kept.part(rows, columns)
         h = _launch_tile(operands, options, w, z, columns, rows.start, grad_pos, weights_range, part)
-        sums = {id(classes): mm_fp32(h, z.x), id(samples): mm_fp32(h.T, w.x)}
-        finish(options, w if longer is classes else z, sums[id(longer)][None], weights_range)
-        whole_sum = sums[id(shorter)] if whole_sum is None else whole_sum.add_(sums[id(shorter)])
-    finish(options, shorter, whole_sum[None], weights_range)
+        parts = [(w, mm_fp32(h, z.x)[None]), (z, mm_fp32(h.T, w.x)[None])]
+        if whole_sum is not None:
+            parts[shorter] = (parts[shorter][0], whole_sum.add_(parts[shorter][1]))
+        whole_sum = parts[shorter][1]
+        if (rows.stop, columns.stop) != (num_rows, num_samples):
+            del parts[shorter]
+        finish(options, weights_range, *parts)
 
 
 def _launch_tile(

@@ -91,6 +91,7 @@ def _lse_fwd_kernel(
     present_ptr,  # [R] int32, the class of each row, present ones first, when COMPACT
     num_present_ptr,  # [1] int32: rows from here on are of absent classes and take no part, when COMPACT
     lse_ptr,  # [S, R] fp32
+    col_lse_ptr,  # [blocks of rows, C] fp32, when BOTH
     R,
     C,
     D,
@@ -104,6 +105,7 @@ def _lse_fwd_kernel(
     FIXED_SHIFT: tl.constexpr,  # exp(s) is summed as it is: |s| <= 64
     HAS_TEMPERATURE: tl.constexpr,
     COMPACT: tl.constexpr,
+    BOTH: tl.constexpr,  # rows are classes, and every block of them leaves its part of the samples' sums
     NARROW: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -141,10 +143,17 @@ def _lse_fwd_kernel(
         logits_RC = class_logits(dots_RC, inv_a_R, inv_b_C, inv_temp, A_IS_CLASSES)
 
         summed_RC = (class_C >= 0)[None, :]
+        if BOTH:
+            summed_RC = summed_RC & inside_R[:, None]
         if EXCLUDE_OWN:
             summed_RC = summed_RC & (class_R[:, None] != class_C[None, :])
         logits_RC = tl.where(summed_RC, logits_RC, float("-inf"))
         maximum_R, total_R = add_exponentials(maximum_R, total_R, logits_RC, 1, FIXED_SHIFT)
+        if BOTH:
+            maximum_C, total_C = empty_sum(BLOCK_C, FIXED_SHIFT)
+            maximum_C, total_C = add_exponentials(maximum_C, total_C, logits_RC, 0, FIXED_SHIFT)
+            col_lse_C = log_sum(maximum_C, total_C)
+            tl.store(col_lse_ptr + tl.program_id(0).to(tl.int64) * C + row_C, col_lse_C, mask=inside_C)
 
     tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * rows + row_R, log_sum(maximum_R, total_R), mask=inside_R)
 
@@ -294,6 +303,24 @@ def lse(
     a_is_classes: bool,
 ) -> Tensor:
     """row_lse when `a_is_classes`, else col_lse."""
+    partials, _ = partial_lse(operands, options, inv_features, inv_prototypes, a_is_classes=a_is_classes)
+    summed = combine(partials) if len(partials) > 1 else partials.view(-1)
+    present = operands.present
+    return summed if present is None else present.spread(summed, len(operands.prototypes), float("-inf"))
+
+
+def partial_lse(
+    operands: Operands,
+    options: Options,
+    inv_features: Tensor,
+    inv_prototypes: Tensor,
+    *,
+    a_is_classes: bool,
+    both: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Parts [S, R] of the rows' log-sum-exps, for present classes alone if they are listed; and, if `both`, parts
+    [blocks of rows, C] of the columns' in the same pass, when rows are classes.
+    """
     present = operands.present
     classes, samples = (operands.prototypes, inv_prototypes), (operands.features, inv_features)
     if present is not None:
@@ -310,6 +337,7 @@ def lse(
     partials = torch.empty(splits, num_rows, device=a.device)
     if present is not None:
         partials.fill_(float("-inf"))  # rows of absent classes are not visited
+    col_partials = partials.new_empty(row_blocks, num_columns) if both else None
     if num_rows:
         _lse_fwd_kernel[(row_blocks, splits)](
             a_ptr=a,
@@ -318,6 +346,7 @@ def lse(
             inv_b_ptr=inv_b,
             labels_ptr=operands.labels,
             lse_ptr=partials,
+            col_lse_ptr=col_partials,
             R=num_rows,
             C=num_columns,
             D=dim,
@@ -325,14 +354,14 @@ def lse(
             stride_b=b.stride(0),
             A_IS_CLASSES=a_is_classes,
             FIXED_SHIFT=options.fixed_shift(a.dtype, MAX_FIXED_SHIFT),
+            BOTH=both,
             NARROW=narrow,
             INPUT_PRECISION=_launch.input_precision(a.dtype),
             **operands.class_arguments(),
             **options.scalars(),
             **config.launch_options(),
         )
-    summed = combine(partials) if splits > 1 else partials.view(-1)
-    return summed if present is None else present.spread(summed, len(operands.prototypes), float("-inf"))
+    return partials, col_partials
 
 
 def lse_keeping(
@@ -351,7 +380,7 @@ def lse_keeping(
     if present is not None:
         prototypes, inv_prototypes = present.take(prototypes), present.take(inv_prototypes)
     num_rows, (num_samples, dim) = len(prototypes), features.shape
-    tables = _launch.FORWARD_KEEP_CROWDED if rows and cols else _launch.FORWARD_KEEP
+    tables = _launch.FORWARD_KEEP_WIDE_CROWDED if rows and cols else _launch.FORWARD_KEEP_WIDE
     config = _launch.wide_config(tables, prototypes, num_samples)
     row_tiles, col_tiles = cdiv(num_rows, config.block_r), cdiv(num_samples, config.block_c)
     row_partials = torch.empty(col_tiles if rows else 0, num_rows, device=features.device)

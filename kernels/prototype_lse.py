@@ -23,7 +23,7 @@ What rounding exp(s) loses, rounding H loses again; not at a sample's own entry,
 cancels, so that one comes from the positives, kept in fp32. What is kept is never written again: a graph may be walked
 twice.
 
-Two shapes of program. Narrow (half types, D up to 128): a program owns a block of rows of one operand A, streams those
+Two shapes of program. Narrow (half types, D as pinned): a program owns a block of rows of one operand A, streams those
 of the other, B, and keeps A and its accumulator on chip, as attention does. Wide: the product runs over D in steps, and
 the backward stores H for a bounded chunk and leaves P to two library products. Both operands take the part of A:
 prototypes for the row sums and dW, features for the column sums and dZ; `A_IS_CLASSES` tells which.
@@ -81,7 +81,7 @@ def launch_fwd(
         Last, in the operand's type, the kept exponentials [K, N] (rows padded; of the present classes, where absent
         ones are skipped) or an empty tensor.
     """
-    operands = _prepare(features, prototypes, labels, counts, rows_only=rows and not cols)
+    operands = prepare(features, prototypes, labels, counts, rows_only=rows and not cols)
     options = Options(temperature, inv_temperature, normalize, ignore_index, exclude_own)
     shape = _launch.kept_shape(
         features, prototypes, counts=counts, temperature=temperature, inv_temperature=inv_temperature, rows=rows,
@@ -105,10 +105,10 @@ def launch_bwd(
     labels: Tensor,
     row_lse: Tensor,
     col_lse: Tensor,
-    positives: Tensor,
+    positives: Tensor | None,
     inv_norm_features: Tensor,
     inv_norm_prototypes: Tensor,
-    kept: Tensor,
+    kept: Tensor | None,
     grad_row: Tensor,
     grad_col: Tensor,
     grad_pos: Tensor,
@@ -121,14 +121,18 @@ def launch_bwd(
     cols: bool,
     exclude_own: bool,
     normalize: bool,
+    factor: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient for upstream gradients of row_lse, col_lse and positives (contiguous fp32; unused sides are not read).
 
-    Returns: grad_features [N, D] and grad_prototypes [K, D], summed in fp32, in the types of their inputs; Σ G∘s, an
-        fp32 scalar, from which dL/dτ = -Σ G∘s / τ.
+    With a factor (g, M) of fp32 numbers on the device all of it is multiplied by g/M. Positives are read where
+    exponentials were kept.
+
+    Returns: grad_features [N, D] and grad_prototypes [K, D], summed in fp32, in the types of their inputs; and of every
+        sample τ Σ_c (G∘s)[c, j], fp32 [N]: dL/dτ is minus their sum over τ².
     """
-    operands = _prepare(features, prototypes, labels, counts, rows_only=rows and not cols)
-    options = Options(temperature, inv_temperature, normalize, ignore_index, exclude_own)
+    operands = prepare(features, prototypes, labels, counts, rows_only=rows and not cols)
+    options = Options(temperature, inv_temperature, normalize, ignore_index, exclude_own, factor=factor)
     present = operands.present
     of_classes = operands.prototypes, inv_norm_prototypes, row_lse if rows else None, grad_row if rows else None
     if present is not None:
@@ -145,11 +149,11 @@ def launch_bwd(
             if _launch.is_narrow(_launch.BACKWARD_NARROW, operands.features):
                 prototype_backward.narrow(*shared)
             else:
-                prototype_backward.wide(*shared, Kept(kept, positives) if kept.numel() else None)
+                prototype_backward.wide(*shared, Kept(kept, positives) if kept is not None and kept.numel() else None)
     grad_prototypes = classes.grad
     if present is not None:
         grad_prototypes = present.spread(grad_prototypes, len(prototypes), 0.0)
-    return unpadded(samples.grad, features), unpadded(grad_prototypes, prototypes), options.divide(samples.radial.sum())
+    return unpadded(samples.grad, features), unpadded(grad_prototypes, prototypes), samples.radial
 
 
 def _side(
@@ -160,7 +164,7 @@ def _side(
     return Side(operand, inv, grad, new(len(operand), dtype=torch.float32, device=x.device), lse, upstream)
 
 
-def _prepare(features: Tensor, prototypes: Tensor, labels: Tensor, counts: Tensor | None, rows_only: bool) -> Operands:
+def prepare(features: Tensor, prototypes: Tensor, labels: Tensor, counts: Tensor | None, rows_only: bool) -> Operands:
     dtype = _launch.kernel_dtype(features)
     present = None
     if rows_only and counts is not None and _launch.skips_absent_classes(len(features), *prototypes.shape):

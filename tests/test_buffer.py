@@ -5,9 +5,9 @@ import random
 import time
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import hypercontrast as hc
 from hypercontrast import _extension, buffer
@@ -346,42 +346,26 @@ def check_disagreements(rank, world, errors):
         b._operators = operators
         for name, (features, labels, error, _) in BAD_SAMPLES.items():
             given = (features, labels) if rank == last else samples(2, 3)
-            expected = (error, "") if rank == last else (ValueError, f"rank {last} could not gather")
+            expected = (error, "") if rank == last else (ValueError, f"rank {last} could not take part")
             attempt(errors, name, lambda b=b, given=given: b.gather(*given), expected=expected)
         if b.gather(*samples(rank, 3)).labels.ne(ABSENT).sum() != sum(range(world)):
             errors.append(f"a gather after errors fails on rank {rank}")
 
     pair = [hc.NegativeBuffer(**base) for _ in range(2)]
-    expected = (ValueError, "gather must be called in the same order on every rank")
+    expected = (ValueError, "every rank must make the same call, got gather, call 1 of NegativeBuffer")
     attempt(errors, "order", lambda: pair[rank == 0].gather(*samples(2, 3)), expected=expected)
 
 
-def worker(rank, world, path, errors):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(path, world), rank=rank, world_size=world)
-    try:
-        check_gathers(rank, world, errors)
-        check_disagreements(rank, world, errors)
-        errors.append("finished")
-    finally:
-        dist.destroy_process_group()
+def worker(rank, world):
+    errors = []
+    check_gathers(rank, world, errors)
+    check_disagreements(rank, world, errors)
+    return errors
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_ranks(world, tmp_path):
-    run_ranks(worker, world, tmp_path)
-
-
-def run_ranks(function, world, tmp_path):
-    with mp.get_context("spawn").Manager() as manager:
-        errors = manager.list()
-        context = mp.start_processes(
-            function, (world, str(tmp_path / "store"), errors), nprocs=world, start_method="spawn", join=False
-        )
-        deadline = time.monotonic() + 120
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, "the ranks hang"
-        assert list(errors) == ["finished"] * world
+    assert ranks.spawn(worker, world, tmp_path) == [[]] * world
 
 
 # ---- on a GPU
@@ -477,36 +461,33 @@ def test_over_nccl(tmp_path, monkeypatch):
         dist.destroy_process_group()
 
 
-def gpu_worker(rank, world, path, errors):
-    dist.init_process_group("gloo", store=dist.FileStore(path, world), rank=rank, world_size=world)
-    try:
-        sizes = [(2 * r + 1) % 4 for r in range(world)]
-        for operators in filter(None, (buffer._Twin, EXTENSION)):
-            b = hc.NegativeBuffer(7, 4, 8, device="cuda:0")
-            b._operators = operators
-            for step in range(3):
-                all_ranks = [samples(n, 7, seed=world * step + r) for r, n in enumerate(sizes)]
-                got = b.gather(*(x.cuda() for x in all_ranks[rank]))
-                b.push()
-                for r, (features, labels) in enumerate(all_ranks):
-                    rows = slice(4 * r, 4 * r + sizes[r])
-                    same = torch.allclose(got.features[rows].cpu(), unit_rows(features), atol=1e-6)
-                    if not same or not torch.equal(got.labels[rows].cpu(), labels):
-                        errors.append(f"step {step}: not the concatenation on rank {rank}")
-                if got.labels.ne(ABSENT).sum() != sum(sizes):
-                    errors.append(f"step {step}: rows that no rank sent on rank {rank}")
-            given = samples(9 if rank == 0 else 2, 7, device="cuda")
-            expected = (ValueError, "at most batch = 4" if rank == 0 else "rank 0 could not gather")
-            attempt(errors, "rows", lambda b=b, given=given: b.gather(*given), expected=expected)
-        errors.append("finished")
-    finally:
-        dist.destroy_process_group()
+def gpu_worker(rank, world):
+    errors = []
+    sizes = [(2 * r + 1) % 4 for r in range(world)]
+    for operators in filter(None, (buffer._Twin, EXTENSION)):
+        b = hc.NegativeBuffer(7, 4, 8, device="cuda:0")
+        b._operators = operators
+        for step in range(3):
+            all_ranks = [samples(n, 7, seed=world * step + r) for r, n in enumerate(sizes)]
+            got = b.gather(*(x.cuda() for x in all_ranks[rank]))
+            b.push()
+            for r, (features, labels) in enumerate(all_ranks):
+                rows = slice(4 * r, 4 * r + sizes[r])
+                same = torch.allclose(got.features[rows].cpu(), unit_rows(features), atol=1e-6)
+                if not same or not torch.equal(got.labels[rows].cpu(), labels):
+                    errors.append(f"step {step}: not the concatenation on rank {rank}")
+            if got.labels.ne(ABSENT).sum() != sum(sizes):
+                errors.append(f"step {step}: rows that no rank sent on rank {rank}")
+        given = samples(9 if rank == 0 else 2, 7, device="cuda")
+        expected = (ValueError, "at most batch = 4" if rank == 0 else "rank 0 could not take part")
+        attempt(errors, "rows", lambda b=b, given=given: b.gather(*given), expected=expected)
+    return errors
 
 
 @needs_gpu
 def test_ranks_share_a_gpu(tmp_path):
     """Gloo carries the rows of two ranks on one GPU."""
-    run_ranks(gpu_worker, 2, tmp_path)
+    assert ranks.spawn(gpu_worker, 2, tmp_path) == [[], []]
 
 
 @needs_gpu

@@ -18,13 +18,14 @@ from pathlib import Path
 
 import pytest
 
+from bench.occupancy import MULTIPROCESSORS
+
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = (
     "lse_fwd", "lse_fwd_tile", "lse_bwd", "lse_bwd_tile", "inverse_norms",
     "pair_fwd", "pair_triangle", "pair_bwd", "pair_bwd_tile", "norms", "class_positives",
-    "finish", "combine", "class_sums", "segment_sum",
+    "finish", "combine", "range", "class_sums", "segment_sum", "loss", "totals",
 )  # fmt: skip
-SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 HALF_PRODUCTS = re.compile("^(lse|pair)_(fwd|fwd_tile|triangle|bwd|bwd_tile)-(bf16|fp16)-(?!.*kept=True)")
 
 
@@ -50,7 +51,7 @@ def faults_of(report: dict) -> list[str]:
     faults = []
     if report["stack"] or report["spills"]:
         faults.append(f"{report['stack']} bytes of stack, {report['spills']} spills")
-    if report["shared"] > SHARED_MEMORY_LIMIT[report["architecture"]]:
+    if report["shared"] > MULTIPROCESSORS[report["architecture"]].shared_a_program:
         faults.append(f"{report['shared']} bytes of shared memory")
     if report["architecture"] == 90 and HALF_PRODUCTS.match(report["name"]) and not report["wgmma"]:
         faults.append("no wgmma")

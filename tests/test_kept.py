@@ -41,8 +41,9 @@ def keeping(monkeypatch):
     """Every width and type takes the wide path and keeps: float32 shows errors of logic that half types would hide."""
     monkeypatch.setattr(_launch, "is_narrow", lambda tables, x: False)
     monkeypatch.setattr(_launch, "KEEP_WIDTH", 1)
+    monkeypatch.setattr(_launch, "KEEP_FLOP", 0)
     monkeypatch.setitem(_launch.KEEP_INV_TEMPERATURE, torch.float32, 64.0)
-    for tables in (_launch.FORWARD_KEEP, _launch.FORWARD_KEEP_CROWDED):
+    for tables in (_launch.FORWARD_KEEP_WIDE, _launch.FORWARD_KEEP_WIDE_CROWDED):
         for small in (False, True):
             monkeypatch.setitem(tables[90], (4, small), tables[90][2, small])
 
@@ -54,7 +55,8 @@ def forward(case: Case) -> tuple:
 
 def backward(case: Case, outputs: tuple, upstream) -> tuple:
     tensors = case.features, case.prototypes, case.labels
-    return prototype_lse.launch_bwd(*tensors, *outputs, *vars(upstream).values(), **case.options())
+    *grads, radial = prototype_lse.launch_bwd(*tensors, *outputs, *vars(upstream).values(), **case.options())
+    return *grads, radial.sum() / case.tau
 
 
 def keepable(case: Case, tau: float = 0.1) -> Case:
@@ -106,6 +108,7 @@ def test_a_backward_leaves_what_was_kept(rule, keeping):
 @pytest.mark.parametrize("rule", ["ntce", "nonl-both"])
 def test_every_launch_is_a_configuration_compiled_ahead_of_time(rule, monkeypatch):
     monkeypatch.setattr(_launch, "COMPACT_FLOP", 0)
+    monkeypatch.setattr(_launch, "KEEP_FLOP", 0)
     with record_launches(monkeypatch) as launched:
         for targets in (3, 264):
             monkeypatch.setattr(_launch, "TARGET_PROGRAMS", targets)
@@ -228,8 +231,8 @@ def test_rule(monkeypatch):
     assert shape_of(4095, 1000, 2048, rows=False, cols=True) == (1000, 4096)
     nothing = (0, 0)
     assert shape_of(4096, 1000, 2048, torch.float32) == nothing
-    assert shape_of(4096, 1000, 511) == nothing
-    assert shape_of(4096, 1000, 511, cols=True) == (1000, 4096)
+    assert shape_of(12288, 1000, 511) == nothing
+    assert shape_of(12288, 1000, 511, cols=True) == (1000, 12288)
     assert shape_of(4096, 1000, 2048, temperature=torch.tensor(0.1)) == nothing
     assert shape_of(4096, 1000, 2048, normalize=False) == nothing
     assert shape_of(4096, 1000, 2048, inv_temperature=64.0) == (1000, 4096)
@@ -240,11 +243,15 @@ def test_rule(monkeypatch):
     assert shape_of(4096, 21841, 2048) == nothing
     assert shape_of(4096, 21841, 2048, counts=torch.empty(21841, device="meta")) == (4096, 4096)
     assert shape_of(0, 1000, 2048) == nothing
+    assert shape_of(512, 1000, 2048) == nothing  # launches count, not products
+    assert not _launch.loss_follows_lse(4096, 1000, 2048, rows=True, cols=False)
+    assert _launch.loss_follows_lse(512, 1000, 2048, rows=True, cols=False)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_public_losses_keep_within_the_budget(name, monkeypatch):
     """Kept or not, twice through one graph; the budget and a learned temperature are heeded."""
+    monkeypatch.setattr(_launch, "KEEP_FLOP", 0)
     function, specific = LOSSES[name]
     features, prototypes = (torch.randn(n, 512, device=DEVICE, dtype=torch.float16).requires_grad_() for n in (50, 20))
     labels = torch.randint(0, 20, (50,), device=DEVICE)
@@ -277,7 +284,8 @@ def test_public_losses_keep_within_the_budget(name, monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "cols", "exclude_own"), [(True, False, True), (False, True, False), (True, True, True)]
 )
-def test_opcheck(rows, cols, exclude_own):
+def test_opcheck(rows, cols, exclude_own, monkeypatch):
+    monkeypatch.setattr(_launch, "KEEP_FLOP", 0)
     features, prototypes = (torch.randn(n, 512, device=DEVICE, dtype=torch.float16).requires_grad_() for n in (9, 4))
     labels = torch.randint(0, 4, (9,), device=DEVICE)
     arguments = features, prototypes, labels, torch.bincount(labels, minlength=4)

@@ -30,6 +30,7 @@ from hypercontrast.kernels import (  # noqa: E402
     pair_forward,
     prototype_backward,
     prototype_forward,
+    prototype_loss,
     prototype_lse,
 )
 
@@ -117,9 +118,9 @@ def run_kernels(case: Case, upstream: Upstream) -> dict[str, Tensor]:
     tensors = case.features, case.prototypes, case.labels
     options = case.options()
     row, col, pos, *saved = prototype_lse.launch_fwd(*tensors, **options, keep_bytes=2**26)
-    grads = prototype_lse.launch_bwd(*tensors, row, col, pos, *saved, *vars(upstream).values(), **options)
+    *grads, radial = prototype_lse.launch_bwd(*tensors, row, col, pos, *saved, *vars(upstream).values(), **options)
     names = ("row", "col", "pos", "grad_features", "grad_prototypes", "logit_grad_sum")
-    return dict(zip(names, (row, col, pos, *grads), strict=True))
+    return dict(zip(names, (row, col, pos, *grads, radial.sum() / case.tau), strict=True))
 
 
 def eager(case: Case, upstream: Upstream, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -284,11 +285,14 @@ def test_many_random_draws(seed, monkeypatch):
     check_draw(seed, monkeypatch)
 
 
-@pytest.mark.parametrize("width", [24, 136])  # the narrow and the wide path of half types
+# Half types: narrow, narrow in the forward alone, wide.
+@pytest.mark.parametrize(("width", "wide"), [(24, False), (136, False), (136, True)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", RULES)
-def test_tangential_gradient_near_collapse(rule, dtype, width, few_programs):
+def test_tangential_gradient_near_collapse(rule, dtype, width, wide, few_programs, monkeypatch):
     """Where G's entries cancel: the loss's own gradient, and of it the part that moves a unit vector."""
+    if wide:
+        monkeypatch.setattr(_launch, "is_narrow", lambda tables, x: False)
     generator = torch.Generator().manual_seed(0)
     prototypes = torch.linalg.qr(torch.randn(width, width, generator=generator))[0][:20]
     labels = torch.randint(20, (100,), generator=generator)
@@ -433,6 +437,51 @@ def test_bfloat16_is_right_on_any_device():
     assert actual["grad_features"].dtype == torch.bfloat16
 
 
+def run_loss(case: Case, *, weighted: bool, mean: bool) -> tuple[prototype_loss.Forward, list[Tensor]]:
+    """What the kernel of the loss leaves, and the gradients for an upstream gradient of 3."""
+    tensors, options = (case.features, case.prototypes, case.labels), case.options()
+    del options["counts"]
+    weight = torch.linspace(0.5, 2.0, len(case.prototypes), device=DEVICE) if weighted else None
+    found = prototype_loss.launch_fwd(*tensors, weight, **options, zero_empty=False, mean=mean)
+    three = torch.tensor(3.0, device=DEVICE)
+    saved = *found[1:3], None, *found[3:5], None, *found[5:8]
+    return found, list(prototype_lse.launch_bwd(*tensors, *saved, **options, factor=(three, found.divisor)))
+
+
+@pytest.mark.parametrize("joins", [True, False])
+@pytest.mark.parametrize("rule", RULES)
+def test_loss_over_programs(rule, joins, few_programs, monkeypatch):
+    """Blocks so small that samples and classes take several programs and steps, and splits are joined here or before."""
+    monkeypatch.setattr(_launch, "joins_in_loss", lambda *shape: joins)
+    blocks = {"BLOCK_K": 4, "BLOCK_N": 16, "BLOCK_S": 2 if joins else 1, "num_warps": 4}
+    monkeypatch.setattr(_launch, "loss_blocks", lambda *shape: blocks)
+    monkeypatch.setattr(_launch, "TOTALS_BLOCKS", {"BLOCK_B": 2, "num_warps": 4})
+    case, _ = make_case(13, (252, 107, 40), torch.float32, rule)
+    labels = case.labels.clone()
+    labels[:5] = torch.tensor([-100, 2**40, 107, -7, 3])
+    features = torch.randn(252, 40, device=DEVICE)
+    case = replace(case, features=features, labels=labels, normalize=True, tau=0.1, ignore_index=3, counts=None)
+    found, (grad_features, grad_prototypes, radial) = run_loss(case, weighted=True, mean=True)
+
+    z, w = (x.double().detach().requires_grad_() for x in (case.features, case.prototypes))
+    tau = torch.tensor(0.1, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    rows, cols, exclude_own = RULES[rule]
+    logits = unit_rows(w) @ unit_rows(z).T / tau
+    own = (torch.arange(len(w), device=DEVICE)[:, None] == labels) & case.valid
+    summed = logits.masked_fill(own, -math.inf) if exclude_own else logits
+    row_lse = summed[:, case.valid].logsumexp(1)[labels[case.valid]]
+    col_lse = summed[:, case.valid].logsumexp(0)
+    lse = torch.logaddexp(row_lse, col_lse) if rows and cols else row_lse if rows else col_lse
+    a = torch.linspace(0.5, 2.0, len(w), dtype=torch.float64, device=DEVICE)[labels[case.valid]]
+    loss = (a * (lse - logits.T[own.T])).sum() / a.sum()
+    torch.testing.assert_close(found.loss.double(), loss, rtol=1e-6, atol=0)
+    truth = torch.autograd.grad(3 * loss, (z, w, tau))
+    for actual, want in zip((grad_features, grad_prototypes, -radial.sum() / 0.1**2), truth, strict=True):
+        assert (actual - want).norm() <= 1e-5 * want.norm()
+    assert found.extremes.tolist() == [-100, 2**40]
+    assert all(torch.equal(a, b) for a, b in zip(found, run_loss(case, weighted=True, mean=True)[0], strict=True))
+
+
 @pytest.mark.parametrize(("n", "k"), [(0, 3), (1, 1), (5000, 9), (3000, 2000)])
 def test_segment_sum(n, k):
     generator = torch.Generator().manual_seed(n)
@@ -486,7 +535,15 @@ def record_launches(monkeypatch) -> Iterator[set]:
     """(name of the kernel, what is fixed when it is compiled) of every launch."""
     launched: set = set()
     with monkeypatch.context() as patch:
-        for module in (_epilogue, class_sums, pair_backward, pair_forward, prototype_backward, prototype_forward):
+        for module in (
+            _epilogue,
+            class_sums,
+            pair_backward,
+            pair_forward,
+            prototype_backward,
+            prototype_forward,
+            prototype_loss,
+        ):
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 patch.setattr(module, name, Recorder(getattr(module, name), launched))
         yield launched
@@ -502,9 +559,10 @@ def test_every_launch_is_a_configuration_compiled_ahead_of_time(monkeypatch):
     with record_launches(monkeypatch) as launched:
         for seed in range(30):
             monkeypatch.setattr(_launch, "TARGET_PROGRAMS", 1 + seed % 4)
-            case, generator = make_case(seed, (65, 70, (16, 48, 136)[seed % 3]))
+            case, generator = make_case(seed, (65, 70, (16, 48, 136, 264)[seed // 4 % 4]))
             run_kernels(case, random_upstream(case, generator))
-    kernels = {"_lse_fwd_kernel", "_inverse_norms_kernel", "_lse_bwd_kernel", "_lse_bwd_tile_kernel"}
-    assert {name for name, _ in launched} == kernels | {"_combine_kernel", "_finish_kernel"}
+            run_loss(case, weighted=seed % 2 == 0, mean=seed % 5 > 0)
+    kernels = {"_lse_fwd_kernel", "_inverse_norms_kernel", "_lse_bwd_kernel", "_lse_bwd_tile_kernel", "_loss_kernel"}
+    assert {name for name, _ in launched} == kernels | {"_combine_kernel", "_finish_kernel", "_range_kernel"}
     missing = [(name, sorted(map(str, fixed))) for name, fixed in launched - compiled_ahead_of_time()]
     assert not missing

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from oracle import LOSSES
+from torch._library.custom_ops import OPDEFS
 
 import hypercontrast as hc
-from hypercontrast import _ops, functional
+from hypercontrast import _ops, _pair_ops, functional
 
 NAMES = list(LOSSES)
+DEVICE = {"blockwise": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 
 
 def lse_arguments(rows, cols, exclude_own, *, inv_temperature=5.0, temperature=None, keep_bytes=0, ignored=True):
@@ -30,24 +32,175 @@ def test_opcheck_lse(rows, cols, exclude_own, keep_bytes, inv_temperature):
     torch.library.opcheck(_ops.lse, arguments)
 
 
-def test_opcheck_lse_learned_temperature():
-    temperature = torch.tensor(0.2).double().requires_grad_()
-    torch.library.opcheck(_ops.lse, lse_arguments(True, False, True, temperature=temperature))
+# What tests call every operator with: (backend) -> tuples of arguments, those to differentiate requiring a gradient.
+CASES = {}
+TRITON_ALONE = ("prototype_loss", "prototype_loss_backward")
 
 
-def test_opcheck_the_others():
-    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in lse_arguments(True, True, True)]
-    *statistics, inv_features, inv_prototypes, kept = _ops.lse(*arguments)
-    features, prototypes, labels, counts, temperature, *options = arguments
-    upstream = [torch.randn_like(s) for s in statistics]
-    del options[-2]  # keep_bytes
-    torch.library.opcheck(
-        _ops.lse_backward,
-        (features, prototypes, labels, *statistics, inv_features, inv_prototypes, kept, *upstream, counts, temperature,
-         *options),
-    )  # fmt: skip
-    torch.library.opcheck(_ops.segment_sum, (torch.randn(7), labels, 5, -100, "blockwise"))
-    torch.library.opcheck(_ops.class_sums, (features, inv_features, labels, 5, -100, "blockwise"))
+def cases(make):
+    CASES[make.__name__] = make
+    return make
+
+
+def leaf(*shape, backend):
+    """Triton has no float64."""
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    return torch.randn(*shape, dtype=dtype, device=DEVICE[backend], requires_grad=True)
+
+
+def temperature(backend):
+    return torch.full_like(leaf(1, backend=backend), 0.2)[0].requires_grad_()
+
+
+@cases
+def lse(backend):
+    z, w, tau = leaf(7, 4, backend=backend), leaf(5, 4, backend=backend), temperature(backend)
+    y = torch.tensor([0, 1, 1, 3, -100, 0, 3], device=z.device)
+    counts = torch.bincount(y[y >= 0], minlength=5)
+    return [
+        (z, w, y, counts, None, 5.0, -100, True, False, True, True, 0, backend),
+        (z, w, y, counts, None, 100.0, -100, True, True, False, True, 1 << 20, backend),
+        (z, w, y, None, tau, 1.0, -100, False, True, True, True, 0, backend),
+        (z, w, y, None, None, 1.0, -100, True, True, True, False, 0, backend),
+    ]
+
+
+@cases
+def lse_backward(backend):
+    calls = []
+    for z, w, y, counts, tau, *options in lse(backend):
+        arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in (z, w, y, counts, tau, *options)]
+        *statistics, inv_z, inv_w, kept = _ops.lse(*arguments)
+        upstream = [torch.randn_like(s) for s in statistics]
+        del options[-2]  # keep_bytes
+        saved = (*arguments[:3], *statistics, inv_z, inv_w, kept, *upstream)
+        calls.append((*saved, counts, arguments[4], *options))
+    return calls
+
+
+@cases
+def prototype_loss(backend):
+    z, w, tau = leaf(7, 4, backend=backend), leaf(5, 4, backend=backend), temperature(backend)
+    y, weight = torch.tensor([0, 1, 1, 3, -100, 0, 3], device=z.device), torch.rand(5, device=z.device)
+    return [
+        (z, w, y, weight, None, 5.0, -100, True, False, True, True, False, True),
+        (z, w, y, None, tau, 1.0, -100, False, True, True, True, True, False),
+        (z, w, y, weight, tau, 1.0, -100, True, True, False, False, False, True),
+    ]
+
+
+@cases
+def prototype_loss_backward(backend):
+    calls = []
+    for z, w, y, weight, *options in prototype_loss(backend):
+        z, w, *options = (x.detach() if isinstance(x, torch.Tensor) else x for x in (z, w, *options))
+        loss, *saved, divisor, _ = _ops.prototype_loss(z, w, y, weight, *options)
+        calls.append((torch.rand_like(loss), divisor, z, w, y, *saved, *options[:-2]))
+    return calls
+
+
+@cases
+def segment_sum(backend):
+    values = torch.randn(7, device=DEVICE[backend])
+    return [(values, torch.tensor([0, 1, 1, 3, -100, 0, 3], device=values.device), 5, -100, backend)]
+
+
+@cases
+def class_sums(backend):
+    z, inv_norms = (torch.randn(*shape, device=DEVICE[backend]) for shape in ((7, 4), (7,)))
+    return [(z, inv_norms, torch.tensor([0, 1, 1, 3, -100, 0, 3], device=z.device), 5, -100, backend)]
+
+
+@cases
+def pair_lse(backend):
+    z, ref, tau = leaf(9, 4, backend=backend), leaf(5, 4, backend=backend), temperature(backend)
+    y, mask = torch.arange(9, device=z.device) % 3, torch.rand(9, 9, device=z.device) < 0.5
+    y[4] = -1  # not there
+    return [
+        (z, None, y, y, None, None, 0, 5.0, True, False, backend),
+        (z, ref, y, y[:5], None, tau, None, 1.0, True, True, backend),
+        (z, None, None, None, mask, None, 0, 100.0, True, False, backend),
+        (z, ref, y, y[:5], None, None, None, 1.0, False, False, backend),
+    ]
+
+
+@cases
+def pair_lse_backward(backend):
+    calls = []
+    for z, ref, y, column_y, mask, tau, *options in pair_lse(backend):
+        z, ref, tau = (None if x is None else x.detach() for x in (z, ref, tau))
+        lse, positives, inv_z, inv_ref = _pair_ops.pair_lse(z, ref, y, column_y, mask, tau, *options)
+        side = [lse, torch.randn_like(lse), positives, torch.randn_like(lse)]
+        masks = (mask, None if mask is None else mask.T)
+        calls.append((z, ref, y, column_y, inv_z, inv_ref, side, side if ref is None else [], *masks, tau, *options))
+    return calls
+
+
+def registered() -> set[str]:
+    names = (name.split(".")[0].split("::") for name in torch._C._dispatch_get_all_op_names())
+    return {name for library, name in names if library == "hypercontrast"}
+
+
+def differentiable() -> list[str]:
+    """Those with a formula for their gradient."""
+    return [name for name in CASES if OPDEFS[f"hypercontrast::{name}"]._backward_fn is not None]
+
+
+def backends(name) -> tuple[str, ...]:
+    return ("triton",) if name in TRITON_ALONE else ("blockwise", "triton")
+
+
+def operator(name):
+    return getattr(torch.ops.hypercontrast, name).default
+
+
+def test_every_operator_has_cases():
+    assert registered() == CASES.keys(), "what is missing wants arguments in CASES: its other tests follow from them"
+
+
+@pytest.mark.parametrize(("name", "backend"), [(name, backend) for name in CASES for backend in backends(name)])
+def test_opcheck(name, backend, figure):
+    calls = CASES[name](backend)
+    for arguments in calls:
+        checks = torch.library.opcheck(operator(name), arguments)
+    figure("R4", f"{name}, {backend}: opcheck, {len(calls)} calls, {len(checks)} checks each")
+
+
+@pytest.mark.parametrize("name", [name for name in differentiable() if "blockwise" in backends(name)])
+def test_gradcheck_of_the_operator(name, figure):
+    calls = CASES[name]("blockwise")
+    for arguments in calls:
+        where = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor) and x.requires_grad]
+
+        def call(*leaves, arguments=arguments, where=where):
+            arguments = list(arguments)
+            for i, x in zip(where, leaves, strict=True):
+                arguments[i] = x
+            outputs = operator(name)(*arguments)
+            # A sum over nothing is -inf, which has no differences.
+            return [x[x.isfinite()] for x in outputs if x.requires_grad and x.numel()]
+
+        assert torch.autograd.gradcheck(call, [arguments[i] for i in where], eps=1e-7, atol=1e-5, rtol=1e-4)
+    figure("R4", f"{name}: gradcheck in float64, {len(calls)} calls")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_whole_equals_eager(name, figure):
+    calls = CASES[name](backends(name)[0])
+    for arguments in calls:
+        leaves = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+
+        def outcome(fn, arguments=arguments, leaves=leaves):
+            outputs = fn(*arguments)
+            outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+            total = sum(x[x.isfinite()].square().sum() for x in outputs if x.requires_grad)
+            return outputs + list(torch.autograd.grad(total, leaves) if leaves else ())
+
+        torch._dynamo.reset()
+        compiled = torch.compile(operator(name), fullgraph=True, backend="aot_eager")
+        for got, want in zip(outcome(compiled), outcome(operator(name)), strict=True):
+            assert torch.equal(got, want)
+    figure("R4", f"{name}: compiled with fullgraph equals eager in all bits, {len(calls)} calls")
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 1 << 20])

@@ -4,10 +4,10 @@ The interpreter computes bfloat16 wrongly, so kernels widen it there and only a 
 """
 
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from oracle import LOSSES, assert_within, draws, loss_and_gradients, truth_and_eager
+from oracle import LOSSES, draws, loss_and_gradients, prototype_error_over_bound, truth_and_eager
+from test_fuzz import fuzz_report
 
 import hypercontrast as hc
 from hypercontrast import _ops, functional
@@ -15,11 +15,17 @@ from hypercontrast.kernels import _launch
 
 pytest.importorskip("triton")
 NAMES = list(LOSSES)
+RULES = {  # rows, cols, exclude_own
+    "normface": (False, True, False),
+    "ntce": (True, False, False),
+    "nonl": (True, False, True),
+    "nonl-sample": (False, True, True),
+    "nonl-both": (True, True, True),
+}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE.type == "cuda" else ())
 # Around a tile, primes, the degenerate ones, both sides of the change from narrow to wide.
-SHAPES = ((1, 2, 17, 100, 127, 252, 300), (1, 2, 3, 10, 33, 128, 257), (1, 3, 16, 33, 123, 200, 300, 513))
-FEW, MANY = 20, 200
+SHAPES = ((0, 1, 2, 17, 100, 127, 252, 300), (1, 2, 3, 10, 33, 128, 257), (1, 3, 16, 33, 123, 200, 300, 513))
 
 
 def call(name, *args, **options):
@@ -27,25 +33,26 @@ def call(name, *args, **options):
     return getattr(functional, function)(*args, backend="triton", **specific, **options)
 
 
-def check(draw, name):
+def draw_error_over_bound(draw, name) -> float:
     tensors = tuple(x.detach().to(DEVICE).requires_grad_(x.requires_grad) for x in draw.tensors())
     options = {"temperature": draw.temperature}
     truth, eager = truth_and_eager(name, *tensors, **options)
     actual = loss_and_gradients(lambda *a, **o: call(name, *a, **o), *tensors, **options)
-    assert_within(actual, truth, eager, tensors, temperature=draw.temperature, context=draw)
+    return prototype_error_over_bound(
+        actual, truth, eager, tensors, temperature=draw.temperature, narrow_statistics=True
+    )
 
 
+def is_mixed(draw) -> bool:
+    """Whether vectors differ in length by more than the one scale that float16 weights of the kernels share can span."""
+    return draw.dtype == torch.float16 and draw.extreme in ("large", "small", "subnormal")
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
-def test_fuzz(name):
-    for draw in draws(FEW, seed=10 + NAMES.index(name), dtypes=DTYPES, shapes=SHAPES):
-        check(draw, name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_fuzz_many(name):
-    for draw in draws(MANY, seed=20 + NAMES.index(name), dtypes=DTYPES, shapes=SHAPES):
-        check(draw, name)
+def test_fuzz(name, count, figure):
+    problems = [d for d in draws(count, seed=10 + NAMES.index(name), dtypes=DTYPES, shapes=SHAPES) if not is_mixed(d)]
+    figure("R2", fuzz_report(f"{name}, Triton on {DEVICE}", problems, lambda draw: draw_error_over_bound(draw, name)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -129,17 +136,83 @@ def test_a_queue_shorter_than_the_batch_meets_all_its_classes(monkeypatch):
     equals_another_backend_where_absent_classes_are_skipped("reference", labels, 70, queue=queue)
 
 
-def other_classes_elsewhere(rank, path):
-    dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2)
-    try:
-        labels = torch.arange(30, device=DEVICE) + 30 * rank
-        equals_another_backend_where_absent_classes_are_skipped("blockwise", labels, 70)
-    finally:
-        dist.destroy_process_group()
+def other_classes_elsewhere(rank, world):
+    labels = torch.arange(30, device=DEVICE) + 30 * rank
+    equals_another_backend_where_absent_classes_are_skipped("blockwise", labels, 70)
 
 
 def test_classes_of_other_ranks_are_present(tmp_path):
-    mp.spawn(other_classes_elsewhere, (str(tmp_path / "store"),), nprocs=2)
+    ranks.spawn(other_classes_elsewhere, 2, tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(name, dynamic):
+    prototypes = torch.randn(5, 16, device=DEVICE, requires_grad=True)
+    weight = torch.rand(5, device=DEVICE)
+    torch._dynamo.reset()
+
+    def loss(z, w, y):
+        return call(name, 3 * z, w, y, weight=weight).square()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for n in (7, 33) if dynamic else (20,):
+        features = torch.randn(n, 16, device=DEVICE, requires_grad=True)
+        labels = torch.randint(0, 5, (n,), device=DEVICE)
+        actual, want = (loss_and_gradients(f, features, prototypes, labels) for f in (compiled, loss))
+        for a, b in zip(actual, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_loss_of_one_operator_equals_that_of_statistics(name, reduction, monkeypatch):
+    """Batches past the kernel of the loss, groups and queues take the other way to the same numbers."""
+    features = torch.randn(90, 24, device=DEVICE, requires_grad=True)
+    prototypes = torch.randn(40, 24, device=DEVICE, requires_grad=True)
+    labels = torch.randint(0, 40, (90,), device=DEVICE)
+    labels[::8] = -100
+    tau = torch.tensor(0.2, device=DEVICE, requires_grad=True)
+    options = {"weight": torch.rand(40, device=DEVICE).double(), "temperature": tau, "reduction": reduction}
+    calls, results = [], []
+    for taken in (True, False):
+        monkeypatch.setattr(_launch, "loss_follows_lse", lambda *shape, taken=taken: calls.append(taken) or taken)
+        loss = call(name, features, prototypes, labels, **options)
+        results.append((loss, *torch.autograd.grad(loss, (features, prototypes, tau))))
+    assert calls == [True, False]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * other.abs().max().item())
+
+
+@pytest.mark.parametrize(("empty", "want"), [("align", -8.0), ("zero", 0.0)])
+@pytest.mark.parametrize("anchor", ["prototype", "sample", "both"])
+def test_nothing_to_push_from(anchor, empty, want):
+    features = torch.tensor([[0.8, 0.6], [1.6, 1.2]], device=DEVICE, requires_grad=True)
+    prototypes = torch.tensor([[2.0, 0.0]], device=DEVICE, requires_grad=True)
+    labels = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    options = {"anchor": anchor, "backend": "triton", "temperature": 0.1}
+    loss = hc.nonl_loss(features, prototypes, labels, empty=empty, **options)
+    assert loss.item() == pytest.approx(want, rel=1e-6)
+    for grad in torch.autograd.grad(loss, (features, prototypes)):
+        assert torch.isfinite(grad).all()
+        assert (grad == 0).all() == (empty == "zero")
+    with pytest.raises(ValueError, match="empty='error'"):
+        hc.nonl_loss(features, prototypes, labels, empty="error", **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_nothing_to_average(name, reduction):
+    """No samples, all ignored, or all of weight zero."""
+    prototypes = torch.randn(3, 4, device=DEVICE, requires_grad=True)
+    zeros = torch.zeros(3, device=DEVICE)
+    for n, label, weight in ((0, 0, None), (5, -100, None), (5, 1, zeros)):
+        features = torch.randn(n, 4, device=DEVICE, requires_grad=True)
+        labels = torch.full((n,), label, device=DEVICE)
+        loss = call(name, features, prototypes, labels, reduction=reduction, weight=weight)
+        assert loss.item() == 0
+        for grad in torch.autograd.grad(loss, (features, prototypes)):
+            assert (grad == 0).all()
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="labels are read directly on the CPU")
@@ -154,14 +227,50 @@ def test_out_of_range_label_is_reported_by_a_later_call():
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", NAMES)
-def test_no_host_sync(name):
+def test_no_host_sync(name, reduction):
     features = torch.randn(64, 32, device=DEVICE, requires_grad=True)
     prototypes = torch.randn(10, 32, device=DEVICE, requires_grad=True)
     labels = torch.randint(0, 10, (64,), device=DEVICE)
-    call(name, features, prototypes, labels).backward()
+    call(name, features, prototypes, labels, reduction=reduction).sum().backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        call(name, features, prototypes, labels).backward()
+        call(name, features, prototypes, labels, reduction=reduction).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize(("shape", "dtype"), [((256, 1000, 2048), torch.bfloat16), ((200, 30, 64), torch.float16)])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_cuda_graph_of_forward_and_backward(name, learned, shape, dtype):
+    """A replay on new inputs gives the bits of eager execution."""
+    n, k, d = shape
+    features = torch.randn(n, d, device=DEVICE, dtype=dtype, requires_grad=True)
+    prototypes = torch.randn(k, d, device=DEVICE, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, k, (n,), device=DEVICE)
+    tau = torch.tensor(0.2, device=DEVICE, requires_grad=True) if learned else 0.2
+    leaves = (features, prototypes, tau) if learned else (features, prototypes)
+
+    def step():
+        loss = call(name, features, prototypes, labels, temperature=tau)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # kernels are compiled and the library's workspace is made before the capture
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        with torch.no_grad():
+            features.normal_()
+            prototypes.normal_()
+            labels.random_(0, k)
+        graph.replay()
+        replayed = [x.clone() for x in captured]
+        assert all(torch.equal(a, b) for a, b in zip(replayed, step(), strict=True))

@@ -1,0 +1,125 @@
+"""How many kernels a small batch launches: ours, counted as they start, and PyTorch's, counted by its profiler.
+
+Without a GPU the interpreter stands in for Triton, and every PyTorch operator that writes a tensor counts as a launch.
+"""
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+pytest.importorskip("triton")
+
+from test_kernels import DEVICE
+from test_triton import NAMES, call
+
+from hypercontrast import _checks
+from hypercontrast.kernels import _epilogue, _launch, class_sums, prototype_backward, prototype_forward, prototype_loss
+
+MODULES = (_epilogue, class_sums, prototype_backward, prototype_forward, prototype_loss)
+OURS, PRODUCT = "a kernel of ours", "a library product"
+# Operators that make or reshape a tensor, or return the very one they were given.
+FREE = {
+    f"aten::{name}"
+    for name in (
+        "empty", "empty_strided", "empty_like", "new_empty", "resize_", "view", "as_strided", "reshape", "slice",
+        "select", "unsqueeze", "squeeze", "expand", "t", "transpose", "detach", "detach_", "alias", "view_as", "to",
+        "float", "contiguous", "resolve_conj", "lift_fresh", "set_",
+    )
+}  # fmt: skip
+
+
+class Marked:
+    """A kernel whose launches the profiler shows."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return marked(OURS, self.kernel[grid])
+
+
+def marked(name, function):
+    def call(*args, **arguments):
+        with record_function(name):
+            return function(*args, **arguments)
+
+    return call
+
+
+@pytest.fixture
+def _marks(monkeypatch):
+    for module in MODULES:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Marked(getattr(module, name)))
+    if DEVICE == "cpu":  # a CPU has no product of half types with an fp32 result, and reads what a GPU does not
+        monkeypatch.setattr(prototype_backward, "mm_fp32", marked(PRODUCT, prototype_backward.mm_fp32))
+        for reader in ("check_label_range", "check_temperature_value", "check_weight"):
+            monkeypatch.setattr(_checks, reader, lambda *_: None)
+
+
+def count_launches(work) -> tuple[int, list[str]]:
+    """How many kernels of ours a call launches, and the names of all others, after one call to warm up."""
+    work()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiled:
+            work()
+            torch.cuda.synchronize()
+        names = [e.name for e in profiled.events() if e.device_type == DeviceType.CUDA and e.name != OURS]
+        kernels = {name for module in MODULES for name in vars(module)}
+        others = [name for name in names if name not in kernels and not name.startswith(("Memcpy", "Memset"))]
+        return sum(name in kernels for name in names), others
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
+        work()
+    ours, others = 0, []
+    for event in profiled.events():
+        is_leaf = not any(child.name.startswith("aten::") for child in event.cpu_children)
+        if event.name == OURS:
+            ours += 1
+        elif event.name == PRODUCT or (
+            event.name.startswith("aten::") and is_leaf and event.name not in FREE and not within_marks(event)
+        ):
+            others.append(event.name)
+    return ours, others
+
+
+def within_marks(event) -> bool:
+    parent = event.cpu_parent
+    return parent is not None and (parent.name in (OURS, PRODUCT) or within_marks(parent))
+
+
+@pytest.mark.usefixtures("_marks")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("width", [64, 144])  # the narrow and the wide path of half types
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_small_batch(name, dtype, width, monkeypatch):
+    """Three in the forward, class weights and ignored samples included, and nothing else; in the backward at most four,
+    and for float16 the scales that keep G in its range."""
+    monkeypatch.setattr(_launch, "TARGET_PROGRAMS", 8)  # splits as on a GPU, by fewer programs
+    n, k = 150, 130
+    features = torch.randn(n, width, device=DEVICE, dtype=dtype, requires_grad=True)
+    prototypes = torch.randn(k, width, device=DEVICE, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, k, (n,), device=DEVICE)
+    labels[::9] = -100
+    weight, upstream = torch.rand(k, device=DEVICE), torch.tensor(0.5, device=DEVICE)
+    losses = []
+
+    def forward():
+        losses.append(call(name, features, prototypes, labels, weight=weight))
+
+    def backward():
+        torch.autograd.grad(losses[-1], (features, prototypes), upstream, retain_graph=True)
+
+    ours, others = count_launches(forward)
+    assert (ours, others) == (3, [])
+    ours, others = count_launches(backward)
+    if _launch.is_narrow(
+        _launch.BACKWARD_NARROW, features
+    ):  # the gradients' two kernels and one that finishes both; a range for each
+        assert ours == (5 if dtype == torch.float16 else 3)
+        assert not others
+    else:  # H, two products of the library (which may follow each with a sum over its splits), one that finishes both
+        assert ours == (3 if dtype == torch.float16 else 2)
+        assert len(others) == 2 or (DEVICE == "cuda" and len(others) <= 4)
