@@ -78,6 +78,10 @@ class Config:
     """GPUs of this machine to train on, one rank each; 0 takes one if there is one, else the CPU."""
     cpu_ranks: int = 0
     """Ranks on the CPU, over Gloo; 0 leaves the choice to --gpus."""
+    rank_timeout: int = 600
+    """Seconds that a rank waits for another before the run ends."""
+    max_restarts: int = 0
+    """Times that all ranks start again from the last checkpoint, after one of them died."""
     sync_bn: bool = False
     """Batch norm over the batches of all GPUs; on one GPU or on the CPU there is nothing to join."""
     backend: Literal["auto", "reference", "blockwise", "triton"] = "auto"
@@ -90,6 +94,10 @@ class Config:
     """Use at most this many training and this many validation pictures, evenly from every class; 0 for all."""
     evaluate_every: int = 1
     """Epochs between measurements of accuracy and neural collapse; the last epoch is always measured."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints inside an epoch, for epochs too long to repeat; 0 saves after measured epochs only."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept; the one of the epoch with the best accuracy always is."""
     workers: int = 8
     """Processes a rank that decode pictures too large to live on the device; 0 decodes in the rank itself."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -106,13 +114,31 @@ class Config:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             object.__setattr__(self, name, _checked(name, getattr(self, name), hint))
-        for name in ("epochs", "batch_size", "accumulate", "evaluate_every", "width"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "accumulate",
+            "evaluate_every",
+            "keep_checkpoints",
+            "width",
+            "rank_timeout",
+        ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "temperature", "final_temperature"):
             self._require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
         for name in ("weight_decay", "warmup_lr"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "finite and not negative")
-        for name in ("gpus", "cpu_ranks", "queue", "limit", "seed", "lr_per", "workers"):
+        for name in (
+            "gpus",
+            "cpu_ranks",
+            "queue",
+            "limit",
+            "seed",
+            "lr_per",
+            "checkpoint_every",
+            "workers",
+            "max_restarts",
+        ):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         self._require("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, "between 0 and epochs")
         self._require("imbalance", 0 < self.imbalance <= 1, "above 0 and at most 1")
@@ -155,6 +181,10 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         return float(value)
     if type(value) is not hint:
         raise UsageError(f"{name} must be {hint.__name__}, got {value!r}")
+    if hint is int and not -(2**63) <= value < 2**63:
+        raise UsageError(f"{name} must fit 64 bits, got {value}")
+    if hint is str and not value.isprintable():  # a NUL ends paths, a new line splits the one line of an error
+        raise UsageError(f"{name} must be printable text, got {value!r}")
     return value
 
 
@@ -212,14 +242,28 @@ def read_config(path: Path) -> Config:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    yaml = _yaml()
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"{path} must be readable YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
     return values
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain YAML: scalars, lists and mappings; no tag makes an object, no key stands twice. Raises UsageError."""
+    yaml = _yaml()
+
+    class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            if twice := [key for n, key in enumerate(keys) if key in keys[:n]]:
+                raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} stands there twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)
+    # A scalar that is not what its tag says fails in Python's own conversions; nesting ends at the interpreter's depth.
+    except (yaml.YAMLError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{path} must be readable YAML: {' '.join(str(error).split())}") from None
 
 
 def _config_of(values: dict[str, Any], path: Path) -> Config:

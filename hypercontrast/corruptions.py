@@ -42,9 +42,9 @@ from hypercontrast.data.corrupted import (
     uncorrupted,
 )
 from hypercontrast.data.dataset import Dataset, Pictures, limited_order
-from hypercontrast.evaluate import Parser, restored, runnable_config
+from hypercontrast.evaluate import restored, runnable_config
 from hypercontrast.launch import Ranks, device_of
-from hypercontrast.progress import Progress, fail
+from hypercontrast.progress import Parser, Progress, fail
 from hypercontrast.workspace import Workspace
 
 # AlexNet's top-1 errors on ImageNet-C, averaged over the severities, as the benchmark's authors
@@ -236,7 +236,7 @@ def _read_record(run: Path) -> dict[str, Any]:
         _means(record["errors"])
     except OSError:
         raise UsageError(f"reference must be a run measured by hypercontrast.corruptions, got no {path}") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UsageError(f"{path} must be as hypercontrast.corruptions wrote it: delete it to measure again") from None
     return record
 

@@ -7,7 +7,6 @@ Two runs of the mnist5k recipes on the CPU or one GPU, about two minutes on two 
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import textwrap
@@ -18,8 +17,9 @@ from typing import Any
 
 from hypercontrast.checkpoint import CheckpointError
 from hypercontrast.config import UsageError, configure
-from hypercontrast.progress import fail, python
-from hypercontrast.report import LOSS_TITLES, load_runs, outcome, write_report
+from hypercontrast.progress import Parser, fail, python
+from hypercontrast.report import outcome, write_report
+from hypercontrast.runs import LOSS_TITLES, load_runs
 from hypercontrast.train import TrainingError, train
 
 LOSSES = ("ce", "nonl")
@@ -27,14 +27,12 @@ COLUMNS = ("run", "epoch", "loss", "accuracy", "prototype accuracy", "distance t
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m hypercontrast.demo", description="Cross-entropy against NONL on 5,000 real digits."
-    )
+    parser = Parser(prog="python -m hypercontrast.demo", description="Cross-entropy against NONL on 5,000 real digits.")
     parser.add_argument("--output", default="runs/demo", help="folder to write; earlier demo runs in it are replaced")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--limit", type=int, default=0, help="use at most this many pictures; 0 for all")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         report = run(Path(args.output), args.epochs, args.limit)
     except (UsageError, ImportError, OSError) as error:
         return fail(2, str(error))

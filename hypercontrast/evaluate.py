@@ -19,7 +19,6 @@ Shapes: N samples, K classes, D dimensions.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -28,7 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ from hypercontrast.metrics import NeuralCollapse
 from hypercontrast.models import LinearHead, check_model
 from hypercontrast.objective import TrainingError
 from hypercontrast.probes import CosineProbe, Probe, ProbeSettings, fit_probe, train_probe
-from hypercontrast.progress import Progress, fail
+from hypercontrast.progress import Parser, Progress, fail
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
 from hypercontrast.workspace import Embedded, Workspace, load_network, newest_checkpoint
 
@@ -336,13 +335,6 @@ def _row(result: dict[str, Any]) -> tuple[str, ...]:
         "–" if share is None else f"{share:.1%}",
         *(f"{result['nc'][key]:.3f}" for key in NC_COLUMNS if "nc" in result),
     )
-
-
-class Parser(argparse.ArgumentParser):
-    """Mistakes as one line, as in training."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
 
 
 def _parse(argv: Sequence[str] | None) -> Options:

@@ -26,23 +26,29 @@ Array = npt.NDArray[Any]
 # SVG units are about the CSS pixels that a phone has.
 SQUARE = 380
 CHART_WIDTH, CHART_HEIGHT = 360, 220
+RULER_WIDTH = 360
 MARGIN = 24  # around the charts of a sheet
 MOST_DOTS = 40  # points of a curve, beyond which dots would only thicken its line
 RUN_COLOURS = 6  # --run0 ... --run5, then again from the start
-COSINE_COLOURS = {1: (18, 133, 122), -1: (176, 94, 22)}  # teal and brown: told apart in every colour vision
+# Told apart without colour, too; strokes and gaps of each run's curves.
+DASHES = ("", "8 4", "2 4", "12 4 2 4", "5 3", "16 5")
+LOG_SPAN = 30  # times its smallest value that a curve of positive ones must reach to be drawn on a logarithmic axis
+# Teal and brown: told apart in every colour vision, and so light that both black and white can be read on them.
+COSINE_COLOURS = {1: (18, 132, 121), -1: (178, 95, 23)}
 CLASS_COLOURS = (
     "#4477aa", "#ee6677", "#228833", "#c9a51b", "#41aacc",
     "#aa3377", "#ee7733", "#009988", "#888888", "#9970ab",
 )  # fmt: skip
 MOST_NAMES = 20  # classes, beyond which names no longer fit
 MOST_VALUES = 12  # classes, beyond which the numbers in the cells no longer do
+MOST_CELLS = 400  # classes, beyond which a cell would be less than a pixel, and stands for a few of them
 
 SCHEME = """
 :root { color-scheme: light dark;
-  --paper: #fdfcfa; --ink: #1d2125; --soft: #5a636b; --rule: #dfdcd5; --card: #ffffff;
+  --paper: #fdfcfa; --ink: #1d2125; --soft: #5a636b; --rule: #dfdcd5; --card: #ffffff; --cell: #000000;
   --run0: #b0440a; --run1: #0b5fa0; --run2: #0b7557; --run3: #98377a; --run4: #6f6000; --run5: #4a4f55; }
 @media (prefers-color-scheme: dark) { :root {
-  --paper: #14171a; --ink: #e9e7e2; --soft: #a3abb2; --rule: #343a40; --card: #1a1e22;
+  --paper: #14171a; --ink: #e9e7e2; --soft: #a3abb2; --rule: #343a40; --card: #1a1e22; --cell: #ffffff;
   --run0: #ff9f63; --run1: #74bcff; --run2: #55d3a8; --run3: #f09fd3; --run4: #d8c850; --run5: #c2c7cc; } }
 """
 
@@ -51,7 +57,7 @@ svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--ink); font-size: 12px; }
 image { image-rendering: pixelated; }
 .end { text-anchor: end; } .centre { text-anchor: middle; } .mid { dominant-baseline: central; }
-svg .cell { font-size: 11.5px; } svg .strong { fill: #fff; }
+svg .cell { font-size: 11.5px; fill: var(--cell); }
 .rule { fill: none; stroke: var(--rule); }
 .ideal { fill: none; stroke: var(--soft); stroke-dasharray: 3 4; }
 .line { fill: none; stroke: var(--c); stroke-width: 2.2; stroke-linejoin: round; }
@@ -59,6 +65,8 @@ svg .cell { font-size: 11.5px; } svg .strong { fill: #fff; }
 svg .label { fill: var(--c); font-weight: 600; }
 .run0 { --c: var(--run0); } .run1 { --c: var(--run1); } .run2 { --c: var(--run2); }
 .run3 { --c: var(--run3); } .run4 { --c: var(--run4); } .run5 { --c: var(--run5); }
+.bar { fill: none; stroke: var(--c); stroke-width: 9; opacity: .3; }
+.mark { fill: var(--c); }
 .globe { fill: var(--card); stroke: var(--rule); stroke-width: 1.5; }
 .samples { fill: none; stroke-width: 3.4; stroke-linecap: round; opacity: .55; }
 .spoke { stroke-width: 1.2; opacity: .6; }
@@ -87,74 +95,179 @@ class Curve:
 
 
 def cosine_matrix(cosines_KK: Array, names: Sequence[str], label: str) -> str:
-    """Coloured cells on the fixed scale -1 to 1, with names and numbers while they fit."""
+    """Coloured cells on the fixed scale -1 to 1: hue by sign, opacity by |cosine|, so that zero is the page's own.
+
+    Past MOST_CELLS classes a cell is the mean over neighbours.
+    """
+    starts = np.arange(0, len(names), classes_a_cell(len(names)))
+    sizes = np.diff([*starts, len(names)])
+    sums = np.add.reduceat(np.add.reduceat(cosines_KK, starts, axis=0), starts, axis=1)
+    cells = sums / np.outer(sizes, sizes)
+    rgba = _tinted(cells >= 0, np.clip(np.abs(cells), 0, 1))
+    few = cosines_KK if len(names) <= MOST_VALUES else cosines_KK[:0]
+    words = [["1" if row == c else _two_digits(x) for c, x in enumerate(xs)] for row, xs in enumerate(few)]
+    return _matrix(rgba, words, names, label)
+
+
+def confusion_matrix(counts_KK: Array, names: Sequence[str], label: str) -> str:
+    """Rows are labels, columns decisions; opacity is the root of the share of the row, so that few errors show.
+
+    Past MOST_CELLS classes a cell is the largest of its neighbours, on the diagonal those off it included.
+    """
+    K = len(names)
+    share_KK = counts_KK / np.maximum(counts_KK.sum(axis=1, keepdims=True), 1)
+    starts = np.arange(0, K, classes_a_cell(K))
+    cells = np.maximum.reduceat(np.maximum.reduceat(share_KK, starts, axis=0), starts, axis=1)
+    fits = K <= MOST_VALUES and counts_KK.max(initial=0) < 10_000
+    words = [[str(count or "") for count in row] for row in counts_KK.tolist()] if fits else []
+    return _matrix(_tinted(np.eye(len(starts), dtype=bool), np.sqrt(cells)), words, names, label)
+
+
+def classes_a_cell(K: int) -> int:
+    """How many neighbouring classes a row of a matrix stands for."""
+    return -(-K // MOST_CELLS)
+
+
+def _matrix(rgba: Array, words: Sequence[Sequence[str]], names: Sequence[str], label: str) -> str:
+    """A square of coloured cells, with names and words while they fit."""
     K = len(names)
     shown = [shorten(name, 11) for name in names] if K <= MOST_NAMES else []
     longest = max((len(name) for name in shown), default=0)
-    margin = 12 + 6.5 * longest
+    margin = 12 + 6.5 * longest if shown else 0
     cell = (SQUARE - margin) / K
     parts = [
         f'<image x="{margin:.1f}" y="{margin:.1f}" width="{cell * K:.1f}" height="{cell * K:.1f}" '
-        f'preserveAspectRatio="none" href="data:image/png;base64,{_cosine_png(cosines_KK)}"/>'
+        f'preserveAspectRatio="none" href="data:image/png;base64,{png(rgba)}"/>'
     ]
     for c, name in enumerate(shown):
         middle, edge = margin + (c + 0.5) * cell, margin - 6
         parts.append(_text(edge, middle, name, "end mid"))
         parts.append(_text(middle, edge, name, "mid", turned=True) if longest > 2 else _text(middle, edge, name))
-    if K <= MOST_VALUES:
-        for row, column in np.ndindex(K, K):
-            value = float(cosines_KK[row, column])
-            shown_value = "1" if row == column else _two_digits(value)
-            css = "cell centre mid strong" if abs(value) > 0.9 else "cell centre mid"
-            parts.append(_text(margin + (column + 0.5) * cell, margin + (row + 0.5) * cell, shown_value, css))
+    for row, line in enumerate(words):
+        for column, word in enumerate(line):
+            x, y = margin + (column + 0.5) * cell, margin + (row + 0.5) * cell
+            parts.append(_text(x, y, word, "cell centre mid") if word else "")
     return _svg(SQUARE, SQUARE, label, parts)
 
 
-def _cosine_png(cosines_KK: Array) -> str:
-    """A K x K picture in base64: hue by sign, opacity by |cosine|, so that zero is the page's own background."""
-    rgba = np.empty((*cosines_KK.shape, 4), np.uint8)
-    rgba[..., :3] = np.where(cosines_KK[..., None] >= 0, COSINE_COLOURS[1], COSINE_COLOURS[-1])
-    rgba[..., 3] = (255 * np.clip(np.abs(cosines_KK), 0, 1)).round()
-    header = struct.pack(">IIBBBBB", rgba.shape[1], rgba.shape[0], 8, 6, 0, 0, 0)  # 8 bits a channel, RGBA
-    rows = b"".join(b"\0" + row.tobytes() for row in rgba)
-    png = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b""))
+def _tinted(first_KK: Array, opacity_KK: Array) -> Array:
+    rgba = np.empty((*opacity_KK.shape, 4), np.uint8)
+    rgba[..., :3] = np.where(first_KK[..., None], COSINE_COLOURS[1], COSINE_COLOURS[-1])
+    rgba[..., 3] = (255 * opacity_KK).round()
+    return rgba
+
+
+def png(pixels: Array) -> str:
+    """A picture [H, W, C] of uint8 in base64: grey, colour, or colour with opacity (C = 1, 3, 4)."""
+    height, width, channels = pixels.shape
+    kind = {1: 0, 3: 2, 4: 6}[channels]
+    header = struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0)  # 8 bits a channel
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 6)), (b"IEND", b""))
     )
-    return base64.b64encode(png).decode()
+    return base64.b64encode(content).decode()
 
 
 def chart(curves: Sequence[Curve], label: str, *, ideal: float | None = None) -> str:
-    """Values over epochs: every curve in the same axes, labelled where it ends; dashes mark the ideal."""
+    """Values over epochs: every curve in the same axes, labelled where it ends; dashes mark the ideal.
+
+    The axis is logarithmic where all values are positive and far apart; an ideal of 0 is then out of the picture.
+    """
     epochs = [epoch for curve in curves for epoch, _ in curve.points]
     first, last = min(epochs), max(epochs)
-    low, high = _value_range([value for curve in curves for _, value in curve.points], ideal)
+    values = [value for curve in curves for _, value in curve.points]
+    if logarithmic := 0 < min(values) < max(values) / LOG_SPAN:
+        ideal = ideal if ideal and ideal > 0 else None
+        values = [math.log10(value) for value in values]
+        low, high = float(math.floor(min(values))), float(math.ceil(max(values)))
+    else:
+        low, high = _value_range(values, ideal)
     left, top, bottom = 46.0, 12.0, CHART_HEIGHT - 34.0
     right = CHART_WIDTH - 14 - 8.2 * max(len(shorten(curve.name, 12)) for curve in curves)
 
     def x(epoch: float) -> float:
-        return left + (right - left) * (epoch - first) / max(last - first, 1)
+        return left + (right - left) * ((epoch - first) / (last - first) if last > first else 0.5)
 
     def y(value: float) -> float:
-        return bottom - (bottom - top) * (value - low) / (high - low)
+        place = math.log10(value) if logarithmic else value
+        return bottom - (bottom - top) * (place - low) / (high - low)
 
+    ticks = _powers(low, high) if logarithmic else [(tick, _minus(f"{tick:.6g}")) for tick in _ticks(low, high)]
     parts = []
-    for tick in _ticks(low, high):
+    for tick, word in ticks:
         parts.append(f'<path class="rule" d="M{left} {y(tick):.1f}H{right:.1f}"/>')
-        parts.append(_text(left - 7, y(tick), _minus(f"{tick:.6g}"), "end mid"))
+        parts.append(_text(left - 7, y(tick), word, "end mid"))
     parts += [_text(x(epoch), bottom + 16, f"{epoch:g}") for epoch in sorted({first, last})]
     parts.append(_text((left + right) / 2, bottom + 30, "epoch"))
+    if logarithmic:
+        parts.append(_text(right, top - 3, "log scale", "end"))
     if ideal is not None:
         parts.append(f'<path class="ideal" d="M{left} {y(ideal):.1f}H{right:.1f}"/>')
     label_ys = _spread([y(curve.points[-1][1]) for curve in curves], gap=14, limit=bottom)
     for curve, label_y in zip(curves, label_ys, strict=True):
         places = [f"{x(epoch):.1f} {y(value):.1f}" for epoch, value in curve.points]
         dots = f'<path class="dots" d="{_dots(places)}"/>' if len(places) <= MOST_DOTS else ""
+        dash = DASHES[curve.colour % RUN_COLOURS]
+        drawn = f'<path class="line"{f" stroke-dasharray={dash!r}" if dash else ""} d="M{"L".join(places)}"/>'
         parts.append(
-            f'<g class="run{curve.colour % RUN_COLOURS}"><path class="line" d="M{"L".join(places)}"/>{dots}'
+            f'<g class="run{curve.colour % RUN_COLOURS}">{drawn}{dots}'
             f"{_text(right + 8, label_y, shorten(curve.name, 12), 'mid label')}</g>"
         )
     return _svg(CHART_WIDTH, CHART_HEIGHT, label, parts)
+
+
+def key(colour: int) -> str:
+    """A piece of a run's line, for a legend."""
+    dash = DASHES[colour % RUN_COLOURS]
+    line = f'<path class="line"{f" stroke-dasharray={dash!r}" if dash else ""} d="M1 6H39"/>'
+    return f'<svg class="key run{colour % RUN_COLOURS}" width="40" height="12" aria-hidden="true">{line}</svg>'
+
+
+def _powers(low: float, high: float) -> list[tuple[float, str]]:
+    """At most about six powers of ten of a logarithmic axis, and how to write them."""
+    step = max(1, math.ceil((high - low) / 5))
+    powers = range(int(low), int(high) + 1, step)
+    return [(10.0**power, f"{10.0**power:g}" if -4 < power < 5 else f"1e{_minus(str(power))}") for power in powers]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A mean and a standard deviation of one run on a ruler."""
+
+    name: str
+    colour: int
+    mean: float
+    std: float
+
+
+def ruler(spans: Sequence[Span], marks: Sequence[tuple[float, str]], low: float, label: str) -> str:
+    """Means on one axis from `low` to 1, bars one standard deviation to each side, and the named places to reach."""
+    left, right, top, gap = 14.0, RULER_WIDTH - 14.0, 18.0 * len(marks) + 8, 40
+    bottom = top + gap * len(spans)
+
+    def x(value: float) -> float:
+        return left + (right - left) * (min(max(value, low), 1) - low) / (1 - low)
+
+    parts = [f'<path class="rule" d="M{left} {bottom:g}H{right}"/>']
+    for row, (place, name) in enumerate(marks):
+        line = 14.0 + 18 * row
+        parts.append(f'<path class="ideal" d="M{x(place):.1f} {line + 5:g}V{bottom:g}"/>')
+        parts.append(_text(max(x(place) - 5, 0), line, name, ""))
+    for row, span in enumerate(spans):
+        y = top + gap * (row + 0.5) + 6
+        word = f"{span.name} {number(span.mean)} ± {span.std:.3f}".strip()
+        width = 7.4 * len(word)
+        start = min(max(x(span.mean) - width / 2, 0), RULER_WIDTH - width)
+        parts.append(
+            f'<g class="run{span.colour % RUN_COLOURS}">'
+            f'<path class="bar" d="M{x(span.mean - span.std):.1f} {y:g}H{x(span.mean + span.std):.1f}"/>'
+            f'<circle class="mark" cx="{x(span.mean):.1f}" cy="{y:g}" r="6"/>{_text(start, y - 11, word, "label")}</g>'
+        )
+    for tick in (0.0, 0.5, 1.0):
+        parts.append(_text(x(tick), bottom + 16, f"{tick:g}"))
+    return _svg(RULER_WIDTH, int(bottom) + 24, label, parts)
 
 
 def _value_range(values: Sequence[float], ideal: float | None) -> tuple[float, float]:
@@ -198,7 +311,7 @@ def sphere(means_K3: Array, samples_N3: Array, labels_N: Array, names: Sequence[
             dots = _dots([f"{x:.1f} {y:.1f}" for x, y, _ in chosen])
             parts.append(f'<path class="samples {css}" stroke="{_class_colour(c)}" d="{dots}"/>' if dots else "")
         for c in np.flatnonzero((means[:, 2] >= 0) == in_front):
-            parts.append(_mean(means[c, 0], means[c, 1], _class_colour(c), css))
+            parts.append(_mean(means[c, 0], means[c, 1], _class_colour(c), css, spoke=len(means) <= MOST_NAMES))
     if len(means) <= MOST_NAMES:
         parts += [
             _name(x, y, name, "front" if depth >= 0 else "back")
@@ -231,11 +344,9 @@ def _globe() -> str:
     )
 
 
-def _mean(x: float, y: float, colour: str, css: str) -> str:
-    return (
-        f'<g class="{css}"><path class="spoke" stroke="{colour}" d="M{MIDDLE} {MIDDLE}L{x:.1f} {y:.1f}"/>'
-        f'<circle class="mean" fill="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="6"/></g>'
-    )
+def _mean(x: float, y: float, colour: str, css: str, *, spoke: bool) -> str:
+    line = f'<path class="spoke" stroke="{colour}" d="M{MIDDLE} {MIDDLE}L{x:.1f} {y:.1f}"/>' if spoke else ""
+    return f'<g class="{css}">{line}<circle class="mean" fill="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="6"/></g>'
 
 
 def _name(x: float, y: float, name: str, css: str) -> str:
@@ -265,6 +376,10 @@ def sheet(title: str, drawings: Sequence[tuple[str, str]], columns: int = 2) -> 
 
 
 # Parts of every drawing.
+
+
+def count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
 
 
 def shorten(text: str, limit: int) -> str:

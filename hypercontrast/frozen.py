@@ -5,6 +5,7 @@ Shapes: N pictures, C channels, D dimensions.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from torch import Tensor
 from hypercontrast.checkpoint import CheckpointError
 from hypercontrast.config import Config, UsageError, read_config
 from hypercontrast.data import normalize
+from hypercontrast.data.sources import LARGEST_SIDE
 from hypercontrast.models import Network, mixed_precision
-from hypercontrast.workspace import build_network, load_network, newest_checkpoint
+from hypercontrast.workspace import BESIDE_NETWORK, build_network, load_network, newest_checkpoint
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class FrozenRun:
 def run_config(run: str) -> Config:
     """The config a run was trained with. Raises UsageError if the folder holds no run."""
     path = Path(run, "config.yaml")
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's, false for a path that no system has
         raise UsageError(f"RUN must be the folder of a run, with a config.yaml, got {run}")
     return read_config(path)
 
@@ -59,14 +61,21 @@ def restored_network(run: str, device: torch.device) -> FrozenRun:
     """
     config = run_config(run)
     saved = newest_checkpoint(run)
-    if missing := [name for name in ("mean", "std", "image_size") if name not in saved.tensors]:
+    if missing := [name for name in BESIDE_NETWORK if name not in saved.tensors]:
         raise CheckpointError(
             f"the checkpoint of {run} must hold mean, std and image_size of the pictures it was trained on, got no"
             f" {missing[0]}: it is of an older version, so train again"
         )
-    mean, std = (saved.tensors[name].to(device) for name in ("mean", "std"))
-    image_size = int(saved.tensors["image_size"])
-    network = build_network(config, len(mean), image_size, len(saved.tensors["class_means"]))
+    means, mean, std, image_size = (saved.tensors[name] for name in BESIDE_NETWORK)
+    channels = {(1,), (3,)}
+    fits = means.dim() == 2 and mean.shape in channels and std.shape == mean.shape and image_size.shape == ()
+    if not (fits and 0 < image_size <= LARGEST_SIDE):
+        raise CheckpointError(
+            f"the checkpoint of {run} must hold class_means [K, D], mean and std [C], and image_size of at most"
+            f" {LARGEST_SIDE}, got others"
+        )
+    mean, std, side = mean.to(device), std.to(device), int(image_size)
+    network = build_network(config, len(mean), side, len(means))
     load_network(network, saved.tensors)
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return FrozenRun(config, saved.epoch, network.eval(), mean, std, image_size)
+    return FrozenRun(config, saved.epoch, network.eval(), mean, std, side)

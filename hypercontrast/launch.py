@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hypercontrast._agreement import LostRankError, connected
 from hypercontrast.config import Config, UsageError
 from hypercontrast.progress import fail
 
@@ -27,6 +33,37 @@ class RankError(RuntimeError):
     def __init__(self, message: str, kind: str = "", trace: str = "") -> None:
         super().__init__(message)
         self.kind, self.trace = kind, trace
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked this process to stop: `code` is what a shell makes of it, 130 for SIGINT and 143 for SIGTERM."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number
+
+
+def interrupt(number: int, frame: FrameType | None = None) -> None:
+    """The handler that stops at once."""
+    raise Interrupted(number)
+
+
+@contextmanager
+def stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to `handler`, in the main thread and where they are not ignored, as under nohup.
+
+    Not in one rank of several: Python would call the handler only once the collective that it waits in is over.
+    """
+    changeable = threading.current_thread() is threading.main_thread() and not is_rank()
+    numbers = (signal.SIGINT, signal.SIGTERM) if changeable else ()
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 @dataclass(frozen=True)
@@ -100,7 +137,7 @@ def device_of(config: Config) -> torch.device:
 
 @contextmanager
 def joined(config: Config) -> Iterator[Ranks]:
-    """This process's place among the ranks; without a launcher, the only one."""
+    """This process's place among the ranks; without a launcher, the only one. Raises LostRankError."""
     device = device_of(config)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -110,9 +147,18 @@ def joined(config: Config) -> Iterator[Ranks]:
     if device.type == "cpu":
         threads = torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(threads, 1))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with connected():
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.rank_timeout))
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        with connected():
+            yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    except LostRankError:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(0.5)  # the launcher tells of the first end it sees, which ought to be the lost rank's
+            # It ends the others by SIGTERM, which a stopped one would not hear: 30 s later it would be killed.
+            os.killpg(0, signal.SIGCONT)
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -120,7 +166,7 @@ def joined(config: Config) -> Iterator[Ranks]:
 def start_ranks(count: int, run: Callable[[T], object], argument: T) -> None:
     """Call `run(argument)` in `count` new processes and wait.
 
-    Raises RankError if one fails, KeyboardInterrupt on a signal to stop; none is left running.
+    Raises RankError if one fails, Interrupted on a signal to stop; none is left running.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -140,8 +186,8 @@ def start_ranks(count: int, run: Callable[[T], object], argument: T) -> None:
     logging.disable(logging.ERROR)
     try:
         elastic_launch(settings, run)(argument)
-    except SignalException as signal:
-        raise KeyboardInterrupt(str(signal)) from None
+    except SignalException as stop:
+        raise Interrupted(stop.sigval) from None
     except ChildFailedError as error:
         raise _rank_error(*error.get_first_failure()) from None
     finally:
@@ -150,7 +196,7 @@ def start_ranks(count: int, run: Callable[[T], object], argument: T) -> None:
 
 def fail_for(error: RankError, codes: Mapping[str, int]) -> int:
     """As if the rank's error were this process's own: its exit code by kind, a traceback where it was not foreseen."""
-    if error.kind not in codes:
+    if error.trace and error.kind not in codes:
         print(error.trace, file=sys.stderr)
     return fail(codes.get(error.kind, 1), str(error))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -131,36 +132,54 @@ def _queue(config: Config, ranks: Ranks, batch: int, dim: int) -> NegativeBuffer
     return NegativeBuffer(dim, batch, -(-config.queue // ranks.world), device=ranks.device, group=None)
 
 
-class LossRecord:
-    """The losses of an epoch, kept on the device and read now and then: reading each would stall a GPU every step."""
+class NotFinite(ArithmeticError):
+    """A step's loss or gradient was not finite. step: counted from 1."""
 
-    def __init__(self, steps: int, epoch: int, ranks: Ranks, every: int = 50) -> None:
-        self.epoch, self.ranks, self.every = epoch, ranks, every
-        self._losses = torch.zeros(steps, device=ranks.device)
-        self._sizes: list[int] = []
-        self._checked = 0
+    def __init__(self, step: int, value: float) -> None:
+        super().__init__(f"loss and gradient must be finite, got {value} at step {step}")
+        self.step, self.value = step, value
+
+
+class LossRecord:
+    """The losses of an epoch, kept on the device. A GPU's are read now and then, for the host waits each time.
+
+    seen: those of the epoch's first steps, from `state`.
+    """
+
+    def __init__(self, steps: int, device: torch.device, seen: Tensor | None = None, sizes: Sequence[int] = ()) -> None:
+        self._losses = torch.zeros(steps, device=device)
+        self._sizes = list(sizes)
+        self._checked = len(sizes)
+        self._every = 50 if device.type == "cuda" else 1
+        if seen is not None:
+            self._losses[: len(sizes)] = seen
+
+    def __len__(self) -> int:
+        """Steps so far."""
+        return len(self._sizes)
 
     def add(self, loss: Tensor, size: int) -> None:
+        """The loss of the next global batch, of `size` samples. Raises NotFinite for this one or one before."""
         self._losses[len(self._sizes)] = loss
         self._sizes.append(size)
-        if len(self._sizes) - self._checked == self.every:
-            self._check()
+        if len(self._sizes) - self._checked == self._every:
+            self.check()
 
     def mean(self) -> float:
-        """The mean over the epoch's samples."""
-        self._check()
-        sizes = torch.tensor(self._sizes, dtype=torch.float64, device=self.ranks.device)
-        return float((self._losses.double() * sizes).sum() / sizes.sum())
+        """The mean over the epoch's samples. Raises NotFinite."""
+        self.check()
+        sizes = torch.tensor(self._sizes, dtype=torch.float64, device=self._losses.device)
+        return float((self._losses[: len(sizes)].double() * sizes).sum() / sizes.sum())
 
-    def _check(self) -> None:
-        """Average what is new over the ranks and raise TrainingError at the first loss that is not finite."""
+    def state(self) -> dict[str, Any]:
+        """What makes the record anew. Raises NotFinite."""
+        self.check()
+        return {"seen": self._losses[: len(self._sizes)].cpu(), "sizes": list(self._sizes)}
+
+    def check(self) -> None:
+        """Raise NotFinite at the first loss that is not finite."""
         new = self._losses[self._checked : len(self._sizes)]
-        self.ranks.sum(new).div_(self.ranks.world)
         bad = (~torch.isfinite(new)).nonzero().flatten().tolist()
         if bad:
-            step = self._checked + bad[0] + 1
-            raise TrainingError(
-                f"loss must be finite, got {float(new[bad[0]])} at epoch {self.epoch}, step {step}:"
-                " try a smaller --lr or a larger --temperature"
-            )
+            raise NotFinite(self._checked + bad[0] + 1, float(new[bad[0]]))
         self._checked = len(self._sizes)

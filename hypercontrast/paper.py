@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hypercontrast.evaluate import METHODS, NC_COLUMNS
-from hypercontrast.report import LOSS_TITLES
+from hypercontrast.runs import LOSS_TITLES
 
 
 @dataclass(frozen=True)

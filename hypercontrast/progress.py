@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
+
+from hypercontrast.config import UsageError
 
 
 def python() -> str:
@@ -22,6 +25,13 @@ def fail(code: int, message: str) -> int:
     """Say in one line on stderr why a command failed; returns its exit code."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes as one line, as in training."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
 
 
 class Progress:
@@ -43,13 +53,13 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
-    def start_epoch(self, epoch: int) -> None:
-        self.start(f"epoch {epoch}/{self.epochs}")
+    def start_epoch(self, epoch: int, done: int = 0) -> None:
+        self.start(f"epoch {epoch}/{self.epochs}", done)
 
-    def start(self, title: str) -> None:
-        """Begin another `steps` steps under this title."""
+    def start(self, title: str, done: int = 0) -> None:
+        """Begin another `steps` steps under this title, with `done` of them behind."""
         if self._bar:
-            self._bar.reset(self._task, description=title, total=self.steps)
+            self._bar.reset(self._task, description=title, total=self.steps, completed=done)
 
     def step(self) -> None:
         if self._bar:

@@ -16,7 +16,7 @@ from typing import Any
 
 from hypercontrast.config import Config, UsageError, read_config
 from hypercontrast.paper import COLLAPSE_SHARE, TABLE_7_METRICS
-from hypercontrast.report import read_epochs
+from hypercontrast.runs import read_epochs
 from hypercontrast.train import FREE_ON_RESUME
 
 # Settings that change where, how fast or how often, or which of the equally good draws, but not what is measured.
@@ -132,7 +132,7 @@ def _read_run(folder: Path) -> Run:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} must be readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold a JSON object, got {type(content).__name__}")

@@ -33,9 +33,9 @@ from functools import cache
 from pathlib import Path
 
 from hypercontrast import checkpoint, data, figures
+from hypercontrast.checkpoint import CheckpointError
 from hypercontrast.config import Config, UsageError, read_recipe
 from hypercontrast.data.transfer import locate as locate_transfer_set
-from hypercontrast.evaluate import Parser
 from hypercontrast.figures import Curve
 from hypercontrast.metrics import DESCRIPTIONS
 from hypercontrast.paper import (
@@ -53,9 +53,10 @@ from hypercontrast.paper import (
     Cell,
     Table,
 )
-from hypercontrast.progress import fail
-from hypercontrast.report import DRIVER_METRICS, LOSS_TITLES
+from hypercontrast.progress import Parser, fail
+from hypercontrast.report import DRIVER_METRICS
 from hypercontrast.results import FREE, Group, Run, read_groups
+from hypercontrast.runs import LOSS_TITLES
 
 FIGURE = "figure2"
 COLUMNS = 100
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(args.output)
         else:
             print(render(names, groups, args.data_root, markdown=args.markdown))
-    except (UsageError, OSError) as error:
+    except (UsageError, CheckpointError, OSError) as error:
         return fail(2, str(error))
     return 0
 

@@ -2,15 +2,19 @@
 
 A run folder holds
 - config.yaml: the resolved settings;
+- environment.json: versions, machine and commit that it was last started with;
 - metrics.jsonl: one line an epoch, see `train`;
 - checkpoints/: see `hypercontrast.checkpoint`;
-- embeddings.safetensors, once the run is finished: validation features [n, D] (n <= 1,000) and labels [n], class_means
-  [K, D] of the training set, prototypes [K, D] of the head, and the class names (a JSON list) in its metadata.
+- embeddings.safetensors, once the run is finished: validation features [n, D] (n <= 1,000), labels [n] and pictures
+  [n, C, H, W] (uint8, at most 48 pixels a side), class_means [K, D] and class_sizes [K] of the training set, prototypes
+  [K, D] of the head, decisions [2, N] (label and the head's choice, of the whole validation set), and the class names
+  (a JSON list) in its metadata;
+- report.html, after that: see `hypercontrast.report`.
 
-Everything random is a function of (seed, epoch, rank), so a run that was killed and resumed ends in the same weights,
-bit for bit, as one that was not, on the CPU with the same number of ranks and threads.
+Everything random is a function of (seed, epoch, step, rank), so a run that was killed and resumed, inside an epoch too,
+ends in the same weights, bit for bit, as one that was not, on the CPU with the same number of ranks and threads.
 
-Shapes: N samples, K classes, D dimensions.
+Shapes: N samples, K classes, D dimensions, C channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -23,61 +27,81 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hypercontrast import checkpoint, data
+from hypercontrast._agreement import LostRankError, connected
 from hypercontrast._ops import resolve_backend
 from hypercontrast.checkpoint import Checkpoint, CheckpointError
 from hypercontrast.config import Config, UsageError, parse, read_config, resume_folder, to_yaml
-from hypercontrast.data import AUGMENTATIONS, derived_seed, epoch_batches, limited_order, steps_per_epoch
+from hypercontrast.data import AUGMENTATIONS, Share, derived_seed, epoch_batches, limited_order, steps_per_epoch
 from hypercontrast.data.streamed import check_damage
+from hypercontrast.environment import environment
 from hypercontrast.launch import (
+    Interrupted,
     RankError,
     Ranks,
     check_hardware,
     device_of,
     fail_for,
+    interrupt,
     is_main,
     is_rank,
     joined,
     start_ranks,
+    stop_signals,
 )
 from hypercontrast.metrics import NeuralCollapse
 from hypercontrast.models import ProjectionHead, check_model
-from hypercontrast.objective import VIEWS, LossRecord, Objective, TrainingError
+from hypercontrast.objective import VIEWS, LossRecord, NotFinite, Objective, TrainingError
 from hypercontrast.plan import learning_rate, plan
 from hypercontrast.progress import Progress, fail, python
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
+from hypercontrast.report import write_report
 from hypercontrast.step import Step, compiles
-from hypercontrast.workspace import Workspace, network_tensors
+from hypercontrast.workspace import Workspace, load_network
 
 EMBEDDINGS_LIMIT = 1000
+THUMBNAIL = 48  # pixels a side that pictures are reduced to, for the report
 # Settings a resumed run may change without becoming another run.
 FREE_ON_RESUME = {
-    "data_root", "recipe", "gpus", "cpu_ranks", "backend", "workers", "compile",
-    "run_dir", "resume", "dry_run", "quiet",
+    "data_root", "recipe", "gpus", "cpu_ranks", "rank_timeout", "max_restarts", "backend", "workers", "compile",
+    "checkpoint_every", "keep_checkpoints", "run_dir", "resume", "dry_run", "quiet",
 }  # fmt: skip
+
+# Exit codes of errors that need no traceback.
+FORESEEN = {"UsageError": 2, "TrainingError": 1, "CheckpointError": 1, "LostRankError": 1}
 
 OnEpoch = Callable[[dict[str, Any]], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0; 2 with one line on stderr for a mistake in the call, 1 for a run that failed, 130 if interrupted."""
+    """Exit code 0; 2 with one line on stderr for a mistake in the call, 1 for a run that failed, 130 or 143 if
+    interrupted by SIGINT or SIGTERM.
+    """
+    folder = ""
     try:
-        config = parse(sys.argv[1:] if argv is None else argv)
-        try:
-            result = plan(_placed(config)) if config.dry_run else _summary(train(prepare(config)))
-        except KeyboardInterrupt:
-            return fail(130, f"interrupted; to continue: {python()} -m hypercontrast.train --resume {config.run_dir}")
+        with stop_signals(interrupt):
+            config = parse(sys.argv[1:] if argv is None else argv)
+            if config.dry_run:
+                result = plan(_placed(config))
+            else:
+                config = prepare(config)
+                folder = config.run_dir
+                result = _summary(train(config))
+    except KeyboardInterrupt as stop:
+        return fail(stop.code if isinstance(stop, Interrupted) else 130, _interrupted(folder))
     except UsageError as error:
         return fail(2, str(error))
-    except (TrainingError, CheckpointError) as error:
+    except (TrainingError, CheckpointError, LostRankError) as error:
         return fail(1, str(error))
     except RankError as error:
-        return fail_for(error, {"UsageError": 2, "TrainingError": 1, "CheckpointError": 1})
+        return fail_for(error, FORESEEN)
     if is_main():
         print(result)
     return 0
@@ -93,19 +117,24 @@ def train(config: Config, on_epoch: OnEpoch | None = None) -> Path:
     every metric of `NeuralCollapse` on the training set, without augmentation. Accuracies are shares of 1. scl learns
     no classifier: its prototypes are the class means, so its two accuracies are the same number.
 
+    With `checkpoint_every` there is also a checkpoint every so many steps inside an epoch. SIGINT or SIGTERM ends a run
+    of one rank after its step, with a checkpoint, and a second one at once; several ranks end at once.
+
     Pictures that cannot be decoded are left out: `damaged` in the line counts them, and damaged.txt in the run's folder
     names them.
 
     on_epoch: called with that line as a dict once the epoch is saved; only where this process trains (as rank 0).
 
-    Raises UsageError before anything starts if the config cannot be run here, TrainingError if the loss stops being
-    finite, CheckpointError if a run to resume has no intact checkpoint, RankError if a rank fails.
+    Raises UsageError before anything starts if the config cannot be run here, TrainingError before the update if a loss
+    or a gradient is not finite, CheckpointError if a run to resume has no intact checkpoint or the run's folder cannot
+    be written to, RankError if a rank fails, LostRankError in a rank that another has left alone, Interrupted (a
+    KeyboardInterrupt) on a signal to stop.
     """
     config = prepare(config)
-    if config.ranks > 1 and not is_rank():
+    if (config.ranks > 1 or config.max_restarts) and not is_rank():
         if on_epoch is not None:
             raise UsageError(f"on_epoch must be None for a run that starts {config.ranks} ranks, got {on_epoch!r}")
-        start_ranks(config.ranks, _train_rank, config)
+        _start_ranks(config)
         return Path(config.run_dir)
     with joined(config) as ranks:
         return _Run(ranks.agree(lambda: _placed(config)), ranks).train(on_epoch)
@@ -160,6 +189,18 @@ def _slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", Path(name.rpartition(":")[2]).name) or "data"
 
 
+def _start_ranks(config: Config) -> None:
+    """Train in new ranks; where one of them dies, start all again from the last checkpoint, `max_restarts` times."""
+    for left in reversed(range(config.max_restarts + 1)):
+        try:
+            return start_ranks(config.ranks, _train_rank, config)
+        except RankError as error:
+            if left == 0 or error.kind in FORESEEN.keys() - {"LostRankError"}:  # which would come again
+                raise
+            print(f"{error}; starting again from the last checkpoint, restarts left: {left - 1}", file=sys.stderr)
+            config = dataclasses.replace(config, resume="auto")
+
+
 def _train_rank(config: Config) -> None:
     train(config)
 
@@ -171,6 +212,7 @@ def _train_rank(config: Config) -> None:
 class Evaluation:
     metrics: dict[str, float]
     class_means: Tensor
+    decisions: Tensor
 
 
 class _Run:
@@ -191,13 +233,19 @@ class _Run:
         self.objective = Objective(self.network, config, ranks, self.views * -(-batch // ranks.world), counts)
         self.step = Step(self.objective, config, ranks)
         self.history: list[dict[str, Any]] = []
+        self.losses = LossRecord(self.steps, ranks.device)  # of the epoch under way
+        self.unfinished: dict[str, Any] = {}  # what a checkpoint says of the epoch it was saved in
+        self.started = 0.0  # when that epoch did, on the clock of time.perf_counter
         self.damaged: list[str] = []
         self.class_means = torch.zeros_like(self.network.head.prototypes)
+        self.decisions = torch.empty(2, 0, dtype=torch.int32)  # of the last evaluation: labels, choices of the head
+        self.stop: int | None = None  # the signal that asks for it
 
     def train(self, on_epoch: OnEpoch | None) -> Path:
         self._restore()
         main = self.ranks.rank == 0
-        with Progress(self.config.epochs, self.steps, silent=self.config.quiet or not main) as progress:
+        silent = self.config.quiet or not main
+        with stop_signals(self._note), Progress(self.config.epochs, self.steps, silent=silent) as progress:
             for epoch in range(len(self.history) + 1, self.config.epochs + 1):
                 record = self._epoch(epoch, progress)
                 self._save(epoch, record)
@@ -207,66 +255,99 @@ class _Run:
                         on_epoch(record)
         if main:
             self._write_embeddings()
+            self._write_report()
         return self.folder
 
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.stop is not None:
+            interrupt(number)
+        self.stop = number
+
+    def _stop_if_asked(self) -> None:
+        if self.stop is not None:
+            self._save_inside()
+            interrupt(self.stop)
+
     def _epoch(self, epoch: int, progress: Progress) -> dict[str, Any]:
-        started = time.perf_counter()
-        progress.start_epoch(epoch)
+        self.started = time.perf_counter() - self.unfinished.pop("seconds", 0.0)
+        self.losses = LossRecord(self.steps, self.ranks.device, **self.unfinished)
+        self.unfinished = {}
+        progress.start_epoch(epoch, len(self.losses))
         record: dict[str, Any] = {"epoch": epoch, **self._train_epoch(epoch, progress)}
         trained = time.perf_counter()
         if self._measured(epoch):
             try:
-                evaluation = self._evaluate()
+                with connected(f"after epoch {epoch}"):
+                    evaluation = self._evaluate()
             except ValueError as error:  # features or weights that are not finite
-                raise TrainingError(f"training stopped after epoch {epoch}: {error}") from error
-            self.class_means = evaluation.class_means
+                raise self._failure(f"after epoch {epoch}: {error}") from error
+            self.class_means, self.decisions = evaluation.class_means, evaluation.decisions
             record |= evaluation.metrics
         self.damaged = self._damaged()
         if self.damaged:
             record["damaged"] = len(self.damaged)
-        record["seconds"] = time.perf_counter() - started
-        record["samples_per_second"] = len(self.dataset.train) / (trained - started)
+        record["seconds"] = time.perf_counter() - self.started
+        record["samples_per_second"] = len(self.dataset.train) / (trained - self.started)
         return record
 
     def _measured(self, epoch: int) -> bool:
         return epoch % self.config.evaluate_every == 0 or epoch == self.config.epochs
 
     def _train_epoch(self, epoch: int, progress: Progress) -> dict[str, float]:
-        """The epoch's mean loss, its last learning rate, and its last temperature where that changes."""
-        config, ranks, train = self.config, self.ranks, self.dataset.train
-        # For models that draw from the global generator, such as those with dropout.
-        torch.manual_seed(derived_seed(config.seed, epoch, ranks.rank, "model"))
+        """The rest of the epoch: its mean loss, its last learning rate, and its last temperature where that changes."""
+        config, ranks, train, losses = self.config, self.ranks, self.dataset.train, self.losses
         seeds = [derived_seed(config.seed, epoch, view, "augmentation") for view in range(self.views)]
-        shares = list(
-            epoch_batches(
-                train.labels,
-                config.batch_size,
-                seed=config.seed,
-                epoch=epoch,
-                rank=ranks.rank,
-                world=ranks.world,
-                sampling=config.sampling,
-            )
-        )
-        losses = LossRecord(self.steps, epoch, ranks)
+        shares = self._shares(epoch, ranks.rank, ranks.world)[len(losses) :]
         self.network.train()
-        lr = config.peak_lr
         batches = train.views(shares, self.augment, seeds)
-        for n, (share, batch) in enumerate(zip(shares, batches, strict=True)):
-            done = (epoch - 1) * self.steps + n
-            lr = learning_rate(done, self.steps, config)
-            self.objective.advance(done / (config.epochs * self.steps))
-            images, labels = self.workspace.normalized(batch.pixels), batch.labels.repeat(self.views)
-            try:
-                loss = self.step(images, labels, len(batch.labels) * ranks.world / share.global_size, lr)
-            except ValueError as error:  # off a GPU the losses notice features that are not finite
-                raise TrainingError(f"training stopped at epoch {epoch}, step {n + 1}: {error}") from error
-            losses.add(loss, share.global_size)
-            progress.step()
-        record = {"loss": losses.mean(), "lr": lr}
+        try:
+            for share, batch in zip(shares, batches, strict=True):
+                # For models that draw from the global generator, such as those with dropout.
+                torch.manual_seed(derived_seed(config.seed, epoch, len(losses), ranks.rank, "model"))
+                lr = self._schedule(epoch, len(losses))
+                images, labels = self.workspace.normalized(batch.pixels), batch.labels.repeat(self.views)
+                with connected(f"epoch {epoch}, step {len(losses) + 1}"):
+                    loss = self.step(images, labels, len(batch.labels) * ranks.world / share.global_size, lr)
+                losses.add(loss, share.global_size)
+                progress.step()
+                self._stop_if_asked()
+                if config.checkpoint_every and len(losses) % config.checkpoint_every == 0 and len(losses) < self.steps:
+                    self._save_inside()
+            record = {"loss": losses.mean(), "lr": self._schedule(epoch, self.steps - 1)}
+        except NotFinite as bad:
+            ids = self._shares(epoch)[bad.step - 1].indices.tolist()
+            raise self._failure(
+                f"before the update of epoch {epoch}, step {bad.step}: loss and gradient must be finite, got"
+                f" {bad.value}, try a smaller --lr or a larger --temperature",
+                f"; the batch's samples are {', '.join(map(str, ids))}",
+            ) from None
         if config.temperature_rule != "fixed":
             record["temperature"] = float(torch.as_tensor(self.objective.temperature).detach())
         return record
+
+    def _shares(self, epoch: int, rank: int = 0, world: int = 1) -> list[Share]:
+        """One rank's shares of all batches of an epoch; by default the whole batches."""
+        config = self.config
+        return list(
+            epoch_batches(
+                self.dataset.train.labels,
+                config.batch_size,
+                seed=config.seed,
+                epoch=epoch,
+                rank=rank,
+                world=world,
+                sampling=config.sampling,
+            )
+        )
+
+    def _schedule(self, epoch: int, step: int) -> float:
+        """Set what depends on the place in the training for the step after `step` others; returns its learning rate."""
+        done = (epoch - 1) * self.steps + step
+        self.objective.advance(done / (self.config.epochs * self.steps))
+        return learning_rate(done, self.steps, self.config)
+
+    def _failure(self, what: str, more: str = "") -> TrainingError:
+        return TrainingError(f"training stopped {what}; {checkpoint.last_good(self.folder)}{more}")
 
     @torch.no_grad()
     def _evaluate(self) -> Evaluation:
@@ -277,6 +358,7 @@ class _Run:
         means = ClassMeans(num_classes, dim).to(ranks.device)
         collapse = NeuralCollapse(num_classes, dim, device=ranks.device)
         for batch in self.workspace.embedded(self.dataset.train):
+            self._stop_if_asked()
             means.update(batch.head, batch.labels)
             collapse.update(batch.head, batch.labels)
         if ranks.world > 1:
@@ -288,24 +370,29 @@ class _Run:
 
         nearest_mean = PrototypeClassifier(class_means)
         counts = torch.zeros(3, dtype=torch.int64, device=ranks.device)  # right by head, right by mean, all
+        decisions = [self.decisions[:, :0]]
         for batch in self.workspace.embedded(self.dataset.validation):
-            chosen = [self.network.scores(batch.head).argmax(1), nearest_mean.predict(batch.head), batch.labels]
+            self._stop_if_asked()
+            by_head = self.network.scores(batch.head).argmax(1)
+            chosen = [by_head, nearest_mean.predict(batch.head), batch.labels]
             counts += (torch.stack(chosen) == batch.labels).sum(1)
-        by_head, by_mean, seen = ranks.sum(counts).tolist()
+            decisions.append(torch.stack([batch.labels, by_head]).int())
+        right_by_head, right_by_mean, seen = ranks.sum(counts).tolist()
         return Evaluation(
             {
-                "accuracy": by_head / seen,
-                "prototype_accuracy": by_mean / seen,
+                "accuracy": right_by_head / seen,
+                "prototype_accuracy": right_by_mean / seen,
                 **collapse.compute(head.prototypes),
             },
             class_means,
+            torch.cat(ranks.gathered(torch.cat([part.cpu() for part in decisions], 1)), 1),
         )
 
     def _damaged(self) -> list[str]:
         """The pictures that some rank could not decode so far. Raises UsageError if they are too many."""
         train, validation = self.dataset.train, self.dataset.validation
         own = sorted({*train.damaged, *validation.damaged})
-        damaged = sorted({name for names in self.ranks.gathered(own) for name in names})
+        damaged = sorted({*self.damaged, *(name for names in self.ranks.gathered(own) for name in names)})
         check_damage(damaged, len(train) + len(validation))
         return damaged
 
@@ -315,39 +402,78 @@ class _Run:
         """Start from the newest intact checkpoint, if there is one, with metrics.jsonl cut back to it."""
         saved = self.ranks.agree(lambda: checkpoint.load_checkpoint(self.folder))
         if saved is not None:
+            found = {*saved.tensors, *saved.state}
+            if missing := [name for name in ("class_means", "optimizer", "history", "decisions") if name not in found]:
+                raise CheckpointError(f"the checkpoint of {self.folder} must hold a run's state, got no {missing[0]}")
             self.class_means = saved.tensors["class_means"].to(self.ranks.device)
-            self.network.load_state_dict(network_tensors(saved.tensors))
+            load_network(self.network, saved.tensors)
             self.step.optimizer.load_state_dict(saved.state["optimizer"])
             self.history = saved.state["history"]
-            self.objective.load_state(saved.state.get("queues", []))
+            self.unfinished = saved.state["unfinished"]
+            self.damaged = saved.state["damaged"]
+            self.decisions = saved.state["decisions"]
+            self.objective.load_state(saved.state["queues"])
         if self.ranks.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.make_folder(self.folder)
             kept = dataclasses.replace(self.config, resume="none")
             checkpoint.write_atomic(self.folder / "config.yaml", to_yaml(kept).encode())
-            lines = "".join(json.dumps(record) + "\n" for record in self.history)
-            checkpoint.write_atomic(self.folder / "metrics.jsonl", lines.encode())
+            made_with = json.dumps(environment(self.ranks.device, self.ranks.world), indent=1)
+            checkpoint.write_atomic(self.folder / "environment.json", made_with.encode())
+            self._write_history()
 
     def _save(self, epoch: int, record: dict[str, Any]) -> None:
         """A checkpoint where the epoch was measured; first, for it holds all lines of metrics.jsonl."""
         self.history.append(record)
-        measured = self._measured(epoch)
-        queues = self.objective.state() if measured else []
+        if self._measured(epoch):
+            self._save_checkpoint(0, {})
         if self.ranks.rank != 0:
             return
-        if measured:
-            tensors = {
-                **self.network.state_dict(),
-                "class_means": self.class_means,
-                "mean": self.workspace.mean,
-                "std": self.workspace.std,
-                "image_size": torch.tensor(self.dataset.image_size),
-            }
-            state = {"optimizer": self.step.optimizer.state_dict(), "history": self.history, "queues": queues}
-            checkpoint.save_checkpoint(self.folder, Checkpoint(epoch, tensors, state))
         if self.damaged:
             names = "".join(f"{name}\n" for name in self.damaged)
             checkpoint.write_atomic(self.folder / "damaged.txt", names.encode())
-        checkpoint.append_line(self.folder / "metrics.jsonl", json.dumps(record))
+        self._write_history()
+
+    def _save_inside(self) -> None:
+        """A checkpoint of the epoch under way."""
+        self.damaged = self._damaged()
+        seconds = time.perf_counter() - self.started
+        self._save_checkpoint(len(self.losses), {**self.losses.state(), "seconds": seconds})
+
+    def _save_checkpoint(self, step: int, unfinished: dict[str, Any]) -> None:
+        """All ranks call this together. unfinished: of an epoch under way, what makes its line in metrics.jsonl."""
+        queues = self.objective.state()
+        if self.ranks.rank != 0:
+            return
+        tensors = {
+            **self.network.state_dict(),
+            "class_means": self.class_means,
+            "mean": self.workspace.mean,
+            "std": self.workspace.std,
+            "image_size": torch.tensor(self.dataset.image_size),
+        }
+        state = {
+            "optimizer": self.step.optimizer.state_dict(),
+            "history": self.history,
+            "unfinished": unfinished,
+            "damaged": self.damaged,
+            "decisions": self.decisions,
+            "queues": queues,
+        }
+        measured = [record for record in self.history if "accuracy" in record]
+        best = max(measured, key=lambda record: record["accuracy"])["epoch"] if measured else 0
+        try:
+            checkpoint.save_checkpoint(
+                self.folder,
+                Checkpoint(len(self.history), tensors, state, step),
+                kept=self.config.keep_checkpoints,
+                best=best,
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {checkpoint.last_good(self.folder)}") from None
+
+    def _write_history(self) -> None:
+        lines = "".join(json.dumps(record) + "\n" for record in self.history)
+        checkpoint.write_atomic(self.folder / "metrics.jsonl", lines.encode())
 
     @torch.no_grad()
     def _write_embeddings(self) -> None:
@@ -356,15 +482,16 @@ class _Run:
         self.network.eval()
         validation = self.dataset.validation
         chosen = limited_order(validation.labels, EMBEDDINGS_LIMIT)
-        parts = [
-            self.workspace.embed(self.workspace.normalized(batch.pixels), batch.labels)
-            for batch in validation.plain([chosen])
-        ]
+        batches = list(validation.plain([chosen]))
+        parts = [self.workspace.embed(self.workspace.normalized(batch.pixels), batch.labels) for batch in batches]
         tensors = {
             "features": torch.cat([part.head for part in parts]),
             "labels": torch.cat([part.labels for part in parts]),
+            "pictures": torch.cat([_thumbnails(batch.pixels) for batch in batches]),
             "class_means": self.class_means,
+            "class_sizes": torch.bincount(self.dataset.train.labels, minlength=self.dataset.num_classes),
             "prototypes": self.network.head.prototypes,
+            "decisions": self.decisions,
         }
         content = save(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
@@ -372,13 +499,32 @@ class _Run:
         )
         checkpoint.write_atomic(self.folder / "embeddings.safetensors", content)
 
+    def _write_report(self) -> None:
+        try:
+            write_report([self.folder])
+        except Exception as error:  # a picture of the run is no reason to lose it
+            print(f"{self.folder / 'report.html'} could not be written: {error}", file=sys.stderr)
+
+
+def _thumbnails(pixels: Tensor) -> Tensor:
+    """[n, C, H, W] uint8, reduced by averaging to at most THUMBNAIL pixels a side."""
+    height, width = (min(side, THUMBNAIL) for side in pixels.shape[2:])
+    return F.adaptive_avg_pool2d(pixels.float(), (height, width)).round().to(torch.uint8)
+
+
+def _interrupted(folder: str) -> str:
+    if not Path(folder, "config.yaml").is_file():
+        return "interrupted before anything was saved"
+    command = f"{python()} -m hypercontrast.train --resume {folder}"
+    return f"interrupted; {checkpoint.last_good(Path(folder))}; to continue: {command}"
+
 
 def _summary(folder: Path) -> str:
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     return (
         f"{folder}: accuracy {last['accuracy']:.1%}, by class means {last['prototype_accuracy']:.1%},"
         f" distance to the simplex ETF {last['distance_etf']:.3f};"
-        f" pictures: {python()} -m hypercontrast.report {folder}"
+        f" pictures: {folder / 'report.html'}"
     )
 
 

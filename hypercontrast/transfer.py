@@ -43,13 +43,12 @@ from hypercontrast.checkpoint import CheckpointError, write_atomic
 from hypercontrast.config import Config, UsageError
 from hypercontrast.data import Pictures
 from hypercontrast.data.transfer import TransferSet, locate
-from hypercontrast.evaluate import Parser
 from hypercontrast.frozen import FrozenRun, restored_network, run_config
 from hypercontrast.launch import Ranks, device_of
 from hypercontrast.models import LinearHead
 from hypercontrast.objective import TrainingError
 from hypercontrast.probes import fit_features
-from hypercontrast.progress import fail
+from hypercontrast.progress import Parser, fail
 from hypercontrast.workspace import EVALUATION_BATCH
 
 STRENGTHS = tuple(10 ** (power / 2) for power in range(2, -13, -1))
@@ -109,10 +108,10 @@ def transfer(options: Options, say: Callable[[str], None] | None = None) -> dict
     config = run_config(options.run)
     loaders, missing = _located(options, options.data_root or config.data_root)
     frozen = restored_network(options.run, device_of(dataclasses.replace(config, gpus=0, cpu_ranks=0)))
+    results = _kept(Path(options.run, RESULT), frozen.epoch)
     for name, reason in missing.items():
         say(f"{name} is missing: {reason}")
     say(_row("data set", "metric", "value", "l2", "train", "test", "damaged"))
-    results = _kept(Path(options.run, RESULT), frozen.epoch)
     record = {"epoch": frozen.epoch, "results": results}
     shape = {"size": frozen.image_size, "channels": frozen.channels}
     for name, load in loaders.items():
@@ -274,7 +273,7 @@ def _kept(path: Path, epoch: int) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return dict(record["results"]) if record["epoch"] == epoch else {}
-    except (ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise UsageError(f"{path} must hold results of this command: delete it, or move it away") from None
 
 

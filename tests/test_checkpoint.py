@@ -1,5 +1,7 @@
 """Checkpoints: nothing is lost in a crash, damage is noticed, nothing is executed."""
 
+import dataclasses
+import errno
 import hashlib
 import os
 import pickle
@@ -9,12 +11,13 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 
 import pytest
 import torch
 
 from hypercontrast import checkpoint
-from hypercontrast.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from hypercontrast.checkpoint import Checkpoint, CheckpointError, last_good, load_checkpoint, save_checkpoint
 
 pytest.importorskip("safetensors")
 
@@ -56,7 +59,7 @@ class Crash(BaseException):
     pass
 
 
-def crash_points(monkeypatch, crash_at):
+def crash_points(monkeypatch, crash_at, failure=Crash):
     """Make the crash_at-th change to the disk fail half-way; returns how many were made."""
     made_changes = [0]
 
@@ -66,7 +69,7 @@ def crash_points(monkeypatch, crash_at):
             if made_changes[0] == crash_at:
                 if halfway:
                     halfway(*args)
-                raise Crash
+                raise failure
             return change(*args, **kwargs)
 
         return changed
@@ -111,6 +114,49 @@ def test_a_crash_at_any_step_of_a_save_loses_nothing(tmp_path):
     assert outcomes == {2, 3}
 
 
+def test_a_disk_that_is_full_at_any_step_of_a_save_is_an_error_that_loses_nothing(tmp_path):
+    """Every way of writing fails in turn, half-way; what a failed save leaves, and no more, is what was there before."""
+    full_at = 0
+    while True:
+        full_at += 1
+        run = tmp_path / str(full_at)
+        for epoch in (1, 2):
+            save_checkpoint(run, made(epoch))
+        with pytest.MonkeyPatch.context() as patch:
+            changes = crash_points(patch, full_at, OSError(errno.ENOSPC, "No space left on device"))
+            with suppress(CheckpointError):
+                save_checkpoint(run, made(3))
+        if changes[0] < full_at:
+            break
+        names = {path.name for path in (run / "checkpoints").iterdir()}
+        if full_at <= 5:  # before the rename is done
+            assert names == {"epoch-0001", "epoch-0002"}
+        assert_intact(load_checkpoint(run))
+        assert last_good(run) == f"the last good checkpoint is {max((run / 'checkpoints').iterdir())}"
+        save_checkpoint(run, made(3))
+        assert load_checkpoint(run).epoch == 3
+    assert full_at == 8
+
+
+def test_the_best_and_the_newest_few_are_kept(tmp_path):
+    def save(epoch, step=0, kept=2, best=0):
+        save_checkpoint(tmp_path, dataclasses.replace(made(epoch), step=step), kept=kept, best=best)
+        return sorted(path.name.removeprefix("epoch-") for path in (tmp_path / "checkpoints").iterdir())
+
+    assert save(1) == ["0001"]
+    assert save(1, 50, best=1) == ["0001", "0001-step-000050"]
+    assert save(1, 100, best=1) == ["0001", "0001-step-000050", "0001-step-000100"]
+    assert save(1, 150, best=1) == ["0001", "0001-step-000100", "0001-step-000150"]
+    assert (load_checkpoint(tmp_path).epoch, load_checkpoint(tmp_path).step) == (1, 150)
+    assert load_checkpoint(tmp_path, whole_epochs=True).step == 0
+    assert save(2, best=1) == ["0001", "0002"]
+    assert save(3, best=1) == ["0001", "0002", "0003"]
+    assert save(4, best=1) == ["0001", "0003", "0004"]
+    assert save(5, best=4) == ["0004", "0005"]
+    assert save(6, kept=1, best=4) == ["0004", "0006"]
+    assert load_checkpoint(tmp_path).epoch == 6
+
+
 def test_an_atomic_file_is_old_or_new(tmp_path):
     path = tmp_path / "config.yaml"
     for crash_at in range(1, 4):
@@ -124,21 +170,36 @@ def test_an_atomic_file_is_old_or_new(tmp_path):
     assert path.read_bytes() == b"new"
 
 
-@pytest.mark.parametrize("name", ["checkpoint.safetensors", "state.pt", "SHA256SUMS"])
-def test_every_flipped_bit_is_noticed(tmp_path, name):
+def flipped(draw, content):
+    damaged = bytearray(content)
+    damaged[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    return bytes(damaged)
+
+
+def truncated(draw, content):
+    return content[: draw.randrange(len(content))]
+
+
+def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path, figure):
     save_checkpoint(tmp_path, made(1))
-    path = save_checkpoint(tmp_path, made(2)) / name
-    content = path.read_bytes()
+    folder = save_checkpoint(tmp_path, made(2))
     draw = random.Random(0)
-    for _ in range(100):
-        position, bit = draw.randrange(len(content)), draw.randrange(8)
-        damaged = bytearray(content)
-        damaged[position] ^= 1 << bit
-        path.write_bytes(damaged)
-        with pytest.warns(RuntimeWarning, match="epoch-0002 is damaged"):
-            found = load_checkpoint(tmp_path)
-        assert found.epoch == 1
-        assert_intact(found)
+    noticed = {"flipped": 0, "truncated": 0}
+    for name in ("checkpoint.safetensors", "state.pt", "SHA256SUMS"):
+        content = (folder / name).read_bytes()
+        for damage in [flipped, truncated] * 100:
+            (folder / name).write_bytes(damage(draw, content))
+            with pytest.warns(RuntimeWarning, match="epoch-0002 is damaged"):
+                found = load_checkpoint(tmp_path)
+            assert found.epoch == 1
+            assert_intact(found)
+            noticed[damage.__name__] += 1
+        (folder / name).write_bytes(content)
+        assert load_checkpoint(tmp_path).epoch == 2
+    figure(
+        "R11",
+        f"{noticed['flipped']} flipped bits and {noticed['truncated']} truncations of checkpoints noticed on load, of 300 each",
+    )
 
 
 def test_truncated_or_missing_files_are_noticed(tmp_path):

@@ -79,15 +79,36 @@ def test_folder_of_mixed_sizes_and_grey_pictures(tmp_path):
 def test_folder_mistakes(tmp_path):
     root = make_folder(tmp_path)
     (root / "val" / "cat").mkdir()
-    with pytest.raises(UsageError, match="got cat"):
+    same = "train and validation folders must hold the same classes"
+    with pytest.raises(UsageError, match=f"{same}, got cat in {root}/val only"):
         data.load(f"folder:{root}")
-    (root / "val" / "cat").rmdir()
+    (root / "train" / "dog").mkdir()
+    with pytest.raises(UsageError, match=f"{same}, got dog in {root}/train only and cat in {root}/val only"):
+        data.load(f"folder:{root}")
+    (root / "val" / "cat").rename(root / "val" / "dog")
     path = root / "train" / "bee" / "0.png"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(UsageError, match=r"0\.png must be an intact picture"):
+    with pytest.raises(
+        UsageError, match=f"at most 1% of the pictures may be damaged, got 1 of 6: {path} must be an intact picture"
+    ):
         data.load(f"folder:{root}")
-    path.write_bytes(b"nothing")
-    with pytest.raises(UsageError, match=r"0\.png must be a picture"):
+
+
+def test_damaged_pictures_are_left_out_and_named(tmp_path):
+    """Unreadable and truncated; more than a hundredth of them stop the run."""
+    root = make_folder(tmp_path, counts=(("train", 100), ("val", 2)))
+    intact = data.load(f"folder:{root}").train
+    damaged = [root / "train" / "ant" / "17.png", root / "train" / "bee" / "3.png"]
+    for path, content in zip(damaged, (b"nothing", damaged[1].read_bytes()[:300]), strict=True):
+        path.write_bytes(content)
+    train = data.load(f"folder:{root}").train
+    assert set(train.damaged) == set(map(str, damaged))
+    missing = [sorted(root.glob("train/*/*")).index(path) for path in damaged]
+    kept = torch.tensor([n for n in range(200) if n not in missing])
+    assert train.pixels.equal(intact.pixels[kept])
+    assert train.labels.equal(intact.labels[kept])
+    (root / "train" / "bee" / "4.png").write_bytes(b"")
+    with pytest.raises(UsageError, match="at most 1% of the pictures may be damaged, got 3 of 200"):
         data.load(f"folder:{root}")
 
 
@@ -112,7 +133,7 @@ def test_a_limit_spares_the_decoding_of_the_rest(tmp_path):
     for split in ("train", "test"):
         write_parquet(tmp_path / f"{split}.parquet", pictures, [0, 1, 1])
     assert len(data.load(f"parquet:{tmp_path}", limit=2).train) == 2
-    with pytest.raises(UsageError, match="must be a picture"):
+    with pytest.raises(UsageError, match=r"may be damaged, got 1 of 3: .*train\.parquet, row 2 must be"):
         data.load(f"parquet:{tmp_path}", limit=3)
 
 

@@ -290,9 +290,9 @@ def test_a_worker_that_dies_is_an_error_of_the_next_batch_and_no_hang(folder):
 # The driver
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_streams(tmp_path, monkeypatch, workers):
-    """One epoch, a damaged picture in either set; the same lines whatever the workers."""
+@pytest.mark.parametrize("workers", [None, 0, 2])
+def test_a_run_leaves_out_damaged_pictures(tmp_path, monkeypatch, workers):
+    """One epoch, a damaged picture in either set; the same lines whatever the workers, and without any, resident."""
     for extra in ("safetensors", "yaml"):
         pytest.importorskip(extra)
     from hypercontrast.config import configure
@@ -303,10 +303,11 @@ def test_a_run_streams(tmp_path, monkeypatch, workers):
     for name in names:
         with open(name, "wb") as file:
             file.write(b"nothing")
-    monkeypatch.setattr(sources, "RESIDENT_BYTES", 0)
+    if workers is not None:
+        monkeypatch.setattr(sources, "RESIDENT_BYTES", 0)
     run = tmp_path / "run"
     config = configure(
-        dataset=f"folder:{root}", run_dir=str(run), epochs=1, batch_size=50, cpu_ranks=1, workers=workers, quiet=True,
+        dataset=f"folder:{root}", run_dir=str(run), epochs=1, batch_size=50, cpu_ranks=1, workers=workers or 0, quiet=True,
         warmup_epochs=0,
     )  # fmt: skip
     train(config)

@@ -17,8 +17,8 @@ import torch
 from hypercontrast import NeuralCollapse
 from hypercontrast.config import UsageError, read_recipe, recipe_names, to_yaml
 from hypercontrast.paper import TABLES, TEMPERATURES
-from hypercontrast.report import LOSS_TITLES
 from hypercontrast.results import read_groups, share_to_collapse
+from hypercontrast.runs import LOSS_TITLES
 from hypercontrast.table import lines, main, render
 
 yaml = pytest.importorskip("yaml")

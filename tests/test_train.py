@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import CLOCK, assert_same_run, records, timeless
 
 from hypercontrast import data
 from hypercontrast.checkpoint import load_checkpoint
@@ -25,7 +26,7 @@ from hypercontrast.launch import Ranks
 from hypercontrast.losses import CELoss
 from hypercontrast.metrics import DESCRIPTIONS
 from hypercontrast.objective import inverse_weights
-from hypercontrast.train import LossRecord, TrainingError, learning_rate, main, plan, prepare, train
+from hypercontrast.train import LossRecord, NotFinite, TrainingError, learning_rate, main, plan, prepare, train
 
 for extra in ("mlxtend", "safetensors", "tyro", "yaml"):
     pytest.importorskip(extra)
@@ -33,32 +34,10 @@ for extra in ("mlxtend", "safetensors", "tyro", "yaml"):
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 SMALL = {"limit": 200, "batch_size": 50, "cpu_ranks": 1}
 SMALL_FLAGS = ["--limit", "200", "--batch-size", "50", "--cpu-ranks", "1"]
-CLOCK = ("seconds", "samples_per_second")
 
 
 def small(folder, **options):
     return configure(**{"run_dir": str(folder), "epochs": 2, "quiet": True, **SMALL, **options})
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def timeless(folder):
-    return [{key: value for key, value in record.items() if key not in CLOCK} for record in records(folder)]
-
-
-def assert_same_run(left, right):
-    """Bitwise: weights, optimiser, history but for the clock, embeddings."""
-    a, b = load_checkpoint(left), load_checkpoint(right)
-    assert a.epoch == b.epoch
-    assert a.tensors.keys() == b.tensors.keys()
-    assert all(a.tensors[name].equal(b.tensors[name]) for name in a.tensors)
-    momenta = [c.state["optimizer"]["state"] for c in (a, b)]
-    assert momenta[0].keys() == momenta[1].keys()
-    assert all(momenta[0][k]["momentum_buffer"].equal(momenta[1][k]["momentum_buffer"]) for k in momenta[0])
-    assert timeless(left) == timeless(right)
-    assert (left / "embeddings.safetensors").read_bytes() == (right / "embeddings.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -90,82 +69,6 @@ def test_config_survives_its_file(tmp_path):
     config = configure(loss="etf-dr", lr=0.25, dataset="folder:/a b/ü", weight_decay=0.0)
     (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     assert read_config(tmp_path / "config.yaml") == config
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("lr: 0.1\nlearning_rate: 0.2\n", "must hold known settings only, got learning_rate"),
-        ("epochs: many\n", "epochs must be int, got 'many'"),
-        ("epochs: 2.5\n", "epochs must be int, got 2.5"),
-        ("quiet: 1\n", "quiet must be bool, got 1"),
-        ("loss: hinge\n", "loss must be one of ce, normface, ntce, nonl, scl, etf-dr, got 'hinge'"),
-        ("loss: [ce]\n", r"loss must be one of .*, got \['ce'\]"),
-        ("- ce\n", "must hold a mapping of settings, got list"),
-        ("lr: {", "must be readable YAML"),
-        ("run_dir: !!python/object/apply:os.mkdir [executed]\n", "must be readable YAML"),
-    ],
-)
-def test_bad_settings_in_a_file(tmp_path, monkeypatch, text, says):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(UsageError, match=says) as error:
-        read_config(tmp_path / "config.yaml")
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "executed").exists()
-
-
-@pytest.mark.parametrize(
-    ("argv", "says"),
-    [
-        (["--dataset", "imagenet"], "dataset must be one of mnist5k"),
-        (["--dataset", "folder:/nowhere"], "/nowhere/train/CLASS/*"),
-        (["--dataset", "cifar10", "--data-root", "/nowhere"], "data_root must hold cifar10"),
-        (["--gpus", "99"], "gpus must be at most"),
-        (["--gpus", "1", "--cpu-ranks", "1"], "gpus must be 0 with cpu_ranks=1, got 1"),
-        (["--cpu-ranks", "-1"], "cpu_ranks must be at least 0, got -1"),
-        (["--loss", "hinge"], "invalid choice 'hinge'"),
-        (["--model", "vgg"], "model must be one of convnet, resnet18"),
-        (["--width", "32"], "width must be 64 with model convnet, which comes in one width, got 32"),
-        (["--lr", "0"], "lr must be positive and finite, got 0.0"),
-        (["--lr", "nan"], "lr must be positive and finite, got nan"),
-        (["--lr", "fast"], "--lr"),
-        (["--temperature", "-1"], "temperature must be positive and finite, got -1.0"),
-        (["--epochs", "0"], "epochs must be at least 1, got 0"),
-        (["--epochs"], "--epochs"),
-        (["--bogus"], "--bogus"),
-        (["--recipe", "secret"], "recipe must be auto, none or one of cifar10-ce"),
-        (["--resume", "auto"], "resume auto needs run_dir"),
-        (["--resume", "/nowhere"], "resume must be auto, none or the folder of a run, got /nowhere"),
-        (["--backend", "reference", "--cpu-ranks", "2"], "backend 'reference' must run on one rank, got 2"),
-        (["--backend", "triton", "--cpu-ranks", "1"], "backend='triton' needs features on a GPU"),
-        (["--batch-size", "1", "--limit", "20", "--dry-run"], "two pictures, got batches of 1"),
-        (
-            ["--batch-size", "50", "--limit", "50", "--accumulate", "30", "--dry-run"],
-            "accumulate=30 chunks two pictures",
-        ),
-        (["--accumulate", "0"], "accumulate must be at least 1, got 0"),
-        (["--queue", "-1"], "queue must be at least 0, got -1"),
-        (["--loss", "normface", "--queue", "10"], "queue must be 0 with loss normface, got 10"),
-        (["--loss", "scl", "--neck", "bn"], "neck must be none with loss scl, which has a --head, got bn"),
-        (["--head", "conv"], "invalid choice 'conv'"),
-        (["--loss", "ntce", "--anchor", "both"], "anchor must be prototype with loss ntce, got both"),
-        (["--loss", "ce", "--temperature-rule", "learned"], "temperature_rule must be fixed with loss ce, got learned"),
-        (["--loss", "scl", "--class-weights", "inverse"], "class_weights must be none with loss scl, got inverse"),
-        (["--imbalance", "0"], "imbalance must be above 0 and at most 1, got 0.0"),
-        (["--evaluate-every", "0"], "evaluate_every must be at least 1, got 0"),
-    ],
-)
-def test_a_mistake_gives_one_line_and_code_2(argv, says, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert main(argv) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert says in err
-    assert err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mistake_on_the_command_line_has_no_traceback(tmp_path):
@@ -225,7 +128,7 @@ def test_a_run_leaves_what_it_promises(finished):
     from safetensors import safe_open
 
     assert sorted(path.name for path in finished.iterdir()) == [
-        "checkpoints", "config.yaml", "embeddings.safetensors", "metrics.jsonl",
+        "checkpoints", "config.yaml", "embeddings.safetensors", "environment.json", "metrics.jsonl", "report.html",
     ]  # fmt: skip
     config = read_config(finished / "config.yaml")
     assert (config.loss, config.limit, config.resume, config.run_dir) == ("nonl", 200, "none", str(finished))
@@ -243,11 +146,18 @@ def test_a_run_leaves_what_it_promises(finished):
     with safe_open(finished / "embeddings.safetensors", "pt") as file:
         assert json.loads(file.metadata()["class_names"]) == [str(digit) for digit in range(10)]
         features, labels, means, prototypes = map(file.get_tensor, ("features", "labels", "class_means", "prototypes"))
+        pictures, sizes, decisions = map(file.get_tensor, ("pictures", "class_sizes", "decisions"))
     assert features.shape == (200, 128)
     assert labels.shape == (200,)
     assert means.shape == prototypes.shape == (10, 128)
     accuracy = ((features @ means.T).argmax(1) == labels).float().mean().item()
     assert accuracy == pytest.approx(lines[2]["prototype_accuracy"])
+    assert sizes.tolist() == [20] * 10
+    assert decisions[0].bincount().tolist() == labels.bincount().tolist()
+    assert (decisions[0] == decisions[1]).float().mean().item() == pytest.approx(lines[2]["accuracy"])
+    assert pictures.shape == (200, 1, 28, 28)
+    assert json.loads((finished / "environment.json").read_text())["torch"] == torch.__version__
+    assert "NONL" in (finished / "report.html").read_text()
 
 
 @pytest.mark.parametrize("loss", ["ce", "normface", "ntce", "etf-dr"])
@@ -504,16 +414,80 @@ def test_a_loss_that_blows_up_stops_the_run(loss, tmp_path, capsys):
     assert load_checkpoint(tmp_path / "run") is None
 
 
+@pytest.mark.parametrize("bad", ["loss", "gradient", "features"])
+def test_nothing_is_updated_from_a_bad_step_on(bad):
+    """Not by later steps either: on a GPU the host hears of it only then."""
+    from hypercontrast.objective import Objective
+    from hypercontrast.step import Step
+    from hypercontrast.workspace import build_network
+
+    cpu = Ranks(0, 1, torch.device("cpu"))
+    config = configure(cpu_ranks=1, loss="ce")
+    network = build_network(config, 1, 28, 10)
+    objective = Objective(network, config, cpu, 20, torch.full((10,), 2))
+    step = Step(objective, config, cpu)
+    images, labels = torch.randn(20, 1, 28, 28), torch.arange(20) % 10
+    assert step(images, labels, 1.0, 0.1).isfinite()
+    before = [
+        x.clone() for x in (*network.parameters(), *(s["momentum_buffer"] for s in step.optimizer.state.values()))
+    ]
+    assert len(before) == 2 * len(list(network.parameters()))
+    images[3] = torch.inf if bad == "features" else images[3]
+    worse = {"loss": lambda loss: loss * torch.inf, "gradient": blown_up, "features": lambda loss: loss}[bad]
+    forward = objective.loss.forward
+    objective.loss.forward = lambda *inputs: worse(forward(*inputs))
+    assert not step(images, labels, 1.0, 0.1).isfinite()
+    objective.loss.forward = forward
+    step(torch.randn(20, 1, 28, 28), labels, 1.0, 0.1)
+    after = [*network.parameters(), *(s["momentum_buffer"] for s in step.optimizer.state.values())]
+    assert all(a.equal(b) for a, b in zip(after, before, strict=True))
+
+
+def blown_up(loss):
+    """The same value with a gradient that is not finite."""
+    return loss + ((loss - loss.detach()).sqrt())
+
+
+BAD_STEP = (
+    r"training stopped before the update of epoch (\d), step (\d): loss and gradient must be finite, got \S+, try a"
+    r" smaller --lr or a larger --temperature; (.*); the batch's samples are ([\d, ]+)"
+)
+
+
+def test_a_bad_batch_is_named_with_its_samples_and_the_last_good_checkpoint(tmp_path, monkeypatch):
+    from hypercontrast.objective import Objective
+
+    folder = tmp_path / "run"
+    real, calls = Objective.__call__, []
+
+    def bad_in_the_seventh(self, *inputs):
+        calls.append(1)
+        return real(self, *inputs) * (torch.nan if len(calls) == 7 else 1)
+
+    monkeypatch.setattr(Objective, "__call__", bad_in_the_seventh)
+    with pytest.raises(TrainingError) as error:
+        train(small(folder, epochs=3))
+    epoch, step, last, ids = re.fullmatch(BAD_STEP, str(error.value)).groups()
+    assert (epoch, step) == ("2", "3")
+    assert last == f"the last good checkpoint is {folder}/checkpoints/epoch-0001"
+    batches = list(data.epoch_batches(data.load("mnist5k", limit=200).train.labels, 50, seed=42, epoch=2))
+    assert list(map(int, ids.split(", "))) == batches[2].indices.tolist()
+    monkeypatch.undo()
+    train(small(folder, epochs=3, resume="auto"))
+    assert len(records(folder)) == 3
+
+
 def test_the_first_bad_loss_is_named():
-    losses = LossRecord(7, epoch=3, ranks=Ranks(0, 1, torch.device("cpu")), every=5)
+    losses = LossRecord(7, torch.device("cpu"))
+    losses._every = 5  # as on a GPU, where they are read now and then
     for step in range(4):
         losses.add(torch.tensor(torch.inf if step >= 2 else 1.0), 10)
-    with pytest.raises(TrainingError, match="got inf at epoch 3, step 3"):
+    with pytest.raises(NotFinite, match="got inf at step 3"):
         losses.add(torch.tensor(1.0), 10)
 
 
 def test_the_mean_loss_weighs_samples_alike():
-    losses = LossRecord(2, epoch=1, ranks=Ranks(0, 1, torch.device("cpu")))
+    losses = LossRecord(2, torch.device("cpu"))
     losses.add(torch.tensor(1.0), 30)
     losses.add(torch.tensor(5.0), 10)
     assert losses.mean() == 2.0
@@ -556,7 +530,7 @@ def test_an_interruption_inside_an_epoch_or_before_the_metrics_line_leaves_no_tr
     folder = tmp_path / "run"
     config = small(folder, epochs=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hypercontrast.checkpoint.append_line", interrupt_after_lines(1))
+        patch.setattr("hypercontrast.train._Run._write_history", interrupt_after_calls(2))
         with pytest.raises(Interruption):
             train(config)
     assert load_checkpoint(folder).epoch == 2
@@ -578,18 +552,61 @@ def test_an_interruption_inside_an_epoch_or_before_the_metrics_line_leaves_no_tr
     assert_same_run(train(dataclasses.replace(config, resume=str(folder))), finished)
 
 
-def interrupt_after_lines(lines):
-    from hypercontrast import checkpoint
+def test_an_interruption_at_any_step_of_an_epoch_leaves_no_trace(tmp_path, monkeypatch, figure):
+    """With dropout, sampling with replacement, a learned temperature and a queue, and metrics in every other epoch."""
+    from hypercontrast import workspace
 
-    append, written = checkpoint.append_line, []
+    build = workspace.build_network
 
-    def append_line(path, line):
-        if len(written) == lines:
+    def with_dropout(*arguments):
+        network = build(*arguments)
+        network.backbone = torch.nn.Sequential(network.backbone, torch.nn.Dropout(0.2))
+        return network
+
+    monkeypatch.setattr(workspace, "build_network", with_dropout)
+    options = {
+        "epochs": 3, "sampling": "balanced", "temperature_rule": "learned", "queue": 100, "evaluate_every": 2,
+        "checkpoint_every": 1, "limit": 60, "batch_size": 15,
+    }  # fmt: skip
+    reference = train(small(tmp_path / "reference", **options))
+    places = []
+    from hypercontrast.train import _Run
+
+    save = _Run._save_checkpoint
+
+    def save_and_stop(self, step, unfinished):
+        save(self, step, unfinished)
+        places.append((len(self.history), step))
+        raise Interruption
+
+    for _ in range(11):  # 3 epochs of 4 steps, of which the first's last is not saved
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_Run, "_save_checkpoint", save_and_stop)
+            with pytest.raises(Interruption):
+                train(small(tmp_path / "run", resume="auto", **options))
+    assert places == [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (3, 0)]
+    folder = train(small(tmp_path / "run", resume="auto", **options))
+    assert_same_run(folder, reference)
+    inside = sum(step > 0 for _, step in places)
+    figure(
+        "R10",
+        f"a run stopped {len(places)} times, {inside} of them inside an epoch, ends bitwise as one that was not: weights,"
+        " optimiser, sampler, dropout, queue, temperature and metrics.jsonl",
+    )
+
+
+def interrupt_after_calls(number):
+    from hypercontrast.train import _Run
+
+    write, calls = _Run._write_history, []
+
+    def write_history(self):
+        if len(calls) == number:
             raise Interruption
-        written.append(line)
-        append(path, line)
+        calls.append(1)
+        write(self)
 
-    return append_line
+    return write_history
 
 
 def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path):
@@ -614,6 +631,16 @@ def test_the_embeddings_are_written_if_only_they_are_missing(finished, tmp_path)
     assert not (folder / "embeddings.safetensors").exists()
     train(config)
     assert_same_run(folder, finished)
+
+
+def test_a_report_that_fails_costs_no_run(tmp_path, monkeypatch, capsys):
+    def broken(run_dirs):
+        raise ZeroDivisionError("no picture of this")
+
+    monkeypatch.setattr("hypercontrast.train.write_report", broken)
+    folder = train(small(tmp_path / "run", epochs=1))
+    assert (folder / "embeddings.safetensors").exists()
+    assert capsys.readouterr().err == f"{folder / 'report.html'} could not be written: no picture of this\n"
 
 
 def test_resuming_another_run_is_refused(tmp_path, capsys):
@@ -692,9 +719,15 @@ def test_a_failing_rank_is_reported_in_one_line(tmp_path, capfd):
     ]
     assert main(flags) == 1
     err = capfd.readouterr().err
-    assert "epoch 1, step " in err
-    assert "Traceback" not in err
-    assert err.startswith("error: rank ")
+    epoch, _, last, ids = re.fullmatch(rf"error: rank \d: {BAD_STEP}\n", err).groups()
+    assert (epoch, last, len(ids.split(", "))) == ("1", "no checkpoint has been saved yet", 50)
+
+
+def interrupted_line(folder):
+    folder = re.escape(str(folder))
+    command = rf"\S*python\S* -m hypercontrast\.train --resume {folder}"
+    last = rf"the last good checkpoint is {folder}/checkpoints/epoch-[-\w]+"
+    return rf"error: interrupted; {last}; to continue: {command}\n"
 
 
 def test_interrupted_ranks_end_together(tmp_path):
@@ -705,8 +738,7 @@ def test_interrupted_ranks_end_together(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)  # returns once no rank holds stderr open any more
     assert process.returncode == 130
-    command = rf"\S*python\S* -m hypercontrast\.train --resume {re.escape(str(folder))}"
-    assert re.fullmatch(rf"error: interrupted; to continue: {command}\n", err)
+    assert re.fullmatch(interrupted_line(folder), err)
 
 
 def test_a_run_of_several_ranks_takes_no_callback():

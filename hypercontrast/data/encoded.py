@@ -100,6 +100,8 @@ def opened(source: Path | bytes, name: str) -> Any:
     """
     from PIL import Image, UnidentifiedImageError
 
+    if isinstance(source, Path) and os.path.exists(source) and not os.path.isfile(source):
+        raise UsageError(f"{name} must be a regular file")  # opening a pipe would wait for its other end
     try:
         picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except UnidentifiedImageError:

@@ -17,7 +17,7 @@ def find_folders(folder: Path, chosen: Sequence[str] = ()) -> Reader | None:
     """What reads FOLDER/train/CLASS/* and FOLDER/val/CLASS/*; None where they are not there.
 
     chosen: the classes to take, which must all be there; by default those of the training set, sorted, and then the
-    validation set must have no others.
+    validation set must have the same.
     """
     train = folder / "train"
     validation = next((folder / name for name in VALIDATION_NAMES if (folder / name).is_dir()), None)
@@ -30,8 +30,10 @@ def find_folders(folder: Path, chosen: Sequence[str] = ()) -> Reader | None:
     for place, found in zip((train, validation), classes, strict=True):
         if missing := sorted(set(chosen) - found):
             raise UsageError(f"{place} must hold {len(chosen)} classes, missing {', '.join(missing[:3])}")
-    if not chosen and (unknown := sorted(classes[1] - classes[0])):
-        raise UsageError(f"{validation} must hold the classes of {train} only, got {', '.join(unknown)}")
+    if not chosen and classes[0] != classes[1]:
+        differences = ((train, classes[0] - classes[1]), (validation, classes[1] - classes[0]))
+        only = " and ".join(f"{', '.join(sorted(names))} in {place} only" for place, names in differences if names)
+        raise UsageError(f"train and validation folders must hold the same classes, got {only}")
     return partial(_read, train, validation, tuple(chosen or sorted(classes[0])))
 
 

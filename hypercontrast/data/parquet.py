@@ -27,6 +27,8 @@ IN_MEMORY_BYTES = 2 << 30  # of a split's files
 PICTURE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
 BATCH_ROWS = 1024
+# Pictures are compressed already, so a split unpacks to little more than its files; small ones may to IN_MEMORY_BYTES.
+LARGEST_EXPANSION = 4
 
 
 class Cells:
@@ -69,7 +71,8 @@ def _files(folder: Path, split: str) -> list[Path]:
 def _read(train: list[Path], validation: list[Path], names: tuple[str, ...], chosen: tuple[str, ...]) -> Splits:
     splits = _Split(train), _Split(validation)
     largest = max(int(split.labels.max()) for split in splits)
-    names = names or splits[0].class_names() or tuple(map(str, range(largest + 1)))
+    # Without names a class is one that some picture shows: a single label of 2^40 must not make as many classes.
+    names = names or splits[0].class_names() or tuple(map(str, range(min(largest + 1, len(splits[0].labels)))))
     if largest >= len(names):
         raise UsageError(f"labels of {train[0].parent} must lie in [0, {len(names)}), got {largest}")
     classes = [names.index(name) for name in chosen] if chosen else list(range(len(names)))
@@ -105,8 +108,16 @@ class _Split:
 
     def class_names(self) -> tuple[str, ...]:
         """As the metadata has them; none if it does not say."""
-        features = json.loads(self.metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        return tuple(map(str, features.get(self.label, {}).get("names") or ()))
+        found: Any
+        try:
+            found = json.loads(self.metadata.get(b"huggingface", b"{}"))
+        except (ValueError, RecursionError):
+            raise UsageError(f"{self.files[0]} must hold JSON as its huggingface metadata") from None
+        for key in ("info", "features", self.label, "names"):
+            found = found.get(key) if isinstance(found, dict) else None
+        if found is not None and not (isinstance(found, list) and all(isinstance(name, str) for name in found)):
+            raise UsageError(f"{self.files[0]} must name the classes in a list of strings, got {str(found)[:80]}")
+        return tuple(found or ())
 
     def read(self, classes: list[int]) -> Labelled:
         """The pictures with these labels, which become 0, 1, ... in this order."""
@@ -119,24 +130,31 @@ class _Split:
         if sum(file.stat().st_size for file in self.files) > IN_MEMORY_BYTES:
             column = self._unpacked(chosen)
         else:
-            column = pa.chunked_array(list(self._pictures(chosen)), pa.binary())
+            with _reading(self.files[0]):
+                column = pa.chunked_array(list(self._pictures(chosen)), pa.binary())
         if column.null_count:
             raise UsageError(f"{self.files[0]} must hold a picture in every row of column {self.picture}")
         return Labelled(Cells(column, rows, self.files, self.starts), torch.from_numpy(new[self.labels[rows]]))
 
     def _pictures(self, chosen: np.ndarray) -> Iterator[Any]:
-        """The encoded pictures of the chosen rows, a few at a time."""
+        """The encoded pictures of the chosen rows, a few at a time. Raises UsageError for a decompression bomb."""
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        row = 0
+        most = max(IN_MEMORY_BYTES, LARGEST_EXPANSION * sum(file.stat().st_size for file in self.files))
+        row = unpacked = 0
         for file in self.files:
             with _reading(file):
-                for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=[self.picture]):
+                parquet = pq.ParquetFile(file)
+                _check_pages(file, parquet.metadata, most)
+                for batch in parquet.iter_batches(BATCH_ROWS, columns=[self.picture]):
                     cells = batch.column(0)
                     if pa.types.is_struct(cells.type):
                         cells = pc.struct_field(cells, "bytes")
+                    unpacked += cells.nbytes
+                    if unpacked > most:
+                        raise UsageError(f"{file} must unpack to at most {most} bytes of pictures")
                     yield cells.filter(pa.array(chosen[row : row + len(cells)]))
                     row += len(cells)
 
@@ -171,11 +189,13 @@ def _mapped(target: Path, origin: str) -> Any | None:
 
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(target)))
+        if (reader.schema.metadata or {}).get(b"origin") != origin.encode():
+            return None
+        column = reader.read_all().column(0)
+        column.validate(full=True)  # or the offsets of a damaged file would be followed out of the map
     except (pa.ArrowInvalid, FileNotFoundError):  # invalid where writing was cut off by a crash of the machine
         return None
-    if (reader.schema.metadata or {}).get(b"origin") != origin.encode():
-        return None
-    return reader.read_all().column(0)
+    return column
 
 
 def _write(target: Path, columns: Iterator[Any], origin: str) -> None:
@@ -200,6 +220,13 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _check_pages(file: Path, metadata: Any, most: int) -> None:
+    """What the file says that a group of its rows unpacks to is what reading it allocates: look before."""
+    for n in range(metadata.num_row_groups):
+        if (size := metadata.row_group(n).total_byte_size) > most:
+            raise UsageError(f"{file} must unpack to at most {most} bytes of pictures, got {size} in rows group {n}")
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from hypercontrast.data.encoded import Arrays, Labelled, Reader, Splits, decoded
 from hypercontrast.data.facts import FACTS, Facts, missing
 from hypercontrast.data.folders import find_folders
 from hypercontrast.data.parquet import find_parquet
-from hypercontrast.data.streamed import Streamed
+from hypercontrast.data.streamed import Streamed, check_damage
 
 Loader = Callable[[int, int], Dataset]  # from limit and workers, as of `load`
 
@@ -34,21 +34,27 @@ LARGEST_SIDE = 224  # pixels, beyond which pictures are scaled down
 
 
 def load(name: str, root: str | Path = "data", limit: int = 0, workers: int = 8) -> Dataset:
-    """The data set called `name`. Raises UsageError if it is unknown, missing or damaged.
+    """The data set called `name`. Raises UsageError if it is unknown or missing, or if more than 1 % of it is damaged.
 
     limit: take at most this many training and this many validation pictures, evenly from every class; 0 for all.
     workers: processes that decode the pictures of sets that stream; 0 for none but this.
     """
+    for option, value in (("limit", limit), ("workers", workers)):
+        if value < 0:
+            raise UsageError(f"{option} must be at least 0, got {value}")
     return locate(name, root)(limit, workers)
 
 
 def locate(name: str, root: str | Path = "data") -> Loader:
     """Check that the data set is there, without reading it, and return what reads it. Raises UsageError."""
-    if name in DATASETS:
-        return DATASETS[name](Path(root))
     kind, colon, path = name.partition(":")
-    if colon and kind in PATH_SOURCES:
-        return PATH_SOURCES[kind](Path(path))
+    try:
+        if name in DATASETS:
+            return DATASETS[name](Path(root))
+        if colon and kind in PATH_SOURCES:
+            return PATH_SOURCES[kind](Path(path))
+    except OSError as error:  # no permission to look, or a path too long for the system
+        raise UsageError(f"dataset must be in a readable folder: {error}") from None
     known = ", ".join([*DATASETS, *(f"{kind}:PATH" for kind in PATH_SOURCES)])
     raise UsageError(f"dataset must be one of {known}, got {name!r}")
 
@@ -87,8 +93,12 @@ def find_cifar(classes: int, root: Path) -> Reader | None:
 
 
 def _read_cifar_archive(classes: int, root: Path) -> Splits:
-    from torchvision import datasets
-
+    try:
+        from torchvision import datasets
+    except (ImportError, RuntimeError) as error:  # a build for another torch fails with "operator ... does not exist"
+        raise UsageError(
+            f"the archive of cifar{classes} needs a torchvision that matches this torch ({error})"
+        ) from None
     kind = {10: datasets.CIFAR10, 100: datasets.CIFAR100}[classes]
     try:  # Pickles, but torchvision opens them only if their checksums match.
         parts = [kind(root, train=train, download=False) for train in (True, False)]
@@ -161,14 +171,25 @@ def _load(read: Reader, facts: Facts | None, limit: int, workers: int) -> Datase
 
 
 def _resident(part: Labelled, rows: Tensor, side: int, mode: str) -> Images:
+    """The pictures at `rows`, without those that are damaged."""
     pixels = np.empty((len(rows), side, side, len(mode)), dtype=np.uint8)
 
-    def decode(n: int, row: int) -> None:
-        pixels[n] = np.asarray(square(decoded(part.pictures, row, mode), side, side)).reshape(side, side, -1)
+    def decode(n: int, row: int) -> str:
+        """What is wrong with the picture, if anything."""
+        try:
+            picture = decoded(part.pictures, row, mode)
+        except UsageError as error:
+            return str(error)
+        pixels[n] = np.asarray(square(picture, side, side)).reshape(side, side, -1)
+        return ""
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without the interpreter lock.
-        list(pool.map(decode, range(len(rows)), rows.tolist()))
-    return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), part.labels[rows])
+        faults = list(pool.map(decode, range(len(rows)), rows.tolist()))
+    check_damage([fault for fault in faults if fault], len(rows))
+    intact = torch.tensor([not fault for fault in faults])
+    damaged = tuple(part.pictures.name(row) for row in rows[~intact].tolist())
+    images = Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), part.labels[rows], damaged)
+    return images.select(intact.nonzero().flatten()) if damaged else images
 
 
 DATASETS: dict[str, Callable[[Path], Loader]] = {

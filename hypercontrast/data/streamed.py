@@ -145,7 +145,8 @@ class Streamed:
     def views(self, shares: Iterable[Share], augment: Augmentation, seeds: Sequence[int]) -> Iterator[Batch]:
         if augment.crop != "resized":
             raise ValueError(f"augment must cut resized crops of pictures that stream, got {augment.crop!r}")
-        wanted, places, _ = zip(*shares, strict=True)
+        shares = list(shares)
+        wanted, places = [share.indices for share in shares], [share.places for share in shares]
         for indices, place, (pixels, kept) in zip(wanted, places, self._cuts(wanted, places, seeds), strict=True):
             views = []
             for seed, view in zip(seeds, pixels, strict=True):

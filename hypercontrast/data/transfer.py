@@ -99,7 +99,7 @@ def _read_food101(folder: Path) -> _Read:
     def part(split: str) -> Labelled:
         pictures = _lines(folder / "meta" / f"{split}.txt")  # CLASS/NUMBER
         return _labelled(
-            [folder / "images" / f"{picture}.jpg" for picture in pictures],
+            [_inside(folder / "images", f"{picture}.jpg") for picture in pictures],
             [names.index(picture.partition("/")[0]) for picture in pictures],
         )
 
@@ -109,7 +109,9 @@ def _read_food101(folder: Path) -> _Read:
 def _read_cars(folder: Path) -> _Read:
     def part(annotations: Path, pictures: Path) -> Labelled:
         rows = _matlab(annotations)["annotations"]
-        return _labelled([pictures / str(row["fname"]) for row in rows], [int(row["class"]) - 1 for row in rows])
+        return _labelled(
+            [_inside(pictures, str(row["fname"])) for row in rows], [int(row["class"]) - 1 for row in rows]
+        )
 
     names = tuple(map(str, _matlab(folder / "devkit" / "cars_meta.mat")["class_names"]))
     train = part(folder / "devkit" / "cars_train_annos.mat", folder / "cars_train")
@@ -122,7 +124,7 @@ def _read_dtd(folder: Path) -> _Read:
 
     def part(pictures: list[str]) -> Labelled:
         return _labelled(
-            [folder / "images" / picture for picture in pictures],
+            [_inside(folder / "images", picture) for picture in pictures],
             [names.index(picture.partition("/")[0]) for picture in pictures],
         )
 
@@ -135,7 +137,8 @@ def _read_pets(folder: Path) -> _Read:
     def part(split: str) -> Labelled:
         rows = [line.split() for line in _lines(folder / "annotations" / f"{split}.txt")]  # BREED_NUMBER CLASS ...
         names.update((int(row[1]) - 1, row[0].rpartition("_")[0]) for row in rows)
-        return _labelled([folder / "images" / f"{row[0]}.jpg" for row in rows], [int(row[1]) - 1 for row in rows])
+        pictures = [_inside(folder / "images", f"{row[0]}.jpg") for row in rows]
+        return _labelled(pictures, [int(row[1]) - 1 for row in rows])
 
     train, test = part("trainval"), part("test")
     return _Read(Splits(train, test, tuple(names[label] for label in sorted(names))))
@@ -165,10 +168,18 @@ def _read_voc2007(folder: Path) -> _Read:
         signs = [dict(line.split() for line in _lines(lists / f"{name}_{split}.txt")) for name in names]
         values = {"1": 1.0, "-1": 0.0, "0": torch.nan}
         targets = torch.tensor([[values[sign[number]] for sign in signs] for number in numbers])
-        return _labelled([folder / "JPEGImages" / f"{n}.jpg" for n in numbers], [0] * len(numbers)), targets
+        pictures = [_inside(folder / "JPEGImages", f"{number}.jpg") for number in numbers]
+        return _labelled(pictures, [0] * len(numbers)), targets
 
     (train, train_targets), (test, test_targets) = part("trainval"), part("test")
     return _Read(Splits(train, test, names), (train_targets, test_targets))
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file that a list names. Raises ValueError for a name that leads out of the folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{name} leads out of {folder}")
+    return folder / name
 
 
 def _labelled(paths: Sequence[Path], labels: Sequence[int]) -> Labelled:
