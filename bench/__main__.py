@@ -11,6 +11,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from hypercontrast.config import UsageError
+from hypercontrast.progress import Parser, fail
+
 SUBCOMMANDS = {
     "matrix": "time, memory and error of every form of a loss, as a table, a CSV file and pictures (the default)",
     "diff": "two CSV files: what became slower or less exact",
@@ -28,15 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     named = bool(given) and given[0] in SUBCOMMANDS
     name = given.pop(0) if named else "matrix"
     if given and not given[0].startswith("-") and not named:
-        print(f"bench: the command must be one of {', '.join(SUBCOMMANDS)}, got {given[0]}", file=sys.stderr)
-        return 2
+        return fail(2, f"the command must be one of {', '.join(SUBCOMMANDS)}, got {given[0]}")
     module = importlib.import_module(f"bench.{name}")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m bench {name}", description=module.__doc__, epilog=None if named else overview(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     module.add_arguments(parser)
-    return module.run(parser.parse_args(given))
+    try:
+        parsed = parser.parse_args(given)
+    except UsageError as error:
+        return fail(2, str(error))
+    return module.run(parsed)
 
 
 def overview() -> str:

@@ -84,7 +84,7 @@ def measure(case: Case, device: str, seconds: float) -> list[Row]:
     else:
         with tempfile.TemporaryDirectory() as folder:
             mp.spawn(_rank, (case, folder, max(1, torch.get_num_threads() // case.ranks)), nprocs=case.ranks)
-            found = torch.load(Path(folder) / "found")
+            found = torch.load(Path(folder) / "found", weights_only=True)
     return [row(case, name, device, fields) for name, fields in found.items()]
 
 

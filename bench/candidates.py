@@ -22,12 +22,14 @@ from hypercontrast.kernels import _launch
 from hypercontrast.kernels._launch import Config
 
 # The kernels a training run spends most of its time in come first.
-KERNELS = ("lse_fwd", "lse_bwd", "pair_triangle", "pair_bwd", "lse_bwd_tile", "pair_bwd_tile", "pair_fwd")
+KERNELS = (
+    "lse_fwd", "lse_bwd", "pair_triangle", "pair_bwd", "lse_fwd_tile", "lse_bwd_tile", "pair_bwd_tile", "pair_fwd",
+)  # fmt: skip
 BUCKETS: tuple[int | str, ...] = (128, "large", 256, 64, "small", 32, 16)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _TABLES = {
-    "lse_fwd": "FORWARD", "lse_bwd": "BACKWARD", "lse_bwd_tile": "BACKWARD",
+    "lse_fwd": "FORWARD", "lse_fwd_tile": "FORWARD_KEEP", "lse_bwd": "BACKWARD", "lse_bwd_tile": "BACKWARD",
     "pair_fwd": "PAIR_FORWARD", "pair_triangle": "PAIR_TRIANGLE",
     "pair_bwd": "PAIR_BACKWARD", "pair_bwd_tile": "PAIR_BACKWARD",
 }  # fmt: skip
@@ -107,8 +109,9 @@ def cells(
         narrow = isinstance(bucket, int)
         only_narrow, only_wide = kernel in ("lse_bwd", "pair_bwd"), kernel.endswith("_tile")
         fits = not only_wide and dtype != "float32" if narrow else not only_narrow
+        fits &= kernel != "lse_fwd_tile" or DTYPES[dtype] in _launch.KEEP_INV_TEMPERATURE
         if kernel in kernels and bucket in wanted and fits:
-            for crowded in (False, True) if "bwd" in kernel else (False,):
+            for crowded in (False, True) if "bwd" in kernel or kernel == "lse_fwd_tile" else (False,):
                 found.append(Cell(kernel, architecture, dtype, bucket, crowded))
     return found
 
@@ -125,7 +128,7 @@ def _configs(cell: Cell) -> Iterator[Config]:
         rows, columns = ((64,), (32, 64)) if cell.bucket == "small" else ((64, 128), (64, 128))
         sizes = itertools.product(rows, columns, (16, 32), (4, 8), (3, 4))
     else:
-        rows, columns = ((64,), (32, 64)) if cell.bucket == "small" else ((64, 128), (64, 128, 256))
+        rows, columns = ((64,), (32, 64)) if cell.bucket == "small" else ((64, 128, 256), (64, 128, 256))
         sizes = itertools.product(rows, columns, (64, 128), (4, 8), (3, 4))
     return itertools.starmap(Config, sizes)
 

@@ -31,7 +31,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import pickle
 import socket
 import stat
 import statistics
@@ -54,12 +53,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hypercontrast as hc
 from bench import record
 from bench.network import Collective
+from hypercontrast._agreement import HEADER
 from hypercontrast.buffer import ALIGNMENT, TAIL
 
 TEMPERATURE = 0.1
 ROUNDS = 5
 TIMEOUT = 300.0  # seconds in which all ranks of a case must have finished
-INT64 = FLOAT64 = 8
+INT32, INT64 = 4, 8
 
 
 @dataclass(frozen=True)
@@ -69,41 +69,52 @@ class Case:
     classes: int
     width: int
     dtype: torch.dtype = torch.float32
+    gpu: bool = False  # Triton and NCCL, else blockwise and Gloo
+
+    @property
+    def statistic(self) -> int:
+        """Bytes of a sum or a log-sum-exp: float32 from Triton, float64 from the blockwise backend."""
+        return 4 if self.gpu else 8
 
 
 # The ways: their collectives in the order of a step, computed, and the loss that makes them.
 
 
+AGREEMENT = Collective("all-gather", HEADER)  # the ranks compare their calls before data moves
+
+
 def nonl_collectives(case: Case) -> list[Collective]:
-    """Sums are float64: ℓ is what a whole row adds up to."""
     k = case.classes
     return [
-        Collective("all-reduce", k * INT64),  # samples of each class
-        Collective("all-reduce", (k + 1) * FLOAT64),  # Σ exp(s_cj), and Σ_j s_j for the loss's value
+        AGREEMENT,
+        Collective("all-reduce", k * INT32),  # samples of each class
+        Collective("all-reduce", (k + 1) * case.statistic),  # Σ exp(s_cj), and Σ_j s_j for the loss's value
     ]
 
 
 def supcon_collectives(case: Case) -> list[Collective]:
     n = case.rows
-    held = pickle.dumps((n, f"{case.dtype} [rows, {case.width}] with gradient"))  # batches may differ between ranks
     return [
-        Collective("all-gather", INT64),  # how long the next one is
-        Collective("all-gather", len(held)),
+        AGREEMENT,
+        Collective("all-gather", INT64),  # how many rows each rank has
         Collective("all-gather", n * case.width * case.dtype.itemsize),
         Collective("all-gather", n * INT64),
-        *_supcon_tail(n),
+        *_supcon_tail(case),
     ]
 
 
 def buffer_collectives(case: Case) -> list[Collective]:
     features = -(-case.width * case.dtype.itemsize // ALIGNMENT) * ALIGNMENT
-    return [Collective("all-gather", case.rows * (features + TAIL)), *_supcon_tail(case.rows)]
+    packed = Collective("all-gather", case.rows * (features + TAIL))
+    # The loss compares its call, and over Gloo so does the buffer; over NCCL its rows carry their headers.
+    return [AGREEMENT] * (1 if case.gpu else 2) + [packed, *_supcon_tail(case)]
 
 
-def _supcon_tail(n: int) -> list[Collective]:
+def _supcon_tail(case: Case) -> list[Collective]:
     return [
-        Collective("all-reduce", 2 * FLOAT64),  # the loss's value and how many anchors it averages
-        Collective("all-gather", n * 4 * FLOAT64),  # log-sum-exps, positives and their upstream gradients
+        Collective("all-reduce", 2 * case.statistic),  # the loss's value and how many anchors it averages
+        AGREEMENT,
+        Collective("all-gather", case.rows * 4 * case.statistic),  # log-sum-exps, positives, upstream gradients
     ]
 
 
@@ -335,10 +346,10 @@ def model() -> list[Modelled]:
     rows = []
     for gpus in GPUS:
         for batch, k in CLASSES:
-            rows.append(_modelled("nonl", Case(gpus, batch, k, 512, torch.bfloat16)))
+            rows.append(_modelled("nonl", Case(gpus, batch, k, 512, torch.bfloat16, gpu=True)))
         for batch, d in WIDTHS:
             for way in ("supcon", "buffer", "gather"):
-                rows.append(_modelled(way, Case(gpus, 2 * batch, 1000, d, torch.bfloat16)))
+                rows.append(_modelled(way, Case(gpus, 2 * batch, 1000, d, torch.bfloat16, gpu=True)))
     return rows
 
 

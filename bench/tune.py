@@ -1,4 +1,4 @@
-"""Offline tuning: looks for better configurations of the kernels than those that kernels/_launch.py has pinned.
+"""Offline tuning: looks for better configurations of the kernels than those pinned in kernels/_launch.py.
 
 Every cell of its tables (kernel, architecture, dtype, width) has candidates, see bench/candidates.py. Each is compiled
 and ranked by evidence alone: registers, spills, shared memory, programs and warps a multiprocessor holds, FLOP for a
@@ -8,7 +8,7 @@ crossover is measured: narrow against wide kernels of half types, by width.
 
 Cells come in order of importance, and each result is in tune.csv as soon as it is there, so a run may be stopped at any
 time; runs with the same folder add to it. Nothing is pinned by itself: paste pins.txt into _launch.py and let
-tests/test_compile.py compile it with all flags. Evidence ranks, it does not predict: only times pin.
+tests/test_compile.py compile it with all flags. Evidence ranks and does not predict: only times pin.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ from hypercontrast.kernels import _launch
 from hypercontrast.kernels._launch import Config
 
 CROSSOVER = "crossover"
+KEEPING = "lse_fwd_tile"  # exponentials, which no other pass does here
+KEPT_BYTES = 2**30
 CROSSOVER_KERNELS = ("lse_fwd", "lse_bwd", "pair_triangle", "pair_bwd")
 CROSSOVER_WIDTHS = (64, 96, 128, 192, 256)
 SECONDS_A_CANDIDATE = 0.2
@@ -127,6 +130,8 @@ def _without_interpreter() -> None:
 
 def loss_of(cell: Cell) -> tuple[str, dict[str, Any]]:
     """The loss whose pass runs the cell's kernel: column sums crowd a tile, and so do log-sum-exps of positives."""
+    if cell.kernel == KEEPING:
+        return "nonl", {"anchor": "both" if cell.crowded else "prototype"}
     if cell.kernel.startswith("lse"):
         return ("normface" if cell.crowded else "nonl"), {}
     return "supcon", {"variant": "in" if cell.crowded or cell.kernel == "pair_fwd" else "out"}
@@ -143,6 +148,20 @@ def shapes(cell: Cell, rehearse: bool) -> list[Shape]:
     return [(8192, 100, 512)] if pairs else [(32768, 100_000, 512), (4096, 1000, 2048)]
 
 
+def _keeping(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The loss with exponentials kept, whatever its size."""
+
+    def kept(*arguments: Tensor) -> Tensor:
+        hc.set_memory_budget(KEPT_BYTES)
+        try:
+            with mock.patch.multiple(_launch, KEEP_WIDTH=1, KEEP_FLOP=0):
+                return loss(*arguments)
+        finally:
+            hc.set_memory_budget(0)
+
+    return kept
+
+
 class Pass:
     """The pass that runs a cell's kernel, to be timed and checked with one configuration or another."""
 
@@ -151,7 +170,8 @@ class Pass:
         self.name, self.options = loss_of(cell)
 
     def loss(self, backend: str) -> Callable[..., Tensor]:
-        return partial(getattr(hc, f"{self.name}_loss"), temperature=forms.TAU, backend=backend, **self.options)
+        loss = partial(getattr(hc, f"{self.name}_loss"), temperature=forms.TAU, backend=backend, **self.options)
+        return _keeping(loss) if self.cell.kernel == KEEPING else loss
 
     def inputs(self, shape: Shape) -> tuple[tuple[Tensor, ...], Tensor]:
         return forms.inputs(self.name, *shape, device=self.device, dtype=DTYPES[self.cell.dtype])
@@ -161,7 +181,8 @@ class Pass:
         loss = self.loss("triton")
         if self.cell.backward:
             return partial(torch.autograd.grad, loss(*leaves, y), leaves, retain_graph=True)
-        return torch.no_grad()(partial(loss, *leaves, y))
+        forward = partial(loss, *leaves, y)
+        return forward if self.cell.kernel == KEEPING else torch.no_grad()(forward)  # kept for a backward alone
 
     def errors(self) -> Callable[[Config | None], float]:
         """Largest error of loss and gradients against float64, by configuration, on odd sizes."""
@@ -185,7 +206,7 @@ class Pass:
 
 
 def timed(trials: Sequence[Trial], device: str, table: Table, rehearse: bool, end: float) -> list[Trial]:
-    """Trials of one cell with errors and times, until `end`; the others as they were."""
+    """Trials of one cell with errors and times, the fastest first; those that `end` came before as they were."""
     cell = trials[0].cell
     work = Pass(cell, device)
     runs = {shape: work.run(shape) for shape in shapes(cell, rehearse)}
@@ -210,7 +231,7 @@ def timed(trials: Sequence[Trial], device: str, table: Table, rehearse: bool, en
         for line in mine:
             table.add(line.line())
         found += mine
-    return found
+    return sorted(found, key=lambda trial: -(trial.speedup or 0))
 
 
 def _timed(trial: Trial, work: Pass, shape: Shape, run: Run, rehearse: bool) -> Trial:
@@ -289,16 +310,16 @@ def markdown(trials: Sequence[Trial], rows: int = 5) -> str:
         shared = None if e.shared is None else f"{e.shared / 1024:.0f}"
         speedup = None if trial.speedup is None else f"{trial.speedup:.2f}"
         note = ", ".join(filter(None, ("pinned" * trial.pinned, e.fault)))
-        cells_ = (
+        values = (
             code(trial.config), e.registers, e.spills, shared, e.programs, e.warps, e.wgmma,
             e.flop_per_byte, e.score, trial.ms, speedup, note,
         )  # fmt: skip
-        lines.append(
-            "| "
-            + " | ".join("" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x) for x in cells_)
-            + " |"
-        )
+        lines.append(f"| {' | '.join(map(_shown, values))} |")
     return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def pin(cell: Cell, trials: Sequence[Trial]) -> str:

@@ -39,7 +39,7 @@ def test_prototype_losses_send_the_same_whatever_the_batch():
         return [one.payload for one in WAYS["nonl"][0](Case(ranks, rows, 1000, width))]
 
     assert sent(1, 4, 2) == sent(4096, 2048, 1024)
-    assert sum(sent(1, 4, 2)) == 2 * 8 * 1000 + 8
+    assert sum(sent(1, 4, 2)) == 512 + (4 + 8) * 1000 + 8
 
 
 def test_the_ring_sends_the_least_there_is():
@@ -98,11 +98,11 @@ def test_the_command_measures_and_models(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(communication, "MEASURED", {"nonl": [(8, 5, 4)]})
     assert command("--ranks", "2", "--output", str(tmp_path)) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"\| nonl \| 2 \| 8 \| 5 \| 4 \| 2 \| 88 \| 88 \|", shown)
+    assert re.search(r"\| nonl \| 2 \| 8 \| 5 \| 4 \| 3 \| 580 \| 580 \|", shown)
     assert {path.name for path in tmp_path.iterdir()} == {"measured.csv", "model.csv", "communication.png"}
     with (tmp_path / "measured.csv").open() as file:
         (row,) = csv.DictReader(file)
-    assert row["payload"] == row["payload_computed"] == "88"
+    assert row["payload"] == row["payload_computed"] == "580"
 
 
 def test_a_mismatch_fails_the_command(monkeypatch, capsys):
