@@ -1,6 +1,7 @@
 # make demo    train cross-entropy and NONL on real digits, write runs/demo/report.html (about 2 minutes)
 # make test    lint, types and the test suite; make test-all adds the tests that take minutes
 # make check   lint and types alone
+# make docs    the site, in site/: open site/index.html
 # make bench   speed, memory and error of the losses on this machine, with pictures (about 2 minutes)
 # make gpu-check   correctness, sanitizer, large indices and speed of the kernels on a GPU
 #
@@ -16,7 +17,7 @@ else
   READY :=
 endif
 
-.PHONY: setup demo test test-all check bench gpu-check clean
+.PHONY: setup demo test test-all check docs bench gpu-check clean
 
 setup: $(READY)
 
@@ -24,7 +25,7 @@ $(VENV)/packages: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): about 5 GB and a few minutes, once"
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hypercontrast needs Python 3.10 or newer, got " + sys.version.split()[0])'
 	@python3 -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,demo,test]' 'setuptools>=64,<82' ninja
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,demo,test,docs]' 'setuptools>=64,<82' ninja
 	@touch $@
 
 # The extension is optional: where it cannot be built, its Python twin runs.
@@ -48,6 +49,12 @@ test: check
 test-all: check
 	$(RUN) -m pytest -n 2 --dist loadgroup -m ""
 
+# Strict: a link or an anchor that leads nowhere is an error (but not under --quiet). The notice that is silenced is of
+# the future of mkdocs.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+	@echo "site/index.html"
+
 bench: $(READY)
 	$(RUN) -m bench --quick
 
@@ -55,4 +62,4 @@ gpu-check: $(READY)
 	$(RUN) -m bench.gpu_check
 
 clean:
-	rm -rf $(VENV) build hypercontrast/_C*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site hypercontrast/_C*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache
