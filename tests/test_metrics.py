@@ -373,7 +373,7 @@ BAD_BATCHES = {
     "labels must lie in [0, 5), got 5": lambda z, y: (z, y + 1),
     "labels must lie in [0, 5), got -100": lambda z, y: (z, y.index_fill(0, ROW, -100)),
     f"labels must lie in [0, 5), got {2**40}": lambda z, y: (z, y.index_fill(0, ROW, 2**40)),
-    "labels must be int64, got torch.int32": lambda z, y: (z, y.int()),
+    "labels must be int64, got torch.int32: pass labels.long()": lambda z, y: (z, y.int()),
     "labels must have shape [60] to match features, got [59]": lambda z, y: (z, y[1:]),
     "features must have dimension 7, got [60, 6]": lambda z, y: (z[:, 1:], y),
     "features must have shape [N, D], got [420]": lambda z, y: (z.flatten(), y),
