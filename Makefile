@@ -12,10 +12,13 @@ VENV := .venv
 ifeq ($(origin PYTHON),undefined)
   RUN := $(VENV)/bin/python
   READY := $(VENV)/ready
+  EXAMPLES := $(VENV)/examples
 else
   RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
   READY :=
+  EXAMPLES :=
 endif
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: setup demo test test-all check docs bench gpu-check clean
 
@@ -25,7 +28,7 @@ $(VENV)/packages: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): about 5 GB and a few minutes, once"
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hypercontrast needs Python 3.10 or newer, got " + sys.version.split()[0])'
 	@python3 -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,demo,test,docs]' 'setuptools>=64,<82' ninja
+	@$(PIP) --editable '.[train,demo,test,docs]' 'setuptools>=64,<82' ninja
 	@touch $@
 
 # The extension is optional: where it cannot be built, its Python twin runs.
@@ -33,6 +36,12 @@ $(VENV)/ready: $(VENV)/packages setup.py $(wildcard csrc/*)
 	@echo "Building the C++ extension: about a minute, once"
 	@$(VENV)/bin/python setup.py build_ext --inplace >$(VENV)/extension.log 2>&1 || echo "It did not build, see $(VENV)/extension.log: its Python twin will run"
 	@grep '^hypercontrast:' $(VENV)/extension.log || true
+	@touch $@
+
+# What the examples and the comparisons with other packages need; their tests skip where it cannot be installed.
+$(VENV)/examples: $(VENV)/ready
+	@echo "Setting up the examples: half a minute, once"
+	@$(PIP) --editable '.[examples]' || echo "The examples could not be set up: their tests will skip"
 	@touch $@
 
 demo: $(READY)
@@ -43,10 +52,10 @@ check: $(READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-test: check
+test: check $(EXAMPLES)
 	$(RUN) -m pytest -n 2 --dist loadgroup
 
-test-all: check
+test-all: check $(EXAMPLES)
 	$(RUN) -m pytest -n 2 --dist loadgroup -m ""
 
 # Strict: a link or an anchor that leads nowhere is an error (but not under --quiet). The notice that is silenced is of
