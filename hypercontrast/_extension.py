@@ -19,7 +19,7 @@ REVISION = 2
 
 
 @cache
-def _found() -> tuple[ModuleType | None, str]:
+def found() -> tuple[ModuleType | None, str]:
     """The extension, or None and why."""
     if os.environ.get("HYPERCONTRAST_NO_EXT") == "1":
         return None, ""
@@ -38,13 +38,13 @@ def _found() -> tuple[ModuleType | None, str]:
 
 def quietly() -> ModuleType | None:
     """The extension, or None."""
-    return _found()[0]
+    return found()[0]
 
 
 @cache
 def load() -> ModuleType | None:
     """The extension, or None and one warning that says why and how to build it (none where it was asked for)."""
-    module, reason = _found()
+    module, reason = found()
     if reason:
         warnings.warn(
             f"hypercontrast runs without its C++ extension ({reason}); the results are the same. To build it, run "

@@ -110,6 +110,8 @@ class Config:
     """Print batch, negatives, steps, schedule, memory and time, then stop."""
     quiet: bool = False
     """Print the final line only."""
+    json: bool = False
+    """Print the result only, as JSON: folder, report and the last epoch's line of metrics.jsonl."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -152,6 +154,8 @@ class Config:
             self._require("class_weights", self.class_weights == "none", f"none with loss {self.loss}")
         if self.loss == "scl":
             self._require("neck", self.neck == "none", "none with loss scl, which has a --head")
+        if self.dry_run:
+            self._require("json", not self.json, "false with dry_run, which prints a text")
         if self.gpus and self.cpu_ranks:
             raise UsageError(f"gpus must be 0 with cpu_ranks={self.cpu_ranks}, got {self.gpus}")
 
@@ -197,11 +201,11 @@ def configure(*, recipe: str = "auto", **flags: Any) -> Config:
     return dataclasses.replace(_base(Config(**(flags | {"recipe": recipe}))), **flags)
 
 
-def parse(argv: Sequence[str]) -> Config:
+def parse(argv: Sequence[str], prog: str = "python -m hypercontrast.train") -> Config:
     """The config that a command line asks for. Raises UsageError in one line; `--help` prints and exits."""
-    draft = _parse_flags(argv, Config(recipe="auto"))
+    draft = _parse_flags(argv, Config(recipe="auto"), prog)
     base = _base(draft)
-    config = _parse_flags(argv, base)
+    config = _parse_flags(argv, base, prog)
     return dataclasses.replace(config, recipe=base.recipe)
 
 
@@ -210,7 +214,9 @@ def _base(draft: Config) -> Config:
     folder = resume_folder(draft)
     if folder and (saved := Path(folder, "config.yaml")).is_file():
         # How to run it is this call's business, not the run's.
-        return dataclasses.replace(read_config(saved), run_dir=str(saved.parent), quiet=False, dry_run=False)
+        return dataclasses.replace(
+            read_config(saved), run_dir=str(saved.parent), quiet=False, json=False, dry_run=False
+        )
     name = draft.recipe
     if name == "auto":
         name = f"{draft.dataset}-{draft.loss}"
@@ -288,7 +294,7 @@ def _yaml() -> Any:
     return yaml
 
 
-def _parse_flags(argv: Sequence[str], default: Config) -> Config:
+def _parse_flags(argv: Sequence[str], default: Config, prog: str) -> Config:
     try:
         import tyro
     except ImportError:
@@ -298,7 +304,7 @@ def _parse_flags(argv: Sequence[str], default: Config) -> Config:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(
                 Config,
-                prog="python -m hypercontrast.train",
+                prog=prog,
                 args=list(argv),
                 default=default,
                 config=(tyro.conf.FlagCreatePairsOff,),

@@ -44,7 +44,7 @@ from hypercontrast.data.corrupted import (
 from hypercontrast.data.dataset import Dataset, Pictures, limited_order
 from hypercontrast.evaluate import restored, runnable_config
 from hypercontrast.launch import Ranks, device_of
-from hypercontrast.progress import Parser, Progress, fail
+from hypercontrast.progress import Parser, Progress, command, fail, to_json
 from hypercontrast.workspace import Workspace
 
 # AlexNet's top-1 errors on ImageNet-C, averaged over the severities, as the benchmark's authors
@@ -88,6 +88,7 @@ class Options:
     severities: tuple[int, ...] = SEVERITIES
     limit: int = 0
     workers: int = os.cpu_count() or 1
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         if not (self.corruptions and self.severities):
@@ -109,19 +110,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted.
     """
     try:
-        record = measure(_parse(argv))
+        options, as_json = _parse(argv)
+        record = measure(options)
     except (UsageError, CheckpointError) as error:
         return fail(2, str(error))
     except BrokenProcessPool:
         return fail(1, "a process that corrupts pictures was killed, perhaps for its memory: try fewer --workers")
     except KeyboardInterrupt:
         return fail(130, "interrupted; the corruptions measured to their end are kept")
-    print(summary(record))
+    print(to_json(record) if as_json else summary(record))
     return 0
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Measure a run under corruptions, print a line for each, and write RUN/corruptions.json; returns what was written.
+    """Measure a run under corruptions, print a line for each unless `quiet`, and write RUN/corruptions.json.
+
+    Returns what was written.
 
     Keys: epoch (of the checkpoint), source, classes and pictures (of each corruption and severity), reference (AlexNet,
     a run's folder or None), clean_error (on as many validation pictures), errors (of each corruption, by severity; None
@@ -146,7 +150,7 @@ def measure(options: Options) -> dict[str, Any]:
     reference = _reference(record, other)
     errors, damaged = _earlier(Path(options.run), record)
     steps = len(options.severities) * -(-source.pictures // BATCH)
-    with source.pool, Progress(len(options.corruptions), steps) as progress:
+    with source.pool, Progress(len(options.corruptions), steps, silent=options.quiet) as progress:
         progress.start("no corruption")
         record["clean_error"], _ = _error(_clean(workspace.dataset.validation, options.limit), workspace, progress)
         progress.say(HEADER)
@@ -302,9 +306,9 @@ def summary(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _parse(argv: Sequence[str] | None) -> Options:
+def parser() -> Parser:
     parser = Parser(
-        prog="python -m hypercontrast.corruptions",
+        prog=command("corruptions"),
         description="A run's errors on corrupted pictures, and their mean relative to a reference's, the mCE.",
     )
     parser.add_argument("run", metavar="RUN", help="folder written by hypercontrast.train")
@@ -321,8 +325,16 @@ def _parse(argv: Sequence[str] | None) -> Options:
     parser.add_argument("--severities", nargs="+", type=int, default=SEVERITIES, help="of 1 to 5; an mCE needs all")
     parser.add_argument("--limit", type=int, default=0, help="pictures of each corruption and severity; 0 for all")
     parser.add_argument("--workers", type=int, default=Options.workers, help="that corrupt or decode pictures")
-    args = vars(parser.parse_args(argv))
-    return Options(**args | {name: tuple(args[name]) for name in ("corruptions", "severities")})
+    parser.add_output_flags()
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[Options, bool]:
+    """The options, and whether the result is wanted as JSON."""
+    args = vars(parser().parse_args(argv))
+    as_json = args.pop("json")
+    args["quiet"] |= as_json
+    return Options(**args | {name: tuple(args[name]) for name in ("corruptions", "severities")}), as_json
 
 
 if __name__ == "__main__":

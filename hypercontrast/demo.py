@@ -1,6 +1,6 @@
 """Cross-entropy against NONL on 5,000 real digits, watched while they train, and a page of pictures at the end.
 
-    python -m hypercontrast.demo [--output DIR] [--epochs N] [--limit N]
+    python -m hypercontrast.demo [--output DIR] [--epochs N] [--limit N] [--quiet]
 
 Two runs of the mnist5k recipes on the CPU or one GPU, about two minutes on two CPU cores. Nothing is downloaded.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 from hypercontrast.checkpoint import CheckpointError
 from hypercontrast.config import UsageError, configure
-from hypercontrast.progress import Parser, fail, python
+from hypercontrast.progress import Parser, command, fail
 from hypercontrast.report import outcome, write_report
 from hypercontrast.runs import LOSS_TITLES, load_runs
 from hypercontrast.train import TrainingError, train
@@ -27,25 +27,25 @@ COLUMNS = ("run", "epoch", "loss", "accuracy", "prototype accuracy", "distance t
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m hypercontrast.demo", description="Cross-entropy against NONL on 5,000 real digits.")
-    parser.add_argument("--output", default="runs/demo", help="folder to write; earlier demo runs in it are replaced")
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--limit", type=int, default=0, help="use at most this many pictures; 0 for all")
+    """Exit code 0; 2 with one line on stderr for a mistake in the call, 1 for a failure, 130 if interrupted."""
     try:
-        args = parser.parse_args(argv)
-        report = run(Path(args.output), args.epochs, args.limit)
+        args = parser().parse_args(argv)
+        report = run(Path(args.output), args.epochs, args.limit, quiet=args.quiet)
     except (UsageError, ImportError, OSError) as error:
         return fail(2, str(error))
     except (TrainingError, CheckpointError) as error:
         return fail(1, str(error))
     except KeyboardInterrupt:
-        return fail(130, f"interrupted; start again with: {python()} -m hypercontrast.demo")
-    print(f"\nReport with pictures: {report}")
-    print(f"Next, your own run:   {python()} -m hypercontrast.train --loss nonl --dataset mnist5k --neck linear")
+        return fail(130, f"interrupted; start again with: {command('demo')}")
+    if args.quiet:
+        print(report)
+    else:
+        print(f"\nReport with pictures: {report}")
+        print(f"Next, your own run:   {command('train')} --loss nonl --dataset mnist5k --neck linear")
     return 0
 
 
-def run(output: Path, epochs: int, limit: int) -> Path:
+def run(output: Path, epochs: int, limit: int, *, quiet: bool = False) -> Path:
     """Train both losses into `output`, showing every epoch, and write output/report.html; returns its path."""
     folders = [output / loss for loss in LOSSES]
     configs = [
@@ -56,6 +56,10 @@ def run(output: Path, epochs: int, limit: int) -> Path:
         # Only ever delete what is a run.
         if all((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
             shutil.rmtree(folder)
+    if quiet:
+        for config in configs:
+            train(config)
+        return write_report(folders, output / "report.html")
     print("Training with cross-entropy (CE), then with NONL, on real handwritten digits (mnist5k).\n")
     with _table() as table:
         for config in configs:
@@ -68,6 +72,15 @@ def run(output: Path, epochs: int, limit: int) -> Path:
             train(config, on_epoch=show)
     print("\n" + textwrap.fill(outcome(load_runs(folders)), 96))
     return write_report(folders, output / "report.html")
+
+
+def parser() -> Parser:
+    parser = Parser(prog=command("demo"), description="Cross-entropy against NONL on 5,000 real digits.")
+    parser.add_argument("--output", default="runs/demo", help="folder to write; earlier demo runs in it are replaced")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--limit", type=int, default=0, help="use at most this many pictures; 0 for all")
+    parser.add_argument("--quiet", action="store_true", help="print the report's path alone")
+    return parser
 
 
 def _row(title: str, record: Mapping[str, Any], epochs: int) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ from hypercontrast.metrics import NeuralCollapse
 from hypercontrast.models import LinearHead, check_model
 from hypercontrast.objective import TrainingError
 from hypercontrast.probes import CosineProbe, Probe, ProbeSettings, fit_probe, train_probe
-from hypercontrast.progress import Parser, Progress, fail
+from hypercontrast.progress import Parser, Progress, command, fail, to_json
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
 from hypercontrast.workspace import Embedded, Workspace, load_network, newest_checkpoint
 
@@ -86,6 +86,7 @@ class Options:
     data_root: str = ""
     gpus: int = 0
     cpu_ranks: int = 0
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "lr"):
@@ -98,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted.
     """
     try:
-        record = evaluate(_parse(argv))
+        options, as_json = _parse(argv)
+        record = evaluate(options)
     except (UsageError, CheckpointError) as error:
         return fail(2, str(error))
     except TrainingError as error:
@@ -108,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail(130, "interrupted; nothing was written")
     if is_main():
-        print(table(record))
+        print(to_json(record) if as_json else table(record))
     return 0
 
 
@@ -173,30 +175,37 @@ def _evaluated(options: Options, config: Config, workspace: Workspace, epoch: in
     if "head" in methods and config.loss == "scl":
         raise UsageError("method head needs a run that trained one, got loss scl: take --prototypes")
     torch.optim.SGD([torch.zeros(1)])  # a process's first optimiser imports for seconds: no method's business
-    validation = list(workspace.embedded(workspace.dataset.validation))
     results: list[dict[str, Any]] = []
     classifiers = []
-    for method in methods:
-        started = time.perf_counter()
-        made = _make(method, config, workspace, validation[0].backbone.shape[1], None if options.cached else settings)
-        if workspace.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        classifiers.append(made)
-        results.append(
-            {
-                "method": method,
-                "features": made.features,
-                "dim": made.prototypes.shape[1],
-                "accuracy": _accuracy(made, validation, workspace),
-                "seconds": seconds,
-            }
-        )
+    steps = steps_per_epoch(len(workspace.dataset.train), settings.batch_size)
+    with Progress(settings.epochs, steps, silent=options.quiet or not is_main()) as progress:
+        progress.begin("features of the validation set")
+        validation = list(workspace.embedded(workspace.dataset.validation))
+        dim = validation[0].backbone.shape[1]
+        for method in methods:
+            progress.begin(METHODS[method])
+            started = time.perf_counter()
+            made = _make(method, config, workspace, dim, None if options.cached else settings, progress)
+            if workspace.ranks.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
+            classifiers.append(made)
+            results.append(
+                {
+                    "method": method,
+                    "features": made.features,
+                    "dim": made.prototypes.shape[1],
+                    "accuracy": _accuracy(made, validation, workspace),
+                    "seconds": seconds,
+                }
+            )
+        progress.begin("neural-collapse metrics")
+        collapse = _collapse(classifiers, workspace) if options.nc else []
     linear = next((result["seconds"] for result in results if result["method"] == "linear-probe"), None)
     for result in results:
         result["share_of_linear_probe"] = linear and result["seconds"] / linear
     if options.nc:
-        for result, (nc, compat) in zip(results, _collapse(classifiers, workspace), strict=True):
+        for result, (nc, compat) in zip(results, collapse, strict=True):
             result |= {"nc": nc, "nc_compat": compat}
     return {
         "epoch": epoch,
@@ -229,7 +238,9 @@ class Made:
     prototypes: Tensor
 
 
-def _make(method: str, config: Config, workspace: Workspace, dim: int, settings: ProbeSettings | None) -> Made:
+def _make(
+    method: str, config: Config, workspace: Workspace, dim: int, settings: ProbeSettings | None, progress: Progress
+) -> Made:
     """Train by `settings`, or without them fit on kept features."""
     if method == "head":
         return Made("head", workspace.network.scores, workspace.network.head.prototypes)
@@ -244,9 +255,7 @@ def _make(method: str, config: Config, workspace: Workspace, dim: int, settings:
     if settings is None:
         fit_probe(probe, workspace)
     else:
-        steps = steps_per_epoch(len(workspace.dataset.train), settings.batch_size)
-        with Progress(settings.epochs, steps, silent=not is_main()) as progress:
-            train_probe(probe, workspace, settings, progress)
+        train_probe(probe, workspace, settings, progress)
     return Made("backbone", probe, probe.prototypes)
 
 
@@ -337,9 +346,9 @@ def _row(result: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _parse(argv: Sequence[str] | None) -> Options:
+def parser() -> Parser:
     parser = Parser(
-        prog="python -m hypercontrast.evaluate",
+        prog=command("evaluate"),
         description="Fixed prototypes against trained probes on a frozen run. Without methods: all it has, and --nc.",
     )
     parser.add_argument("run", metavar="RUN", help="folder written by hypercontrast.train")
@@ -361,10 +370,17 @@ def _parse(argv: Sequence[str] | None) -> Options:
     parser.add_argument("--data-root", default="", help="where the data is now; by default where the run had it")
     parser.add_argument("--gpus", type=int, default=0, help="0 takes one if there is one, else the CPU")
     parser.add_argument("--cpu-ranks", type=int, default=0, help="ranks on the CPU; 0 leaves the choice to --gpus")
-    args = vars(parser.parse_args(argv))
-    named = args.pop("methods")
+    parser.add_output_flags()
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[Options, bool]:
+    """The options, and whether the result is wanted as JSON."""
+    args = vars(parser().parse_args(argv))
+    named, as_json = args.pop("methods"), args.pop("json")
     args["nc"] |= named is None
-    return Options(methods=tuple(name for name in METHODS if named and name in named), **args)
+    args["quiet"] |= as_json
+    return Options(methods=tuple(name for name in METHODS if named and name in named), **args), as_json
 
 
 if __name__ == "__main__":

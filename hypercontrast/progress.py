@@ -1,12 +1,16 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere; and commands to copy."""
+"""What a person sees of a command: flags, mistakes, a progress bar on a terminal and plain lines elsewhere, commands to
+copy.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -21,6 +25,14 @@ def python() -> str:
     return sys.executable if relative.startswith("..") else relative
 
 
+def command(name: str) -> str:
+    """What to type for a command of ours, in the way that the one running now was typed."""
+    program = Path(sys.argv[0]).name
+    if program == "hypercontrast":
+        return f"hypercontrast {name}"
+    return f"{python()} -m hypercontrast{' ' if program == '__main__.py' else '.'}{name}"
+
+
 def fail(code: int, message: str) -> int:
     """Say in one line on stderr why a command failed; returns its exit code."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
@@ -33,11 +45,19 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
+    def add_output_flags(self) -> None:
+        self.add_argument("--quiet", action="store_true", help="print the result alone")
+        self.add_argument("--json", action="store_true", help="print the result alone, as JSON")
+
+
+def to_json(result: Any) -> str:
+    return json.dumps(result, indent=1)
+
 
 class Progress:
-    """One line an epoch, and on a terminal (with rich installed) a bar of its steps below them."""
+    """Lines such as those of epochs; on a terminal (with rich installed) a bar of what is under way below them."""
 
-    def __init__(self, epochs: int, steps: int, *, silent: bool = False) -> None:
+    def __init__(self, epochs: int = 0, steps: int = 0, *, silent: bool = False) -> None:
         self.epochs, self.steps, self.silent = epochs, steps, silent
         self._bar = None if silent or not sys.stdout.isatty() else _rich_bar()
 
@@ -60,6 +80,11 @@ class Progress:
         """Begin another `steps` steps under this title, with `done` of them behind."""
         if self._bar:
             self._bar.reset(self._task, description=title, total=self.steps, completed=done)
+
+    def begin(self, title: str) -> None:
+        """Begin work of unknown length under this title."""
+        if self._bar:
+            self._bar.reset(self._task, description=title, total=None)
 
     def step(self) -> None:
         if self._bar:

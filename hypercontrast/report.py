@@ -26,7 +26,7 @@ from hypercontrast import figures, page
 from hypercontrast.config import Config, read_recipe
 from hypercontrast.figures import Array, Curve, Span, classes_a_cell, count, number, shorten
 from hypercontrast.mistakes import confusion_section, percent, pictures_section
-from hypercontrast.progress import Parser, fail
+from hypercontrast.progress import Parser, command, fail
 from hypercontrast.runs import Embeddings, Run, load_runs, unit_rows
 
 # What the driver writes beside the neural-collapse metrics: key -> (title, sentence, ideal).
@@ -70,7 +70,7 @@ BETTER_OF = {"cos_mean": "lower", "distance_frame": "lower"}
 SPHERE_SAMPLES = 600  # drawn per run; more only thicken the clouds
 LONG_NAME = 12  # characters, beyond which names are cut in charts, and every run gets a letter to be told apart by
 # Settings that say where and how to run, not what.
-PLACES = ("run_dir", "resume", "quiet", "dry_run", "recipe")
+PLACES = ("run_dir", "resume", "quiet", "json", "dry_run", "recipe")
 
 
 def _describe(key: str) -> tuple[str, str, str]:
@@ -590,18 +590,22 @@ def _below(runs: Sequence[Run]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m hypercontrast.report",
-        description="One self-contained HTML page of a run, or comparing several.",
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder written by hypercontrast.train")
-    parser.add_argument("--output", metavar="FILE", help="default: report.html beside what the runs share")
+    """Exit code 0; 2 with one line on stderr for a mistake in the call or a damaged run, 130 if interrupted."""
     try:
-        args = parser.parse_args(argv)
+        args = parser().parse_args(argv)
         print(write_report(args.runs, args.output))
     except (OSError, ValueError, ImportError) as error:
         return fail(2, str(error))
+    except KeyboardInterrupt:
+        return fail(130, "interrupted; nothing was written")
     return 0
+
+
+def parser() -> Parser:
+    parser = Parser(prog=command("report"), description="One self-contained HTML page of a run, or comparing several.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder written by hypercontrast.train")
+    parser.add_argument("--output", metavar="FILE", help="default: report.html beside what the runs share")
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The paper's tables beside ours, value by value; and its figure 2 from our runs.
 
-    python -m hypercontrast.table TABLE [TABLE ...] [RUN ...] [--data-root DIR] [--markdown]
+    python -m hypercontrast.table TABLE [TABLE ...] [RUN ...] [--data-root DIR] [--markdown | --json]
     python -m hypercontrast.table figure2 RUN [RUN ...] [--output FILE]
 
 TABLE is 1 to 14, or all; RUN is a folder that `hypercontrast.train` wrote, finished or not. Runs that differ in their
@@ -20,7 +20,6 @@ with as many classes (in tables 4 and 5, which have one column, beside that), an
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import re
 import shlex
@@ -31,6 +30,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from hypercontrast import checkpoint, data, figures
 from hypercontrast.checkpoint import CheckpointError
@@ -53,7 +53,7 @@ from hypercontrast.paper import (
     Cell,
     Table,
 )
-from hypercontrast.progress import Parser, fail
+from hypercontrast.progress import Parser, command, fail, to_json
 from hypercontrast.report import DRIVER_METRICS
 from hypercontrast.results import FREE, Group, Run, read_groups
 from hypercontrast.runs import LOSS_TITLES
@@ -68,30 +68,36 @@ RULE = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0; 2 with one line on stderr for a mistake in the call or a damaged run."""
+    """Exit code 0; 2 with one line on stderr for a mistake in the call or a damaged run, 130 if interrupted."""
     try:
-        args = _parse(argv)
+        args = parser().parse_args(argv)
         names, paths = _split(args.words)
         groups = read_groups(paths)
         if names == [FIGURE]:
             checkpoint.write_atomic(Path(args.output), figure2(groups).encode())
             print(args.output)
+        elif args.json:
+            print(to_json(as_records(names, groups, args.data_root)))
         else:
             print(render(names, groups, args.data_root, markdown=args.markdown))
     except (UsageError, CheckpointError, OSError) as error:
         return fail(2, str(error))
+    except KeyboardInterrupt:
+        return fail(130, "interrupted; nothing was written")
     return 0
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m hypercontrast.table", description="The paper's tables beside ours.")
+def parser() -> Parser:
+    parser = Parser(prog=command("table"), description="The paper's tables beside ours.")
     parser.add_argument(
         "words", nargs="+", metavar="TABLE|RUN", help=f"1 to {len(TABLES)}, all or {FIGURE}; then run folders"
     )
     parser.add_argument("--data-root", default="data", help="where the data sets are, to say which are missing")
-    parser.add_argument("--markdown", action="store_true", help="Markdown, for a file")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="Markdown, for a file")
+    form.add_argument("--json", action="store_true", help="one object a value, in a list")
     parser.add_argument("--output", default=f"{FIGURE}.svg", metavar="FILE", help=f"what {FIGURE} writes")
-    return parser.parse_args(argv)
+    return parser
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -251,7 +257,7 @@ def _unfinished(runs: Iterable[Run]) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """One value as text; `note` is what the state needs said, empty where it needs nothing."""
+    """One value, as text and as numbers; `note` is what the state needs said, empty where it needs nothing."""
 
     labels: tuple[str, str, str]
     paper: str
@@ -259,6 +265,8 @@ class Line:
     difference: str
     state: str
     note: str
+    published: float
+    measured: tuple[float, ...] = ()  # one a seed
 
 
 def _line(cell: Cell, ours: Ours | None, root: str, stand_in: str = "") -> Line:
@@ -269,7 +277,7 @@ def _line(cell: Cell, ours: Ours | None, root: str, stand_in: str = "") -> Line:
     title = DATASETS[cell.dataset]
     labels = (cell.method, f"{stand_in} for {title}" if stand_in else title, cell.column)
     if ours is None or not ours.values:
-        return Line(labels, paper, "–", "–", *_unmeasured(cell, ours, root))
+        return Line(labels, paper, "–", "–", *_unmeasured(cell, ours, root), cell.value)
     mean, digits = statistics.fmean(ours.values), quantity.our_digits
     n, std = len(ours.values), statistics.stdev(ours.values) if len(ours.values) > 1 else 0.0
     text = f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if n > 1 else "")
@@ -277,7 +285,8 @@ def _line(cell: Cell, ours: Ours | None, root: str, stand_in: str = "") -> Line:
         text += f", n = {n}"
     state, note = _verdict(cell, ours, abs(mean - cell.value), std)
     difference = round(mean - cell.value, digits) + 0.0  # no −0.00
-    return Line(labels, paper, text, f"{difference:+.{digits}f}".replace("-", "−"), state, note)
+    signed = f"{difference:+.{digits}f}".replace("-", "−")
+    return Line(labels, paper, text, signed, state, note, cell.value, tuple(ours.values))
 
 
 def _verdict(cell: Cell, ours: Ours, off: float, std: float) -> tuple[str, str]:
@@ -374,7 +383,22 @@ def lines(table: Table, groups: Sequence[Group], root: str) -> tuple[list[Line],
     return own, stand_ins, [path for path in dict.fromkeys(candidates) if path not in shown]
 
 
-# As text.
+# As data and as text.
+
+
+def as_records(names: Iterable[str], groups: Sequence[Group], root: str = "data") -> list[dict[str, Any]]:
+    """Every value of these tables and its stand-ins: table, method, data, column, paper, ours (one a seed), state, note
+    and whether it is a stand-in.
+    """
+    records = []
+    for table in dict.fromkeys(TABLES[name] for name in names):
+        own, stand_ins, _ = lines(table, groups, root)
+        for line in (*own, *stand_ins):
+            labels = dict(zip(("method", "data", "column"), line.labels, strict=True))
+            numbers = {"paper": line.published, "ours": line.measured}
+            said = {"state": line.state, "note": line.note, "stand_in": line in stand_ins}
+            records.append({"table": table.name, **labels, **numbers, **said})
+    return records
 
 
 def render(names: Iterable[str], groups: Sequence[Group], root: str = "data", *, markdown: bool = False) -> str:

@@ -60,7 +60,7 @@ from hypercontrast.metrics import NeuralCollapse
 from hypercontrast.models import ProjectionHead, check_model
 from hypercontrast.objective import VIEWS, LossRecord, NotFinite, Objective, TrainingError
 from hypercontrast.plan import learning_rate, plan
-from hypercontrast.progress import Progress, fail, python
+from hypercontrast.progress import Progress, command, fail, to_json
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
 from hypercontrast.report import write_report
 from hypercontrast.step import Step, compiles
@@ -71,7 +71,7 @@ THUMBNAIL = 48  # pixels a side that pictures are reduced to, for the report
 # Settings a resumed run may change without becoming another run.
 FREE_ON_RESUME = {
     "data_root", "recipe", "gpus", "cpu_ranks", "rank_timeout", "max_restarts", "backend", "workers", "compile",
-    "checkpoint_every", "keep_checkpoints", "run_dir", "resume", "dry_run", "quiet",
+    "checkpoint_every", "keep_checkpoints", "run_dir", "resume", "dry_run", "quiet", "json",
 }  # fmt: skip
 
 # Exit codes of errors that need no traceback.
@@ -87,13 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = ""
     try:
         with stop_signals(interrupt):
-            config = parse(sys.argv[1:] if argv is None else argv)
+            config = parse(sys.argv[1:] if argv is None else argv, command("train"))
             if config.dry_run:
                 result = plan(_placed(config))
             else:
                 config = prepare(config)
                 folder = config.run_dir
-                result = _summary(train(config))
+                run = train(config)
+                result = to_json(_result(run)) if config.json else _summary(run)
     except KeyboardInterrupt as stop:
         return fail(stop.code if isinstance(stop, Interrupted) else 130, _interrupted(folder))
     except UsageError as error:
@@ -244,7 +245,7 @@ class _Run:
     def train(self, on_epoch: OnEpoch | None) -> Path:
         self._restore()
         main = self.ranks.rank == 0
-        silent = self.config.quiet or not main
+        silent = self.config.quiet or self.config.json or not main
         with stop_signals(self._note), Progress(self.config.epochs, self.steps, silent=silent) as progress:
             for epoch in range(len(self.history) + 1, self.config.epochs + 1):
                 record = self._epoch(epoch, progress)
@@ -515,16 +516,22 @@ def _thumbnails(pixels: Tensor) -> Tensor:
 def _interrupted(folder: str) -> str:
     if not Path(folder, "config.yaml").is_file():
         return "interrupted before anything was saved"
-    command = f"{python()} -m hypercontrast.train --resume {folder}"
-    return f"interrupted; {checkpoint.last_good(Path(folder))}; to continue: {command}"
+    resume = f"{command('train')} --resume {folder}"
+    return f"interrupted; {checkpoint.last_good(Path(folder))}; to continue: {resume}"
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    """The run's folder and report, and the line of its last epoch."""
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return {"run_dir": str(folder), "report": str(folder / "report.html"), **last}
 
 
 def _summary(folder: Path) -> str:
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    last = _result(folder)
     return (
         f"{folder}: accuracy {last['accuracy']:.1%}, by class means {last['prototype_accuracy']:.1%},"
         f" distance to the simplex ETF {last['distance_etf']:.3f};"
-        f" pictures: {folder / 'report.html'}"
+        f" pictures: {last['report']}"
     )
 
 

@@ -30,9 +30,8 @@ import copy
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +47,13 @@ from hypercontrast.launch import Ranks, device_of
 from hypercontrast.models import LinearHead
 from hypercontrast.objective import TrainingError
 from hypercontrast.probes import fit_features
-from hypercontrast.progress import Parser, fail
+from hypercontrast.progress import Parser, Progress, command, fail, to_json
 from hypercontrast.workspace import EVALUATION_BATCH
 
 STRENGTHS = tuple(10 ** (power / 2) for power in range(2, -13, -1))
 FOLD = 5  # one of so many pictures of a class is held out
 RESULT = "transfer.json"
+COLUMNS = ("data set", "metric", "value", "l2", "train", "test", "damaged")
 
 Load = Callable[..., TransferSet]  # load(limit, size=, channels=, workers=), as of `hypercontrast.data.transfer`
 Metric = Callable[[Tensor, Tensor], float]
@@ -68,6 +68,7 @@ class Options:
     data_root: str = ""
     workers: int = Config.workers
     limit: int = 0
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         for name in ("workers", "limit"):
@@ -82,43 +83,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted.
     """
     try:
-        transfer(_parse(argv), partial(print, flush=True))
+        options, as_json = _parse(argv)
+        record = transfer(options)
     except (UsageError, CheckpointError) as error:
         return fail(2, str(error))
     except TrainingError as error:
         return fail(1, str(error))
     except KeyboardInterrupt:
         return fail(130, f"interrupted; the data sets that were finished are in {RESULT}")
+    if as_json:
+        print(to_json(record))
+    elif options.quiet:
+        print(table(record))
     return 0
 
 
-def transfer(options: Options, say: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Evaluate a run on other data sets and write RUN/transfer.json after each; returns what was written.
+def transfer(options: Options) -> dict[str, Any]:
+    """Evaluate a run on other data sets, print a line for each unless `quiet`, and write RUN/transfer.json after each.
+
+    Returns what was written.
 
     Keys: epoch (of the checkpoint) and results, a dict from the data set's name to metric, value (a share of 1), l2
     (the strength chosen), train, test (pictures used) and damaged (pictures left out, for they cannot be decoded).
     Results that the file holds already are kept if they are of the same epoch, and replaced where evaluated again.
 
-    say: called with the lines of a table, each as soon as it is known.
-
     Raises UsageError if the run or the data sets cannot be used, CheckpointError if the run has no intact checkpoint,
     TrainingError if its features are not finite.
     """
-    say = say or (lambda line: None)
     config = run_config(options.run)
     loaders, missing = _located(options, options.data_root or config.data_root)
     frozen = restored_network(options.run, device_of(dataclasses.replace(config, gpus=0, cpu_ranks=0)))
     results = _kept(Path(options.run, RESULT), frozen.epoch)
-    for name, reason in missing.items():
-        say(f"{name} is missing: {reason}")
-    say(_row("data set", "metric", "value", "l2", "train", "test", "damaged"))
     record = {"epoch": frozen.epoch, "results": results}
     shape = {"size": frozen.image_size, "channels": frozen.channels}
-    for name, load in loaders.items():
-        result = results[name] = evaluated(name, load(options.limit, **shape, workers=options.workers), frozen)
-        write_atomic(Path(options.run, RESULT), (json.dumps(record, indent=1) + "\n").encode())
-        cells = (f"{result['value']:.2%}", f"{result['l2']:.1e}", result["train"], result["test"], result["damaged"])
-        say(_row(name, result["metric"], *map(str, cells)))
+    with Progress(silent=options.quiet) as progress:
+        for name, reason in missing.items():
+            progress.say(f"{name} is missing: {reason}")
+        progress.say(_row(COLUMNS))
+        for name, load in loaders.items():
+            progress.begin(name)
+            result = results[name] = evaluated(name, load(options.limit, **shape, workers=options.workers), frozen)
+            write_atomic(Path(options.run, RESULT), (json.dumps(record, indent=1) + "\n").encode())
+            progress.say(_result_row(name, result))
     return record
 
 
@@ -277,13 +283,23 @@ def _kept(path: Path, epoch: int) -> dict[str, Any]:
         raise UsageError(f"{path} must hold results of this command: delete it, or move it away") from None
 
 
-def _row(*cells: str) -> str:
+def table(record: Mapping[str, Any]) -> str:
+    """The results in aligned columns, a line a data set."""
+    return "\n".join([_row(COLUMNS), *(_result_row(name, result) for name, result in record["results"].items())])
+
+
+def _result_row(name: str, result: Mapping[str, Any]) -> str:
+    counts = (str(result[key]) for key in ("train", "test", "damaged"))
+    return _row((name, result["metric"], f"{result['value']:.2%}", f"{result['l2']:.1e}", *counts))
+
+
+def _row(cells: Sequence[str]) -> str:
     return "{:<9} {:<15} {:>8} {:>9} {:>7} {:>7} {:>8}".format(*cells)
 
 
-def _parse(argv: Sequence[str] | None) -> Options:
+def parser() -> Parser:
     parser = Parser(
-        prog="python -m hypercontrast.transfer",
+        prog=command("transfer"),
         description="Linear transfer of a frozen run to other data sets. Nothing is downloaded.",
     )
     parser.add_argument("run", metavar="RUN", help="folder written by hypercontrast.train")
@@ -301,8 +317,16 @@ def _parse(argv: Sequence[str] | None) -> Options:
     parser.add_argument(
         "--limit", type=int, default=0, help="use at most this many training and this many test pictures; 0 for all"
     )
-    args = vars(parser.parse_args(argv))
-    return Options(datasets=tuple(args.pop("datasets")), **args)
+    parser.add_output_flags()
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[Options, bool]:
+    """The options, and whether the result is wanted as JSON."""
+    args = vars(parser().parse_args(argv))
+    as_json = args.pop("json")
+    args["quiet"] |= as_json
+    return Options(datasets=tuple(args.pop("datasets")), **args), as_json
 
 
 if __name__ == "__main__":

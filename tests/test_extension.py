@@ -27,7 +27,7 @@ def load_afresh():
 
 
 def forget():
-    _extension._found.cache_clear()
+    _extension.found.cache_clear()
     _extension.load.cache_clear()
 
 
