@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import hypercontrast as hc
-from hypercontrast import config
+from hypercontrast import cli, config
 from hypercontrast.metrics import DESCRIPTIONS
 
 ROOT = Path(__file__).parents[1]
@@ -84,9 +84,20 @@ class Parsed(Exception):
     """The command line was understood."""
 
 
-@pytest.mark.parametrize("line", [*command_lines("python -m ")])
+def test_the_page_of_the_command_names_them_all():
+    page = (ROOT / "docs" / "command.md").read_text()
+    assert re.findall(r"^\| `(\w[\w-]*)` \|", page, flags=re.MULTILINE) == [*cli.COMMANDS]
+    codes = [line.split()[0] for line in cli.EXIT_CODES.splitlines()]
+    assert re.findall(r"^\| (\d+) \|", page, flags=re.MULTILINE) == codes
+
+
+@pytest.mark.parametrize("line", [*command_lines("python -m "), *command_lines("hypercontrast ")])
 def test_commands_parse(line, monkeypatch):
-    _, _, module, *words = (STANDS_FOR.get(word, word) for word in shlex.split(line))
+    words = [STANDS_FOR.get(word, word) for word in shlex.split(line.partition(">")[0])]
+    if words[0] == "hypercontrast":
+        module, words = f"hypercontrast.{cli.COMMANDS[words[1]][0]}", words[2:]
+    else:
+        module, words = words[2], words[3:]
     understand = argparse.ArgumentParser.parse_args
 
     def parse_args(self, given=None, namespace=None):

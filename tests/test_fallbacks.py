@@ -52,15 +52,16 @@ print(json.dumps({"digest": digest.hexdigest(), "worst": worst, "warnings": said
 FINDER = """
 import importlib.abc, importlib.util, sys
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, name):
+        self.name = name
     def find_spec(self, name, path=None, target=None):
-        if name == NAME:
+        if name == self.name:
             return importlib.util.spec_from_loader(name, self)
     def create_module(self, spec):
         return None
     def exec_module(self, module):
         {body}
-NAME = {name!r}
-sys.meta_path.insert(0, Finder())
+sys.meta_path.insert(0, Finder({name!r}))
 """
 
 
@@ -70,7 +71,7 @@ def stands_in(name, body):
 
 
 def missing(name):
-    return stands_in(name, "raise ModuleNotFoundError(f'No module named {NAME!r}', name=NAME)")
+    return stands_in(name, "raise ModuleNotFoundError(f'No module named {self.name!r}', name=self.name)")
 
 
 EXTENSION = "hypercontrast._C"
