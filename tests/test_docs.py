@@ -39,7 +39,12 @@ GIVEN = {
 }
 NOT_RUN: dict[tuple[str, int], str] = {}  # (page, place of the snippet): the reason why it is shown and not run
 PEERS = ("lightly", "pytorch_metric_learning")  # what a snippet compares with, and the tests do without
-STANDS_FOR = {"RUN": "runs/one", "OP": "ntce", "LOSS": "nonl"}  # words that stand for the reader's own
+STANDS_FOR = {
+    "RUN": "runs/one",
+    "OP": "ntce",
+    "LOSS": "nonl",
+    "MODULE:LOSS": "mine:Loss",
+}  # words that stand for the reader's own
 
 
 def blocks(page, language):

@@ -163,6 +163,13 @@ def test_wheel_without_the_extension_is_pure_and_complete(wheel):
     assert unconditional == ["torch>=2.11", "numpy"]
 
 
+def test_the_command_is_installed(wheel, environment):
+    install(environment, wheel)
+    command = environment.parent / "hypercontrast"
+    assert run(command, "--version", cwd=environment.parent) == f"hypercontrast {hc.__version__}\n"
+    assert run(command, "report", "--help", cwd=environment.parent).startswith("usage: hypercontrast report [-h]")
+
+
 def test_wheel_works_in_a_fresh_environment(wheel, environment):
     install(environment, wheel)
     works(environment, environment.parents[1])
