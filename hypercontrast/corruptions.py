@@ -44,7 +44,7 @@ from hypercontrast.data.corrupted import (
 from hypercontrast.data.dataset import Dataset, Pictures, limited_order
 from hypercontrast.evaluate import restored, runnable_config
 from hypercontrast.launch import Ranks, device_of
-from hypercontrast.progress import Parser, Progress, command, fail, to_json
+from hypercontrast.progress import Parser, Progress, command, fail, to_json, working
 from hypercontrast.workspace import Workspace
 
 # AlexNet's top-1 errors on ImageNet-C, averaged over the severities, as the benchmark's authors
@@ -137,7 +137,8 @@ def measure(options: Options) -> dict[str, Any]:
     """
     config = runnable_config(options.run, options.data_root)
     other = _read_record(Path(options.reference)) if options.reference else None
-    workspace, epoch = restored(options.run, config, Ranks(0, 1, device_of(config)))
+    with working(f"reading {config.dataset}", silent=options.quiet):
+        workspace, epoch = restored(options.run, config, Ranks(0, 1, device_of(config)))
     kind = options.source or ("imagenet-c" if config.dataset.startswith("imagenet") else "generated")
     source = _source(kind, options, Path(config.data_root), workspace.dataset)
     record: dict[str, Any] = {

@@ -42,7 +42,7 @@ from hypercontrast.metrics import NeuralCollapse
 from hypercontrast.models import LinearHead, check_model
 from hypercontrast.objective import TrainingError
 from hypercontrast.probes import CosineProbe, Probe, ProbeSettings, fit_probe, train_probe
-from hypercontrast.progress import Parser, Progress, command, fail, to_json
+from hypercontrast.progress import Parser, Progress, command, fail, to_json, working
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
 from hypercontrast.workspace import Embedded, Workspace, load_network, newest_checkpoint
 
@@ -131,7 +131,8 @@ def evaluate(options: Options) -> dict[str, Any]:
         start_ranks(config.ranks, _evaluate_rank, options)
         return json.loads(Path(options.run, RESULT).read_text(encoding="utf-8"))
     with joined(config) as ranks:
-        workspace, epoch = restored(options.run, config, ranks)
+        with working(f"reading {config.dataset}", silent=options.quiet or not is_main()):
+            workspace, epoch = restored(options.run, config, ranks)
         record = _evaluated(options, config, workspace, epoch)
         if ranks.rank == 0:
             content = json.dumps(record, indent=1) + "\n"

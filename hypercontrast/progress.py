@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -98,6 +99,14 @@ class Progress:
             self._bar.console.print(line, highlight=False, markup=False)
         elif not self.silent:
             print(line, flush=True)
+
+
+@contextmanager
+def working(title: str, *, silent: bool) -> Iterator[None]:
+    """A bar on a terminal for work of unknown length, such as reading a data set."""
+    with Progress(silent=silent) as progress:
+        progress.begin(title)
+        yield
 
 
 def epoch_line(record: Mapping[str, Any], epochs: int) -> str:

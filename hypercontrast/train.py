@@ -60,7 +60,7 @@ from hypercontrast.metrics import NeuralCollapse
 from hypercontrast.models import ProjectionHead, check_model
 from hypercontrast.objective import VIEWS, LossRecord, NotFinite, Objective, TrainingError
 from hypercontrast.plan import learning_rate, plan
-from hypercontrast.progress import Progress, command, fail, to_json
+from hypercontrast.progress import Progress, command, fail, to_json, working
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
 from hypercontrast.report import write_report
 from hypercontrast.step import Step, compiles
@@ -138,7 +138,14 @@ def train(config: Config, on_epoch: OnEpoch | None = None) -> Path:
         _start_ranks(config)
         return Path(config.run_dir)
     with joined(config) as ranks:
-        return _Run(ranks.agree(lambda: _placed(config)), ranks).train(on_epoch)
+        config = ranks.agree(lambda: _placed(config))
+        with working(f"reading {config.dataset}", silent=_is_silent(config, ranks)):
+            run = _Run(config, ranks)
+        return run.train(on_epoch)
+
+
+def _is_silent(config: Config, ranks: Ranks) -> bool:
+    return config.quiet or config.json or ranks.rank != 0
 
 
 def prepare(config: Config) -> Config:
@@ -245,8 +252,8 @@ class _Run:
     def train(self, on_epoch: OnEpoch | None) -> Path:
         self._restore()
         main = self.ranks.rank == 0
-        silent = self.config.quiet or self.config.json or not main
-        with stop_signals(self._note), Progress(self.config.epochs, self.steps, silent=silent) as progress:
+        progress = Progress(self.config.epochs, self.steps, silent=_is_silent(self.config, self.ranks))
+        with stop_signals(self._note), progress:
             for epoch in range(len(self.history) + 1, self.config.epochs + 1):
                 record = self._epoch(epoch, progress)
                 self._save(epoch, record)
