@@ -332,9 +332,7 @@ def parser() -> Parser:
 
 def _parse(argv: Sequence[str] | None) -> tuple[Options, bool]:
     """The options, and whether the result is wanted as JSON."""
-    args = vars(parser().parse_args(argv))
-    as_json = args.pop("json")
-    args["quiet"] |= as_json
+    args, as_json = parser().parse_with_output(argv)
     return Options(**args | {name: tuple(args[name]) for name in ("corruptions", "severities")}), as_json
 
 

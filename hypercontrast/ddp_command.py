@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hypercontrast.config import UsageError
 from hypercontrast.ddp_check import check_ddp
-from hypercontrast.progress import Parser, command, fail, to_json
+from hypercontrast.progress import Parser, command, fail, to_json, working
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,19 +24,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted.
     """
     try:
-        args = parser().parse_args(argv)
-        if sys.stderr.isatty() and not (args.quiet or args.json):
-            print(f"starting {args.world_size} ranks and one process alone ...", file=sys.stderr)
-        loss = _named(args.loss)
-        shape = {"dim": args.dim, "num_classes": args.num_classes, "timeout": args.timeout}
-        verdict = check_ddp(loss, args.world_size, **shape)
+        args, as_json = parser().parse_with_output(argv)
+        loss, silent = _named(args.pop("loss")), args.pop("quiet")
+        with working(f"starting {args['world_size']} ranks and one process alone", silent=silent):
+            verdict = check_ddp(loss, **args)
     except (UsageError, ValueError, TypeError) as error:
         return fail(2, str(error))
     except RuntimeError as error:
         return fail(1, str(error))
     except KeyboardInterrupt:
         return fail(130, "interrupted; the ranks were ended")
-    print(to_json(asdict(verdict)) if args.json else verdict)
+    print(to_json(asdict(verdict)) if as_json else verdict)
     return 0 if verdict else 1
 
 

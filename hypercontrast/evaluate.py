@@ -377,10 +377,9 @@ def parser() -> Parser:
 
 def _parse(argv: Sequence[str] | None) -> tuple[Options, bool]:
     """The options, and whether the result is wanted as JSON."""
-    args = vars(parser().parse_args(argv))
-    named, as_json = args.pop("methods"), args.pop("json")
+    args, as_json = parser().parse_with_output(argv)
+    named = args.pop("methods")
     args["nc"] |= named is None
-    args["quiet"] |= as_json
     return Options(methods=tuple(name for name in METHODS if named and name in named), **args), as_json
 
 

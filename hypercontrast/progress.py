@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +49,13 @@ class Parser(argparse.ArgumentParser):
     def add_output_flags(self) -> None:
         self.add_argument("--quiet", action="store_true", help="print the result alone")
         self.add_argument("--json", action="store_true", help="print the result alone, as JSON")
+
+    def parse_with_output(self, argv: Sequence[str] | None) -> tuple[dict[str, Any], bool]:
+        """The arguments by name, `quiet` among them, and whether the result is wanted as JSON, which is quiet too."""
+        args = vars(self.parse_args(argv))
+        as_json = args.pop("json")
+        args["quiet"] |= as_json
+        return args, as_json
 
 
 def to_json(result: Any) -> str:
