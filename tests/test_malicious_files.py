@@ -212,6 +212,13 @@ ALLOWED = {
     ("hypercontrast/ddp_check.py", "pickle.loads"): "of the caller's own loss, in the processes it started",
     ("hypercontrast/_extension.py", "importlib.import_module"): "a constant",
     ("bench/__main__.py", "importlib.import_module"): "a name of SUBCOMMANDS",
+    ("hypercontrast/cli.py", "importlib.import_module"): "a name of COMMANDS",
+    ("hypercontrast/completion.py", "importlib.import_module"): "a name of COMMANDS",
+    ("hypercontrast/doctor.py", "importlib.import_module"): "constants",
+    (
+        "hypercontrast/ddp_command.py",
+        "importlib.import_module",
+    ): "the caller's own loss, by its name on the command line",
 }
 WATCHED = {
     *(f"pickle.{name}" for name in ("load", "loads", "Unpickler")),
