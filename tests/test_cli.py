@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ def started(*words, cwd=ROOT, environment=None, **streams):
         [sys.executable, "-m", "hypercontrast", *words],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **(environment or {})},
+        # As from a prompt: what a shell starts in the background ignores Ctrl-C, and so would all that it starts.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         **streams,
     )
 
@@ -224,7 +227,10 @@ def interrupted(*words, cwd, when):
     while not when() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=TIMEOUT)
+    try:
+        out, err = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.kill()
     return process.returncode, out, err
 
 
