@@ -1,10 +1,16 @@
-"""What a run has left on disk, and whether two have left the same."""
+"""Runs started as from a prompt, what a run has left on disk, and whether two have left the same."""
 
 import json
+import signal
 
 from hypercontrast.checkpoint import load_checkpoint
 
 CLOCK = ("seconds", "samples_per_second")
+
+
+def as_from_a_prompt():
+    """For `preexec_fn`: what a shell starts in the background ignores Ctrl-C, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def records(folder):

@@ -11,10 +11,10 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
+from runs import as_from_a_prompt
 
 from hypercontrast import __version__ as version
 from hypercontrast import cli, completion, config, progress, transfer
@@ -31,8 +31,7 @@ def started(*words, cwd=ROOT, environment=None, **streams):
         [sys.executable, "-m", "hypercontrast", *words],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **(environment or {})},
-        # As from a prompt: what a shell starts in the background ignores Ctrl-C, and so would all that it starts.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=as_from_a_prompt,
         **streams,
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from pictures import make_folder
-from runs import assert_same_run, records
+from runs import as_from_a_prompt, assert_same_run, records
 
 from hypercontrast.checkpoint import load_checkpoint
 
@@ -135,8 +135,9 @@ def test_runs_killed_two_hundred_times_end_as_if_never(tmp_path, pictures, figur
 def stop_when(happened, command, number):
     """Run until then, send the signal to the process group or to the process; returns exit code and what it said."""
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
-    )
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True,
+        preexec_fn=as_from_a_prompt,
+    )  # fmt: skip
     wait_until(happened, process)
     (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
     _, said = process.communicate(timeout=LIMIT)
