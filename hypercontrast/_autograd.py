@@ -75,9 +75,10 @@ def prototype_loss(
         backend == "triton" and alone and reduction != "none" and rule.empty != "error"
         and _launch.loss_follows_lse(len(features), num_classes, features.shape[1], rule.rows, rule.cols)
     ):  # fmt: skip
-        loss, _, _, inv_norms, *_, extremes = _ops.prototype_loss(
+        loss, _, _, _, inv_norms, *_, extremes = _ops.prototype_loss(
             features, prototypes, labels, weight, learned, inv_temperature, ignore_index, rule.rows, rule.cols,
             rule.exclude_own, normalize, rule.empty == "zero", reduction == "mean",
+            _keep_bytes(features, prototypes, temperature),
         )  # fmt: skip
         _checks.watch_labels(labels, num_classes, ignore_index, extremes)
         if class_means is not None:
@@ -101,6 +102,12 @@ def prototype_loss(
             lse_N = logaddexp(col_lse, own_N) if rule.cols else own_N
         loss = _over_samples(rule, lse_N, positives, batch)
     return loss.to(_checks.accumulator(features))
+
+
+def _keep_bytes(*inputs: object) -> int:
+    """What a forward may keep for its backward: nothing where there will be none."""
+    has_backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    return blockwise.memory_budget() if has_backward else 0
 
 
 @dataclass(frozen=True)
@@ -144,10 +151,7 @@ def statistics(
     if rule.rows and group is not None:  # only a row's sum needs to know who else has its class
         counts = all_sum(counts.int(), group).long()  # half the bytes
 
-    needs_grad = torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in (features, prototypes, temperature)
-    )
-    keep_bytes = blockwise.memory_budget() if needs_grad else 0
+    keep_bytes = _keep_bytes(features, prototypes, temperature)
     # Triton has room for as many present classes as there are samples: those of other ranks need not fit.
     listed = counts if not rule.absent and (group is None or backend != "triton") else None
     row_lse, col_lse, positives, inv_norms, _, _ = _ops.lse(

@@ -260,7 +260,8 @@ def prototype_loss(
     normalize: bool,
     zero_empty: bool,
     mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    keep_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss itself, by Triton: `lse` and what _autograd.py makes of it over one process, in three launches.
 
     Args: as of `lse`, and
@@ -269,9 +270,9 @@ def prototype_loss(
         mean: divided by the sum of the samples' weights.
 
     Returns:
-        The loss; what the backward needs, see `kernels.prototype_loss.Forward`: log-sum-exps, inverse norms of
-        features and prototypes, upstream gradients of row_lse, col_lse and positives, the divisor (all fp32); and the
-        smallest and the largest label, ignored ones taken for zero.
+        The loss; what the backward needs, see `kernels.prototype_loss.Forward`: log-sum-exps, positives, inverse norms
+        of features and prototypes, kept exponentials, upstream gradients of row_lse, col_lse and positives, the divisor
+        (all fp32 but what is kept); and the smallest and the largest label, ignored ones taken for zero.
     """
     with torch.autocast(features.device.type, enabled=False):
         _check_values(features, prototypes, labels, temperature, ignore_index)
@@ -279,21 +280,28 @@ def prototype_loss(
             _loss_kernels().launch_fwd(
                 features, prototypes, labels, weight, temperature=widened(temperature, features),
                 inv_temperature=inv_temperature, ignore_index=ignore_index, rows=rows, cols=cols,
-                exclude_own=exclude_own, normalize=normalize, zero_empty=zero_empty, mean=mean,
+                exclude_own=exclude_own, normalize=normalize, zero_empty=zero_empty, mean=mean, keep_bytes=keep_bytes,
             )
         )  # fmt: skip
 
 
 @prototype_loss.register_fake
 def _prototype_loss_fake(
-    features, prototypes, labels, weight, temperature, inv_temperature, ignore_index, rows, cols, *_
+    features, prototypes, labels, weight, temperature, inv_temperature, ignore_index, rows, cols, exclude_own,
+    normalize, zero_empty, mean, keep_bytes,
 ):  # fmt: skip
     n, k = len(features), len(prototypes)
     row_lse, col_lse = (features.new_empty(size, dtype=torch.float32) for size in (k if rows else 0, n if cols else 0))
     per_sample, per_class, scalar = (features.new_empty(shape, dtype=torch.float32) for shape in (n, k, ()))
     like = torch.empty_like
+    shape = _launch.kept_shape(
+        features, prototypes, counts=None, temperature=temperature, inv_temperature=inv_temperature, rows=rows,
+        cols=cols, normalize=normalize, keep_bytes=keep_bytes,
+    )  # fmt: skip
+    kept = features.new_empty(shape, dtype=_launch.kernel_dtype(features))
     return (
-        scalar, row_lse, col_lse, per_sample, per_class, like(row_lse), like(col_lse), like(per_sample), like(scalar),
+        scalar, row_lse, col_lse, like(per_sample), per_sample, per_class, kept,
+        like(row_lse), like(col_lse), like(per_sample), like(scalar),
         labels.new_empty(2),
     )  # fmt: skip
 
@@ -307,8 +315,10 @@ def prototype_loss_backward(
     labels: Tensor,
     row_lse: Tensor,
     col_lse: Tensor,
+    positives: Tensor,
     inv_norm_features: Tensor,
     inv_norm_prototypes: Tensor,
+    kept: Tensor,
     grad_row: Tensor,
     grad_col: Tensor,
     grad_pos: Tensor,
@@ -326,7 +336,7 @@ def prototype_loss_backward(
             features, None, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize
         )
         return _kernels().launch_bwd(
-            features, prototypes, labels, row_lse, col_lse, None, inv_norm_features, inv_norm_prototypes, None,
+            features, prototypes, labels, row_lse, col_lse, positives, inv_norm_features, inv_norm_prototypes, kept,
             grad_row, grad_col, grad_pos, **options, factor=(grad_loss, divisor),
         )  # fmt: skip
 
@@ -352,7 +362,7 @@ def _prototype_loss_setup_context(ctx, inputs, output) -> None:
 def _prototype_loss_autograd(ctx, grad_loss, *_unused):
     *tensors, temperature = ctx.saved_tensors
     grad_features, grad_prototypes, radial = prototype_loss_backward(
-        grad_loss, *tensors, temperature, *ctx.options[:-2]
+        grad_loss, *tensors, temperature, *ctx.options[:-3]
     )  # fmt: skip
     grad_temperature = None
     if temperature is not None:

@@ -20,8 +20,10 @@ TARGET_PROGRAMS = 264
 SCRATCH_BYTES = 64 * 2**20
 COMPACT_FLOP = 2**33
 MAX_LOSS_COMPARISONS = 2**26
+MAX_COMPARISONS = 2**22  # to count the samples of classes by: past it a histogram, which is one launch more
 COMBINE_BLOCKS = {"BLOCK_S": 32, "BLOCK_R": 64, "num_warps": 4}
 RANGE_BLOCKS = {"BLOCK": 4096, "num_warps": 8}
+COLUMN_BLOCKS = {"BLOCK": 256, "num_warps": 4}
 TOTALS_BLOCKS = {"BLOCK_B": 256, "num_warps": 4}
 CHUNK_COLUMNS = 8192
 
@@ -179,6 +181,11 @@ def wide_config(tables: dict[int, Wide], x: Tensor, num_columns: int) -> Config:
     return table[itemsize, tiles < TARGET_PROGRAMS // 4]
 
 
+def padded_columns(count: int) -> int:
+    """A multiple of every tile's columns."""
+    return cdiv(count, 256) * 256
+
+
 def row_blocks(dim: int) -> dict[str, int]:
     """About 2048 elements a program, for kernels that go over rows and keep only a number of each.
 
@@ -253,13 +260,12 @@ def _keeping_pays(num_samples: int, num_classes: int, dim: int, rows: bool, cols
 
 
 def loss_follows_lse(num_samples: int, num_classes: int, dim: int, rows: bool, cols: bool) -> bool:
-    """Whether the kernel of the loss takes the batch: where its comparisons of every sample with every class are cheap,
-    where no absent classes are to be skipped, and where no exponentials are worth keeping. A rule of shapes alone.
+    """Whether the kernel of the loss takes the batch: where no absent classes are to be skipped, and where sums along
+    both sides need few comparisons of every sample with every class. A rule of shapes alone.
     """
-    if _keeping_pays(num_samples, num_classes, dim, rows, cols):
-        return False
-    few = num_samples * num_classes <= MAX_LOSS_COMPARISONS
-    return not rows or (few and (cols or not skips_absent_classes(num_samples, num_classes, dim)))
+    if rows and cols:
+        return num_samples * num_classes <= MAX_LOSS_COMPARISONS
+    return not rows or not skips_absent_classes(num_samples, num_classes, dim)
 
 
 def chunks(num_rows: int, num_columns: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
@@ -294,7 +300,8 @@ def cdiv(a: int, b: int) -> int:
 def split_count(row_blocks: int, column_tiles: int, bytes_a_split: int, waves: int = 1) -> int:
     """How many programs share a block of rows: enough to fill a GPU, few enough that the partial results stay small."""
     programs = waves * TARGET_PROGRAMS
-    wanted = min(cdiv(programs, max(row_blocks, 1)), SCRATCH_BYTES // max(bytes_a_split, 1), column_tiles)
+    # Rounded down: a program more than a GPU holds would take a time of its own.
+    wanted = min(programs // max(row_blocks, 1), SCRATCH_BYTES // max(bytes_a_split, 1), column_tiles)
     return cdiv(column_tiles, cdiv(column_tiles, max(wanted, 1))) if column_tiles else 1
 
 

@@ -20,7 +20,7 @@ def load_classes(
     labels_ptr,
     present_ptr,
     num_classes,
-    ignore_index,
+    ignored_class,
     OF_CLASSES: tl.constexpr,
     COMPACT: tl.constexpr,
 ):
@@ -35,10 +35,16 @@ def load_classes(
         else:
             return tl.where(inside, index, -2)
     else:
-        # ignore_index and the range are compared in int64: a label of 2^40 is no class, narrowed it would be class 0.
-        label = tl.load(labels_ptr + index, mask=inside, other=-1)
-        valid = (label != ignore_index) & (label >= 0) & (label < num_classes)
-        return tl.where(valid, label, -1).to(tl.int32)
+        return class_of(tl.load(labels_ptr + index, mask=inside, other=-1), num_classes, ignored_class)
+
+
+@triton.jit
+def class_of(label, num_classes, ignored_class):
+    """The class of int64 labels, int32; -1 for ignored ones and for those that are no class."""
+    # The range is compared in 64 bits, unsigned: 2^40 is no class, narrowed it would be class 0. What is left is small.
+    within = label.to(tl.uint64, bitcast=True) < num_classes
+    narrow = label.to(tl.int32)
+    return tl.where(within & (narrow != ignored_class), narrow, -1)
 
 
 @triton.jit
@@ -80,11 +86,13 @@ class Operands:
     prototypes: Tensor  # [K, D]
     labels: Tensor  # [N]
     present: Present | None
+    ignored_class: int  # -1 where ignore_index is no class, so that the range alone leaves it out
 
     def class_arguments(self) -> dict:
-        """How the kernels tell which class a row of prototypes is."""
+        """How the kernels tell which class a row of prototypes, or a sample, is of."""
         return {
             "num_classes": len(self.prototypes),
+            "ignored_class": self.ignored_class,
             "present_ptr": None if self.present is None else self.present.classes.to(torch.int32),
             "num_present_ptr": None if self.present is None else self.present.count,
             "COMPACT": self.present is not None,
@@ -93,9 +101,8 @@ class Operands:
 
 @dataclass(frozen=True)
 class Options(Scaling):
-    ignore_index: int
     exclude_own: bool
 
     def scalars(self) -> dict[str, Any]:
         """The arguments every kernel over logits takes."""
-        return {**self.arguments(), "ignore_index": self.ignore_index, "EXCLUDE_OWN": self.exclude_own}
+        return {**self.arguments(), "EXCLUDE_OWN": self.exclude_own}

@@ -9,13 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def exp(x):
-    return tl.exp2(x * _LOG2E)
+    return tl.exp2(x * LOG2E)
 
 
 @triton.jit
@@ -96,4 +96,4 @@ def add_exponentials(maximum, total, logits, AXIS: tl.constexpr, FIXED_SHIFT: tl
 @triton.jit
 def log_sum(maximum, total):
     """Logits and their sums stay in nats: see `logits` of the loss families."""
-    return maximum + tl.log2(total) * _LN2
+    return maximum + tl.log2(total) * LN2

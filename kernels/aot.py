@@ -34,7 +34,7 @@ _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 _GRADIENTS = {"grad_ptr", "a_grad_ptr"}
 _ALWAYS_ALIGNED = _OPERANDS | _GRADIENTS | {"b_grad_ptr", "partials_ptr", "a_partials_ptr", "b_partials_ptr", "D"}
 _NEVER_SPECIALIZED = {
-    "ignore_index", "row_start", "inv_temperature", "offset", "first_class", "last_class",
+    "ignore_index", "ignored_class", "row_start", "inv_temperature", "offset", "first_class", "last_class",
     "mask_row_step", "mask_col_step",
     "row_mask_row_step", "row_mask_col_step", "col_mask_row_step", "col_mask_col_step",
 }  # fmt: skip
@@ -52,10 +52,13 @@ _BYTES = {"mask_ptr", "row_mask_ptr", "col_mask_ptr"}
 # Pointers that are None unless all flags named are set, or, after a minus, are not.
 _OPTIONAL = {
     "temperature_ptr": "HAS_TEMPERATURE",
+    "sample_columns_ptr": "COLUMNS_OF_SAMPLES",
+    "class_columns_ptr": "COLUMNS_OF_CLASSES",
     "range_ptr": "HAS_RANGE",
     "upstream_ptr": "HAS_FACTOR",
     "divisor_ptr": "HAS_FACTOR",
     "weight_ptr": "HAS_WEIGHT",
+    "counts_ptr": "HAS_COUNTS",
     "row_partials_ptr": "HAS_ROWS",
     "col_partials_ptr": "HAS_COLS",
     "present_ptr": "COMPACT",
@@ -67,6 +70,8 @@ _OPTIONAL = {
     "row_lse_ptr": "HAS_ROWS",
     "grad_row_ptr": "HAS_ROWS",
     "col_lse_ptr": "HAS_COLS BOTH",
+    "sample_range_ptr": "HAS_RANGE",
+    "class_range_ptr": "HAS_RANGE",
     "grad_col_ptr": "HAS_COLS",
     "partials_ptr": "SPLIT",
     "kept_ptr": "KEPT",
@@ -406,8 +411,12 @@ def _over_rows() -> Iterator[AotConfiguration]:
                 "class_positives", pair_forward._class_positives_kernel, dtype, {**temperature, **blocks}
             )
             for normalize in (False, True):
-                meta = {**temperature, "NORMALIZE": normalize, **blocks}
-                yield _configuration("inverse_norms", prototype_forward._inverse_norms_kernel, dtype, meta)
+                for of_samples, of_classes in ((True, False), (False, True), (True, True)):
+                    columns = {"COLUMNS_OF_SAMPLES": of_samples, "COLUMNS_OF_CLASSES": of_classes}
+                    columns["LOG2"] = dtype != torch.float32 and normalize and not tensor_temperature
+                    for counts in (False, True)[: 1 + of_samples]:
+                        meta = {**temperature, **columns, "HAS_COUNTS": counts, "NORMALIZE": normalize, **blocks}
+                        yield _configuration("inverse_norms", prototype_forward._inverse_norms_kernel, dtype, meta)
                 choices = itertools.product(ranges, (False, True), {None, _other_grad_dtype(dtype)})
                 for has_range, factor, grad_dtype in choices:
                     flags = {"HAS_RANGE": has_range, "HAS_FACTOR": factor, "NORMALIZE": normalize}
@@ -442,7 +451,18 @@ def _loss() -> Iterator[AotConfiguration]:
         blocks = _launch.loss_blocks(num_classes, joins)
         for (rows, cols), weight, zero_empty, mean in itertools.product(sides, *[(False, True)] * 3):
             flags = {"HAS_ROWS": rows, "HAS_COLS": cols, "HAS_WEIGHT": weight, "ZERO_EMPTY": zero_empty, "MEAN": mean}
-            yield _configuration("loss", prototype_loss._loss_kernel, torch.float32, {**flags, **blocks})
+            for counts in (False, True)[: 1 + (rows and not cols)]:
+                meta = {**flags, "HAS_COUNTS": counts, **blocks}
+                yield _configuration("loss", prototype_loss._loss_kernel, torch.float32, meta)
+    for (rows, cols, _), (tensor_temperature, has_range) in itertools.product(
+        _RULES, itertools.product((False, True), repeat=2)
+    ):
+        for compact in (False, True)[: 1 + (rows and not cols)]:
+            meta = {
+                "HAS_ROWS": rows, "HAS_COLS": cols, "HAS_TEMPERATURE": tensor_temperature, "HAS_RANGE": has_range,
+                "COMPACT": compact, **_launch.COLUMN_BLOCKS,
+            }  # fmt: skip
+            yield _configuration("columns", prototype_backward._columns_kernel, torch.float32, meta)
     for mean in (False, True):
         meta = {"MEAN": mean, **_launch.TOTALS_BLOCKS}
         yield _configuration("totals", prototype_loss._totals_kernel, torch.float32, meta)

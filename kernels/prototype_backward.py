@@ -13,7 +13,7 @@ from . import _launch
 from ._epilogue import Gradient, finish, fp16_range, load_factor, mm_fp32
 from ._launch import cdiv
 from ._prototype_tiles import Operands, Options, class_logits, load_classes
-from ._tiles import exp, load_inverse_temperature, load_rows, product, split_range
+from ._tiles import LOG2E, exp, load_inverse_temperature, load_rows, product, split_range
 
 
 @triton.jit
@@ -88,17 +88,101 @@ def _with_positives(grads_RC, class_R, class_C, positive_RC, EXCLUDE_OWN: tl.con
     return tl.where((class_R >= 0)[:, None] & (class_C >= 0)[None, :], grads_RC, 0.0)
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit
+def _store_columns(
+    columns_ptr, column, padded, inv, scale, label, positive, lse_ptr, grad_ptr, inside, fp16_range,
+    HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    there = column < padded
+    addend = tl.where(label >= 0, tl.log2(inv), float("-inf"))
+    tl.store(columns_ptr + column, scale, mask=there)
+    tl.store(columns_ptr + padded + column, label.to(tl.float32, bitcast=True), mask=there)
+    tl.store(columns_ptr + 2 * padded + column, positive * inv, mask=there)
+    tl.store(columns_ptr + 3 * padded + column, addend, mask=there)
+    if HAS_LSE:
+        lse, grad = _load_side(lse_ptr, grad_ptr, column, inside, True)
+        tl.store(columns_ptr + 4 * padded + column, grad * fp16_range, mask=there)
+        tl.store(columns_ptr + 5 * padded + column, addend - lse * LOG2E, mask=there)
+
+
+@triton.jit(do_not_specialize=["ignored_class"])
+def _columns_kernel(
+    inv_z_ptr,  # [N] fp32
+    inv_w_ptr,  # [R] fp32, and so are all vectors over (present) classes
+    labels_ptr,
+    row_lse_ptr,
+    col_lse_ptr,
+    grad_row_ptr,
+    grad_col_ptr,
+    grad_pos_ptr,
+    temperature_ptr,
+    present_ptr,
+    num_present_ptr,
+    sample_range_ptr,  # scales of fp16 where samples, or classes, are the columns, when HAS_RANGE
+    class_range_ptr,
+    sample_columns_ptr,  # [6, padded_N] fp32
+    class_columns_ptr,  # [6, padded_R] fp32
+    N,
+    R,
+    padded_N,
+    padded_R,
+    num_classes,
+    ignored_class,
+    inv_temperature,
+    HAS_ROWS: tl.constexpr,
+    HAS_COLS: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_RANGE: tl.constexpr,
+    COMPACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What the tiles read of each column, ready for use: every thread of theirs holds few rows of many columns.
+
+    Of column j with inverse norm i, class y, upstream gradient g and log-sum-exp l of its own side:
+    0 what makes its dot products logits in units of log 2; 1 y, int32 bits, negative where it takes no part; 2 i times
+    its positive's gradient (classes: i); 3 log2 i, or -inf where it takes no part; 4 g; 5 the third less l. Weights of
+    the product are G∘i, so that i joins the exponents. What is past the last column is written as of no class.
+    """
+    block = tl.program_id(0)
+    sample_blocks = padded_N // BLOCK
+    fp16_range = 1.0
+    if block < sample_blocks:
+        row = block * BLOCK + tl.arange(0, BLOCK)
+        inside = row < N
+        if HAS_RANGE:
+            fp16_range = tl.load(sample_range_ptr)
+        inv = tl.load(inv_z_ptr + row, mask=inside, other=0.0)
+        label = load_classes(row, N, labels_ptr, None, num_classes, ignored_class, False, False)
+        positive = tl.load(grad_pos_ptr + row, mask=inside, other=0.0) * fp16_range
+        _store_columns(
+            sample_columns_ptr, row, padded_N, inv, inv, label, positive, col_lse_ptr, grad_col_ptr, inside, fp16_range,
+            HAS_COLS,
+        )  # fmt: skip
+    else:
+        row = (block - sample_blocks) * BLOCK + tl.arange(0, BLOCK)
+        if COMPACT:
+            R = tl.load(num_present_ptr)
+        inside = row < R
+        if HAS_RANGE:
+            fp16_range = tl.load(class_range_ptr)
+        inv = tl.load(inv_w_ptr + row, mask=inside, other=0.0)
+        label = load_classes(row, R, labels_ptr, present_ptr, num_classes, ignored_class, True, COMPACT)
+        inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
+        _store_columns(
+            class_columns_ptr, row, padded_R, inv, inv * (inv_temp * LOG2E), label, 1.0, row_lse_ptr, grad_row_ptr,
+            inside, fp16_range, HAS_ROWS,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["ignored_class"])
 def _lse_bwd_kernel(
     a_ptr,  # [R, D] operand whose gradient this program sums
     b_ptr,  # [C, D]
     inv_a_ptr,
-    inv_b_ptr,
+    columns_ptr,  # [6, padded C] fp32 of B, see `_columns_kernel`
     labels_ptr,  # [N] int64
     lse_a_ptr,  # fp32, one a row of A, when HAS_A
-    lse_b_ptr,  # fp32, one a row of B, when HAS_B
     grad_a_ptr,  # upstream gradient of lse_a
-    grad_b_ptr,
     grad_pos_ptr,  # [N] fp32
     temperature_ptr,
     present_ptr,
@@ -112,11 +196,12 @@ def _lse_bwd_kernel(
     R,
     C,
     D,
+    padded_C,
     num_classes,
     stride_a,
     stride_b,
     stride_partials,
-    ignore_index,
+    ignored_class,
     inv_temperature,
     A_IS_CLASSES: tl.constexpr,
     EXCLUDE_OWN: tl.constexpr,
@@ -142,39 +227,45 @@ def _lse_bwd_kernel(
         return
     row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside_R = row_R < R
-    class_R = load_classes(row_R, R, labels_ptr, present_ptr, num_classes, ignore_index, A_IS_CLASSES, COMPACT)
+    class_R = load_classes(row_R, R, labels_ptr, present_ptr, num_classes, ignored_class, A_IS_CLASSES, COMPACT)
     inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
     inv_a_R = tl.load(inv_a_ptr + row_R, mask=inside_R, other=0.0)
-    lse_R, grad_R = _load_side(lse_a_ptr, grad_a_ptr, row_R, inside_R, HAS_A)
-    a_RD = load_rows(a_ptr, row_R, inside_R, stride_a, 0, D, BLOCK_D)
-    if not A_IS_CLASSES:
-        positive_R = tl.load(grad_pos_ptr + row_R, mask=inside_R, other=0.0)
+    scale_R = inv_a_R
+    if A_IS_CLASSES:
+        scale_R *= inv_temp * LOG2E
     fp16_range = 1.0
     if HAS_RANGE:
         fp16_range = tl.load(range_ptr)
+    lse_R, grad_R = _load_side(lse_a_ptr, grad_a_ptr, row_R, inside_R, HAS_A)
+    lse_R *= LOG2E
+    grad_R *= fp16_range
+    a_RD = load_rows(a_ptr, row_R, inside_R, stride_a, 0, D, BLOCK_D)
+    if not A_IS_CLASSES:
+        positive_R = tl.load(grad_pos_ptr + row_R, mask=inside_R, other=0.0) * fp16_range
 
     sum_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     first, last = split_range(tl.program_id(1), tl.num_programs(1), C, BLOCK_C)
     for start in range(first, last, BLOCK_C):
         row_C = start + tl.arange(0, BLOCK_C)
-        inside_C = row_C < C
-        class_C = load_classes(row_C, C, labels_ptr, present_ptr, num_classes, ignore_index, not A_IS_CLASSES, COMPACT)
-        b_CD = load_rows(b_ptr, row_C, inside_C, stride_b, 0, D, BLOCK_D)
-        inv_b_C = tl.load(inv_b_ptr + row_C, mask=inside_C, other=0.0)
-        lse_C, grad_C = _load_side(lse_b_ptr, grad_b_ptr, row_C, inside_C, HAS_B)
-        if A_IS_CLASSES:
-            positive_RC = tl.load(grad_pos_ptr + row_C, mask=inside_C, other=0.0)[None, :]
-        else:
-            positive_RC = positive_R[:, None]
+        b_CD = load_rows(b_ptr, row_C, row_C < C, stride_b, 0, D, BLOCK_D)
+        column_C = columns_ptr + row_C
+        scale_C, own_C = tl.load(column_C), tl.load(column_C + 2 * padded_C)
+        class_C = tl.load(column_C + padded_C).to(tl.int32, bitcast=True)
         dots_RC = tl.dot(a_RD, b_CD.T, input_precision=INPUT_PRECISION)
-        logits_RC = class_logits(dots_RC, inv_a_R, inv_b_C, inv_temp, A_IS_CLASSES)
-        grads_RC = _logit_grads(
-            logits_RC, class_R, class_C, lse_R, grad_R, lse_C, grad_C, positive_RC, HAS_A, HAS_B, EXCLUDE_OWN
-        )
-        weights_RC = (grads_RC * (inv_b_C * fp16_range)[None, :]).to(b_CD.dtype)
-        sum_RD = tl.dot(weights_RC, b_CD, sum_RD, input_precision=INPUT_PRECISION)
+        scale_RC = scale_R[:, None] * scale_C[None, :]
+        if HAS_A:
+            addend_C = tl.load(column_C + 3 * padded_C)
+            weights_RC = grad_R[:, None] * tl.exp2(dots_RC * scale_RC + (addend_C[None, :] - lse_R[:, None]))
+        if HAS_B:
+            grad_C, addend_C = tl.load(column_C + 4 * padded_C), tl.load(column_C + 5 * padded_C)
+            of_B_RC = grad_C[None, :] * tl.exp2(dots_RC * scale_RC + addend_C[None, :])
+            weights_RC = weights_RC + of_B_RC if HAS_A else of_B_RC
+        positive_RC = own_C[None, :] if A_IS_CLASSES else positive_R[:, None] * own_C[None, :]
+        own_RC = class_R[:, None] == class_C[None, :]
+        weights_RC = tl.where(own_RC, positive_RC if EXCLUDE_OWN else weights_RC + positive_RC, weights_RC)
+        sum_RD = tl.dot(weights_RC.to(b_CD.dtype), b_CD, sum_RD, input_precision=INPUT_PRECISION)
 
-    sum_RD *= (inv_a_R / fp16_range)[:, None]
+    sum_RD = tl.where((class_R >= 0)[:, None], sum_RD * (inv_a_R / fp16_range)[:, None], 0.0)
     depth = tl.arange(0, BLOCK_D)
     inside_RD = inside_R[:, None] & (depth < D)[None, :]
     start_R = row_R.to(tl.int64) * D
@@ -191,7 +282,7 @@ def _lse_bwd_kernel(
         tl.store(radial_ptr + row_R, radial_R * factor, mask=inside_R)
 
 
-@triton.jit(do_not_specialize=["ignore_index", "row_start"])
+@triton.jit(do_not_specialize=["ignored_class", "row_start"])
 def _lse_bwd_tile_kernel(
     w_ptr,  # [R, D]: this chunk of classes, and so are all vectors over classes but present_ptr
     z_ptr,  # [C, D]: this chunk of samples, and so are all vectors over samples
@@ -219,7 +310,7 @@ def _lse_bwd_tile_kernel(
     stride_z,
     stride_kept,
     stride_h,
-    ignore_index,
+    ignored_class,
     inv_temperature,
     HAS_ROWS: tl.constexpr,
     HAS_COLS: tl.constexpr,
@@ -245,9 +336,9 @@ def _lse_bwd_tile_kernel(
         )  # a block of absent classes: no product
     inside_R, inside_C = row_R < members, row_C < C
     class_R = load_classes(
-        row_start + row_R, row_start + members, labels_ptr, present_ptr, num_classes, ignore_index, True, COMPACT
+        row_start + row_R, row_start + members, labels_ptr, present_ptr, num_classes, ignored_class, True, COMPACT
     )
-    class_C = load_classes(row_C, C, labels_ptr, present_ptr, num_classes, ignore_index, False, COMPACT)
+    class_C = load_classes(row_C, C, labels_ptr, present_ptr, num_classes, ignored_class, False, COMPACT)
     inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
     if not KEPT:
         dots_RC = product(
@@ -304,15 +395,62 @@ class Kept:
 
 
 def narrow(operands: Operands, options: Options, classes: Side, samples: Side, grad_pos: Tensor) -> None:
-    of_classes = _launch_narrow(operands, options, classes, samples, grad_pos, a_is_classes=True)
-    of_samples = _launch_narrow(operands, options, samples, classes, grad_pos, a_is_classes=False)
-    split = [(side, part) for side, part in ((classes, of_classes), (samples, of_samples)) if part is not None]
+    columns, ranges = _columns(operands, options, classes, samples, grad_pos)
+    parts = [
+        _launch_narrow(operands, options, a, b, grad_pos, of_b, weights_range, a_is_classes=a is classes)
+        for a, b, of_b, weights_range in zip((classes, samples), (samples, classes), columns, ranges, strict=True)
+    ]
+    split = [(side, part) for side, part in zip((classes, samples), parts, strict=True) if part is not None]
     if split:
         finish(options, None, *split)  # the kernel has undone the scale of fp16
 
 
+def _columns(
+    operands: Operands, options: Options, classes: Side, samples: Side, grad_pos: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+    """What the tiles read of samples and of classes as columns, and the scales of fp16 of these two."""
+    upstream = classes.upstream, samples.upstream, grad_pos
+    ranges = tuple(fp16_range(samples.x.dtype, upstream, side.inv) for side in (samples, classes))
+    counts = len(samples.x), len(classes.x)
+    padded = tuple(map(_launch.padded_columns, counts))
+    columns = tuple(grad_pos.new_empty(6, size) for size in padded)
+    _columns_kernel[(sum(padded) // _launch.COLUMN_BLOCKS["BLOCK"],)](
+        inv_z_ptr=samples.inv,
+        inv_w_ptr=classes.inv,
+        labels_ptr=operands.labels,
+        row_lse_ptr=classes.lse,
+        col_lse_ptr=samples.lse,
+        grad_row_ptr=classes.upstream,
+        grad_col_ptr=samples.upstream,
+        grad_pos_ptr=grad_pos,
+        sample_range_ptr=ranges[0],
+        class_range_ptr=ranges[1],
+        sample_columns_ptr=columns[0],
+        class_columns_ptr=columns[1],
+        N=counts[0],
+        R=counts[1],
+        padded_N=padded[0],
+        padded_R=padded[1],
+        HAS_ROWS=classes.lse is not None,
+        HAS_COLS=samples.lse is not None,
+        HAS_RANGE=ranges[0] is not None,
+        **operands.class_arguments(),
+        **options.arguments(),
+        **_launch.COLUMN_BLOCKS,
+    )
+    return columns, ranges
+
+
 def _launch_narrow(
-    operands: Operands, options: Options, a: Side, b: Side, grad_pos: Tensor, *, a_is_classes: bool
+    operands: Operands,
+    options: Options,
+    a: Side,
+    b: Side,
+    grad_pos: Tensor,
+    columns: Tensor,
+    weights_range: Tensor | None,
+    *,
+    a_is_classes: bool,
 ) -> Tensor | None:
     """dA, by recomputing the logits; or, when splits share its columns, their parts of P [S, R, D]."""
     num_rows, (num_columns, dim) = len(a.x), b.x.shape
@@ -320,19 +458,16 @@ def _launch_narrow(
     config = _launch.narrow_config(_launch.BACKWARD_NARROW_CROWDED if crowded else _launch.BACKWARD_NARROW, a.x)
     row_blocks = cdiv(num_rows, config.block_r)
     splits = _launch.split_count(row_blocks, cdiv(num_columns, config.block_c), 4 * num_rows * dim)
-    weights_range = fp16_range(a.x.dtype, (a.upstream, b.upstream, grad_pos), b.inv)
     new = torch.empty if operands.present is None else torch.zeros  # rows of absent classes are not visited
     partials = new(splits, num_rows, dim, device=a.x.device) if splits > 1 else None
     _lse_bwd_kernel[(row_blocks, splits)](
         a_ptr=a.x,
         b_ptr=b.x,
         inv_a_ptr=a.inv,
-        inv_b_ptr=b.inv,
+        columns_ptr=columns,
         labels_ptr=operands.labels,
         lse_a_ptr=a.lse,
-        lse_b_ptr=b.lse,
         grad_a_ptr=a.upstream,
-        grad_b_ptr=b.upstream,
         grad_pos_ptr=grad_pos,
         range_ptr=weights_range,
         grad_ptr=a.grad,
@@ -341,6 +476,7 @@ def _launch_narrow(
         R=num_rows,
         C=num_columns,
         D=dim,
+        padded_C=columns.shape[1],
         stride_a=a.x.stride(0),
         stride_b=b.x.stride(0),
         stride_partials=num_rows * dim,

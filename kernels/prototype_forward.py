@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,7 @@ from ._epilogue import MAX_FIXED_SHIFT, combine
 from ._launch import cdiv
 from ._prototype_tiles import Operands, Options, class_logits, load_classes
 from ._tiles import (
+    LOG2E,
     add_exponentials,
     empty_sum,
     exp,
@@ -24,7 +27,7 @@ from ._tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignored_class"])
 def _inverse_norms_kernel(
     features_ptr,  # [N, D]
     prototypes_ptr,  # [K, D]
@@ -33,30 +36,40 @@ def _inverse_norms_kernel(
     inv_features_ptr,  # [N] fp32
     inv_prototypes_ptr,  # [K] fp32
     positives_ptr,  # [N] fp32
+    sample_columns_ptr,  # [3, padded N] fp32, see `Columns`, when COLUMNS_OF_SAMPLES
+    class_columns_ptr,  # [3, padded K] fp32 when COLUMNS_OF_CLASSES
+    counts_ptr,  # [K] int32, added to, when HAS_COUNTS
     N,
     K,
     D,
+    padded_N,
+    padded_K,
     stride_features,
     stride_prototypes,
-    ignore_index,
+    ignored_class,
     inv_temperature,
+    COLUMNS_OF_SAMPLES: tl.constexpr,
+    COLUMNS_OF_CLASSES: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+    LOG2: tl.constexpr,  # logits of the columns are wanted in units of log 2
     HAS_TEMPERATURE: tl.constexpr,
     NORMALIZE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Inverse norms of both operands, and every sample's positive.
+    """Inverse norms of both operands, every sample's positive, and what the tiles read of each column.
 
     A positive is a product of two rows, read here once; finding it in the tiles of the log-sum-exp would cost each
     tile a reduction across its rows. A label indexes memory only after it was found to lie in [0, K).
     """
-    feature_blocks = tl.cdiv(N, BLOCK_R)
+    feature_blocks = tl.cdiv(padded_N, BLOCK_R)
     block = tl.program_id(0)
+    inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
     squares_R = tl.zeros((BLOCK_R,), tl.float32)
     if block < feature_blocks:
         sample_R = block * BLOCK_R + tl.arange(0, BLOCK_R)
         inside_R = sample_R < N
-        label_R = load_classes(sample_R, N, labels_ptr, None, K, ignore_index, False, False)
+        label_R = load_classes(sample_R, N, labels_ptr, None, K, ignored_class, False, False)
         has_label_R = label_R >= 0
         products_R = tl.zeros((BLOCK_R,), tl.float32)
         own_squares_R = tl.zeros((BLOCK_R,), tl.float32)
@@ -67,25 +80,39 @@ def _inverse_norms_kernel(
             own_squares_R += tl.sum(w_RD * w_RD, axis=1)
             products_R += tl.sum(z_RD * w_RD, axis=1)
         inv_R = inverse(squares_R, NORMALIZE)
-        inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
         positives_R = products_R * inv_R * inverse(own_squares_R, NORMALIZE) * inv_temp
         tl.store(inv_features_ptr + sample_R, inv_R, mask=inside_R)
         tl.store(positives_ptr + sample_R, tl.where(has_label_R, positives_R, 0.0), mask=inside_R)
+        if HAS_COUNTS:
+            tl.atomic_add(counts_ptr + label_R, 1, mask=has_label_R, sem="relaxed")  # whole numbers: any order will do
+        if COLUMNS_OF_SAMPLES:
+            _store_columns(sample_columns_ptr, sample_R, padded_N, inv_R, label_R)
     else:
         class_R = (block - feature_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
         inside_R = class_R < K
         for d in range(0, D, BLOCK_D):
             w_RD = load_rows(prototypes_ptr, class_R, inside_R, stride_prototypes, d, D, BLOCK_D).to(tl.float32)
             squares_R += tl.sum(w_RD * w_RD, axis=1)
-        tl.store(inv_prototypes_ptr + class_R, inverse(squares_R, NORMALIZE), mask=inside_R)
+        inv_R = inverse(squares_R, NORMALIZE)
+        tl.store(inv_prototypes_ptr + class_R, inv_R, mask=inside_R)
+        if COLUMNS_OF_CLASSES:
+            scale_R = inv_R * (inv_temp * LOG2E if LOG2 else inv_temp)
+            _store_columns(class_columns_ptr, class_R, padded_K, scale_R, tl.where(inside_R, class_R, -2))
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit
+def _store_columns(columns_ptr, column, padded, scale, label):
+    tl.store(columns_ptr + column, scale, mask=column < padded)
+    tl.store(columns_ptr + padded + column, label.to(tl.float32, bitcast=True), mask=column < padded)
+    tl.store(columns_ptr + 2 * padded + column, tl.where(label >= 0, 0.0, float("-inf")), mask=column < padded)
+
+
+@triton.jit(do_not_specialize=["ignored_class"])
 def _lse_fwd_kernel(
     a_ptr,  # [R, D] operand whose rows are summed over B
     b_ptr,  # [C, D]
     inv_a_ptr,  # fp32, one a row of A
-    inv_b_ptr,  # fp32, one a row of B
+    columns_ptr,  # [3, padded C] fp32 of B, see `Columns`
     labels_ptr,  # [N] int64
     temperature_ptr,  # [1] fp32 when HAS_TEMPERATURE
     present_ptr,  # [R] int32, the class of each row, present ones first, when COMPACT
@@ -95,10 +122,11 @@ def _lse_fwd_kernel(
     R,
     C,
     D,
+    padded_C,
     num_classes,
     stride_a,
     stride_b,
-    ignore_index,
+    ignored_class,
     inv_temperature,
     A_IS_CLASSES: tl.constexpr,
     EXCLUDE_OWN: tl.constexpr,
@@ -119,9 +147,11 @@ def _lse_fwd_kernel(
         return
     row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside_R = row_R < R
-    class_R = load_classes(row_R, R, labels_ptr, present_ptr, num_classes, ignore_index, A_IS_CLASSES, COMPACT)
-    inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
-    inv_a_R = tl.load(inv_a_ptr + row_R, mask=inside_R, other=0.0)
+    class_R = load_classes(row_R, R, labels_ptr, present_ptr, num_classes, ignored_class, A_IS_CLASSES, COMPACT)
+    scale_R = tl.load(inv_a_ptr + row_R, mask=inside_R, other=0.0)
+    if A_IS_CLASSES:
+        inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
+        scale_R *= inv_temp * LOG2E if FIXED_SHIFT else inv_temp
     if NARROW:
         a_RD = load_rows(a_ptr, row_R, inside_R, stride_a, 0, D, BLOCK_D)
 
@@ -130,7 +160,10 @@ def _lse_fwd_kernel(
     for start in range(first, last, BLOCK_C):
         row_C = start + tl.arange(0, BLOCK_C)
         inside_C = row_C < C
-        class_C = load_classes(row_C, C, labels_ptr, present_ptr, num_classes, ignore_index, not A_IS_CLASSES, False)
+        # Ready for use, and padded: every thread holds few rows of many columns, so what is done here is done often.
+        scale_C = tl.load(columns_ptr + row_C)
+        class_C = tl.load(columns_ptr + padded_C + row_C).to(tl.int32, bitcast=True)
+        nothing_C = tl.load(columns_ptr + 2 * padded_C + row_C)
         if NARROW:
             b_CD = load_rows(b_ptr, row_C, inside_C, stride_b, 0, D, BLOCK_D)
             dots_RC = tl.dot(a_RD, b_CD.T, input_precision=INPUT_PRECISION)
@@ -139,20 +172,27 @@ def _lse_fwd_kernel(
                 a_ptr, b_ptr, row_R, row_C, inside_R, inside_C, stride_a, stride_b, D,
                 BLOCK_R, BLOCK_C, BLOCK_D, INPUT_PRECISION,
             )  # fmt: skip
-        inv_b_C = tl.load(inv_b_ptr + row_C, mask=inside_C, other=0.0)
-        logits_RC = class_logits(dots_RC, inv_a_R, inv_b_C, inv_temp, A_IS_CLASSES)
-
-        summed_RC = (class_C >= 0)[None, :]
+        # The factors meet before the product: a logit then has the same bits whichever operand owns the rows.
+        logits_RC = dots_RC * (scale_R[:, None] * scale_C[None, :]) + nothing_C[None, :]
+        if FIXED_SHIFT:
+            e_RC = tl.exp2(logits_RC)
+            if EXCLUDE_OWN:
+                e_RC = tl.where(class_R[:, None] == class_C[None, :], 0.0, e_RC)
+            if BOTH:
+                e_RC = tl.where(inside_R[:, None], e_RC, 0.0)
+                total_C = tl.sum(e_RC, axis=0)
+                col_lse_C = log_sum(tl.zeros_like(total_C), total_C)
+            total_R += tl.sum(e_RC, axis=1)
+        else:
+            if EXCLUDE_OWN:
+                logits_RC = tl.where(class_R[:, None] == class_C[None, :], float("-inf"), logits_RC)
+            if BOTH:
+                logits_RC = tl.where(inside_R[:, None], logits_RC, float("-inf"))
+                maximum_C, total_C = empty_sum(BLOCK_C, False)
+                maximum_C, total_C = add_exponentials(maximum_C, total_C, logits_RC, 0, False)
+                col_lse_C = log_sum(maximum_C, total_C)
+            maximum_R, total_R = add_exponentials(maximum_R, total_R, logits_RC, 1, False)
         if BOTH:
-            summed_RC = summed_RC & inside_R[:, None]
-        if EXCLUDE_OWN:
-            summed_RC = summed_RC & (class_R[:, None] != class_C[None, :])
-        logits_RC = tl.where(summed_RC, logits_RC, float("-inf"))
-        maximum_R, total_R = add_exponentials(maximum_R, total_R, logits_RC, 1, FIXED_SHIFT)
-        if BOTH:
-            maximum_C, total_C = empty_sum(BLOCK_C, FIXED_SHIFT)
-            maximum_C, total_C = add_exponentials(maximum_C, total_C, logits_RC, 0, FIXED_SHIFT)
-            col_lse_C = log_sum(maximum_C, total_C)
             tl.store(col_lse_ptr + tl.program_id(0).to(tl.int64) * C + row_C, col_lse_C, mask=inside_C)
 
     tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * rows + row_R, log_sum(maximum_R, total_R), mask=inside_R)
@@ -172,7 +212,7 @@ def _keep_exponentials(
     C,
     num_classes,
     stride_kept,
-    ignore_index,
+    ignored_class,
     inv_temp,
     HAS_COLS: tl.constexpr,
     EXCLUDE_OWN: tl.constexpr,
@@ -180,7 +220,7 @@ def _keep_exponentials(
 ):
     """Store exp(s) of these columns and the log of their sums; return the sums along the rows."""
     row_C = first_C + tl.arange(0, BLOCK_C)
-    class_C = load_classes(row_C, C, labels_ptr, None, num_classes, ignore_index, False, False)
+    class_C = load_classes(row_C, C, labels_ptr, None, num_classes, ignored_class, False, False)
     inv_z_C = tl.load(inv_z_ptr + row_C, mask=row_C < C, other=0.0)
     summed_RC = inside_R[:, None]
     if EXCLUDE_OWN:
@@ -193,7 +233,7 @@ def _keep_exponentials(
     return tl.sum(tl.where((class_C >= 0)[None, :], e_RC, 0.0), axis=1)
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignored_class"])
 def _lse_fwd_tile_kernel(
     w_ptr,  # [R, D]
     z_ptr,  # [C, D]
@@ -212,7 +252,7 @@ def _lse_fwd_tile_kernel(
     stride_w,
     stride_z,
     stride_kept,
-    ignore_index,
+    ignored_class,
     inv_temperature,
     HAS_ROWS: tl.constexpr,
     HAS_COLS: tl.constexpr,
@@ -240,7 +280,7 @@ def _lse_fwd_tile_kernel(
         w_ptr, z_ptr, row_R, row_C, inside_R, row_C < C, stride_w, stride_z, D,
         BLOCK_R, BLOCK_C, BLOCK_D, INPUT_PRECISION,
     )  # fmt: skip
-    class_R = load_classes(row_R, R, labels_ptr, present_ptr, num_classes, ignore_index, True, COMPACT)
+    class_R = load_classes(row_R, R, labels_ptr, present_ptr, num_classes, ignored_class, True, COMPACT)
     inv_w_R = tl.load(inv_w_ptr + row_R, mask=inside_R, other=0.0)
     kept_R = kept_ptr + row_R.to(tl.int64) * stride_kept
     if HAS_COLS:
@@ -252,7 +292,7 @@ def _lse_fwd_tile_kernel(
     for half in tl.static_range(2):
         total_R += _keep_exponentials(
             left_RC if half == 0 else right_RC, class_R, inside_R, inv_w_R, inv_z_ptr, labels_ptr, col_lse_ptr,
-            kept_R, first_C + half * (BLOCK_C // 2), C, num_classes, stride_kept, ignore_index, inv_temperature,
+            kept_R, first_C + half * (BLOCK_C // 2), C, num_classes, stride_kept, ignored_class, inv_temperature,
             HAS_COLS, EXCLUDE_OWN, BLOCK_C // 2,
         )  # fmt: skip
     if HAS_ROWS:
@@ -264,15 +304,32 @@ def _lse_fwd_tile_kernel(
 # Launchers
 
 
-def inverse_norms(operands: Operands, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Positives, and the inverse norms of features and prototypes."""
+class Norms(NamedTuple):
+    positives: Tensor  # [N] fp32
+    inv_features: Tensor  # [N] fp32
+    inv_prototypes: Tensor  # [K] fp32
+    # What the tiles read of each column: scale (what makes its dot products logits, in units of log 2 where the shift
+    # is fixed), class (int32 bits, negative where it takes no part) and 0, or -inf where it takes no part. Columns up
+    # to a multiple of every tile are there.
+    sample_columns: Tensor | None  # [3, padded N] fp32
+    class_columns: Tensor | None  # [3, padded K] fp32
+    counts: Tensor | None  # [K] int32, samples of each class
+
+
+def inverse_norms(operands: Operands, options: Options, *, rows: bool, cols: bool, count: bool = False) -> Norms:
+    """Inverse norms, positives and the columns that sums along rows, or along columns, stream."""
     features, prototypes = operands.features, operands.prototypes
     (num_samples, dim), num_classes = features.shape, len(prototypes)
     positives = torch.empty(num_samples, dtype=torch.float32, device=features.device)
     inv_features = torch.empty_like(positives)
     inv_prototypes = positives.new_empty(num_classes)
+    padded = _launch.padded_columns(num_samples), _launch.padded_columns(num_classes)
+    sample_columns, class_columns = (
+        positives.new_empty(3, size) if used else None for used, size in zip((rows, cols), padded, strict=True)
+    )
+    counts = positives.new_zeros(num_classes, dtype=torch.int32) if count else None
     blocks = _launch.row_blocks(dim)
-    _inverse_norms_kernel[(cdiv(num_samples, blocks["BLOCK_R"]) + cdiv(num_classes, blocks["BLOCK_R"]),)](
+    _inverse_norms_kernel[(sum(cdiv(size, blocks["BLOCK_R"]) for size in padded),)](
         features_ptr=features,
         prototypes_ptr=prototypes,
         labels_ptr=operands.labels,
@@ -280,52 +337,60 @@ def inverse_norms(operands: Operands, options: Options) -> tuple[Tensor, Tensor,
         inv_features_ptr=inv_features,
         inv_prototypes_ptr=inv_prototypes,
         positives_ptr=positives,
+        sample_columns_ptr=sample_columns,
+        class_columns_ptr=class_columns,
+        counts_ptr=counts,
         N=num_samples,
         K=num_classes,
         D=dim,
+        padded_N=padded[0],
+        padded_K=padded[1],
         stride_features=features.stride(0),
         stride_prototypes=prototypes.stride(0),
-        ignore_index=options.ignore_index,
+        ignored_class=operands.ignored_class,
         inv_temperature=options.inv_temperature,
+        COLUMNS_OF_SAMPLES=rows,
+        COLUMNS_OF_CLASSES=cols,
+        HAS_COUNTS=count,
+        LOG2=options.fixed_shift(features.dtype, MAX_FIXED_SHIFT),
         HAS_TEMPERATURE=options.temperature is not None,
         NORMALIZE=options.normalize,
         **blocks,
     )
-    return positives, inv_features, inv_prototypes
+    return Norms(positives, inv_features, inv_prototypes, sample_columns, class_columns, counts)
 
 
-def lse(
-    operands: Operands,
-    options: Options,
-    inv_features: Tensor,
-    inv_prototypes: Tensor,
-    *,
-    a_is_classes: bool,
-) -> Tensor:
-    """row_lse when `a_is_classes`, else col_lse."""
-    partials, _ = partial_lse(operands, options, inv_features, inv_prototypes, a_is_classes=a_is_classes)
-    summed = combine(partials) if len(partials) > 1 else partials.view(-1)
-    present = operands.present
-    return summed if present is None else present.spread(summed, len(operands.prototypes), float("-inf"))
-
-
-def partial_lse(
-    operands: Operands,
-    options: Options,
-    inv_features: Tensor,
-    inv_prototypes: Tensor,
-    *,
-    a_is_classes: bool,
-    both: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Parts [S, R] of the rows' log-sum-exps, for present classes alone if they are listed; and, if `both`, parts
-    [blocks of rows, C] of the columns' in the same pass, when rows are classes.
+def partials(
+    operands: Operands, options: Options, norms: Norms, kept: Tensor, *, rows: bool, cols: bool, of_ignored: bool
+) -> tuple[Tensor, Tensor]:
+    """Parts of row_lse [S, R], for present classes alone if they are listed, and of col_lse [S, N], to be joined; no
+    parts of what is not asked for. Fills `kept` with exp(s), if there is room in it. Where col_lse is not asked for
+    `of_ignored` samples, one pass serves rows and columns.
     """
+    if kept.numel():
+        return _partials_keeping(operands, options, norms, kept, rows=rows, cols=cols)
+    if rows and cols and of_ignored:
+        return tuple(_partials(operands, options, norms, a_is_classes=side, both=False)[0] for side in (True, False))
+    of_a, of_columns = _partials(operands, options, norms, a_is_classes=rows, both=rows and cols)
+    return (of_a, of_columns) if rows else (of_columns, of_a)
+
+
+def joined(partials: Tensor) -> Tensor:
+    """[S, R] → [R]; without a part [0]."""
+    return combine(partials) if len(partials) > 1 else partials.view(-1)
+
+
+def _partials(
+    operands: Operands, options: Options, norms: Norms, *, a_is_classes: bool, both: bool
+) -> tuple[Tensor, Tensor]:
+    """Parts of the log-sum-exps of the owned rows and, if `both` (rows are classes), of the columns in the pass."""
     present = operands.present
-    classes, samples = (operands.prototypes, inv_prototypes), (operands.features, inv_features)
-    if present is not None:
-        classes = present.take(operands.prototypes), present.take(inv_prototypes)
-    (a, inv_a), (b, inv_b) = (classes, samples) if a_is_classes else (samples, classes)
+    if a_is_classes:
+        a, inv_a, b, columns = operands.prototypes, norms.inv_prototypes, operands.features, norms.sample_columns
+        if present is not None:
+            a, inv_a = present.take(a), present.take(inv_a)
+    else:
+        a, inv_a, b, columns = operands.features, norms.inv_features, operands.prototypes, norms.class_columns
     num_rows, (num_columns, dim) = len(a), b.shape
     narrow = _launch.is_narrow(_launch.FORWARD_NARROW, a)
     if narrow:
@@ -337,19 +402,20 @@ def partial_lse(
     partials = torch.empty(splits, num_rows, device=a.device)
     if present is not None:
         partials.fill_(float("-inf"))  # rows of absent classes are not visited
-    col_partials = partials.new_empty(row_blocks, num_columns) if both else None
+    col_partials = partials.new_empty(row_blocks if both else 0, num_columns)
     if num_rows:
         _lse_fwd_kernel[(row_blocks, splits)](
             a_ptr=a,
             b_ptr=b,
             inv_a_ptr=inv_a,
-            inv_b_ptr=inv_b,
+            columns_ptr=columns,
             labels_ptr=operands.labels,
             lse_ptr=partials,
-            col_lse_ptr=col_partials,
+            col_lse_ptr=col_partials if both else None,
             R=num_rows,
             C=num_columns,
             D=dim,
+            padded_C=columns.shape[1],
             stride_a=a.stride(0),
             stride_b=b.stride(0),
             A_IS_CLASSES=a_is_classes,
@@ -364,19 +430,12 @@ def partial_lse(
     return partials, col_partials
 
 
-def lse_keeping(
-    operands: Operands,
-    options: Options,
-    inv_features: Tensor,
-    inv_prototypes: Tensor,
-    kept: Tensor,
-    *,
-    rows: bool,
-    cols: bool,
+def _partials_keeping(
+    operands: Operands, options: Options, norms: Norms, kept: Tensor, *, rows: bool, cols: bool
 ) -> tuple[Tensor, Tensor]:
-    """row_lse and col_lse, [0] where not asked for, and exp(s) written to `kept`: one product serves all three."""
+    """The same, and exp(s) written to `kept`: one product serves all three."""
     present, features = operands.present, operands.features
-    prototypes, num_classes = operands.prototypes, len(operands.prototypes)
+    prototypes, inv_prototypes = operands.prototypes, norms.inv_prototypes
     if present is not None:
         prototypes, inv_prototypes = present.take(prototypes), present.take(inv_prototypes)
     num_rows, (num_samples, dim) = len(prototypes), features.shape
@@ -391,7 +450,7 @@ def lse_keeping(
         w_ptr=prototypes,
         z_ptr=features,
         inv_w_ptr=inv_prototypes,
-        inv_z_ptr=inv_features,
+        inv_z_ptr=norms.inv_features,
         labels_ptr=operands.labels,
         row_lse_ptr=row_partials if rows else None,
         col_lse_ptr=col_partials if cols else None,
@@ -402,7 +461,6 @@ def lse_keeping(
         stride_w=prototypes.stride(0),
         stride_z=features.stride(0),
         stride_kept=kept.stride(0),
-        ignore_index=options.ignore_index,
         inv_temperature=options.inv_temperature,
         HAS_ROWS=rows,
         HAS_COLS=cols,
@@ -411,5 +469,4 @@ def lse_keeping(
         **operands.class_arguments(),
         **config.launch_options(),
     )
-    row_lse, col_lse = (p.view(-1) if len(p) < 2 else combine(p) for p in (row_partials, col_partials))
-    return row_lse if present is None else present.spread(row_lse, num_classes, float("-inf")), col_lse
+    return row_partials, col_partials

@@ -69,6 +69,7 @@ def _loss_kernel(
     positives_ptr,  # [N] fp32
     labels_ptr,  # [N] int64
     weight_ptr,  # [K] fp32 when HAS_WEIGHT
+    counts_ptr,  # [K] int32, samples of each class, when HAS_COUNTS: else they are counted here
     row_lse_ptr,  # [K] fp32
     col_lse_ptr,  # [N] fp32
     grad_row_ptr,  # [K] fp32
@@ -85,6 +86,7 @@ def _loss_kernel(
     HAS_ROWS: tl.constexpr,
     HAS_COLS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
     ZERO_EMPTY: tl.constexpr,  # a sample without any logit to sum drops out; otherwise its positive stays
     MEAN: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -137,17 +139,20 @@ def _loss_kernel(
         class_K = (block - sample_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
         inside_K = class_K < K
         row_lse_K = _joined(row_partials_ptr, class_K, inside_K, row_splits, K, BLOCK_S)
-        sum_K = tl.zeros((BLOCK_K,), tl.float32)
-        for start in range(0, N, BLOCK_N):
-            sample_N = start + tl.arange(0, BLOCK_N)
-            class_N = load_classes(sample_N, N, labels_ptr, None, K, ignore_index, False, False)
-            own_KN = class_K[:, None] == class_N[None, :]
-            if HAS_COLS:
-                col_lse_N = _joined(col_partials_ptr, sample_N, sample_N < N, col_splits, N, BLOCK_S)
-                share_KN = 1.0 / (1.0 + exp(col_lse_N[None, :] - row_lse_K[:, None]))
-                sum_K += tl.sum(tl.where(own_KN, share_KN, 0.0), axis=1)
-            else:
-                sum_K += tl.sum(tl.where(own_KN, 1.0, 0.0), axis=1)
+        if HAS_COUNTS:
+            sum_K = tl.load(counts_ptr + class_K, mask=inside_K, other=0).to(tl.float32)
+        else:
+            sum_K = tl.zeros((BLOCK_K,), tl.float32)
+            for start in range(0, N, BLOCK_N):
+                sample_N = start + tl.arange(0, BLOCK_N)
+                class_N = load_classes(sample_N, N, labels_ptr, None, K, ignore_index, False, False)
+                own_KN = class_K[:, None] == class_N[None, :]
+                if HAS_COLS:
+                    col_lse_N = _joined(col_partials_ptr, sample_N, sample_N < N, col_splits, N, BLOCK_S)
+                    share_KN = 1.0 / (1.0 + exp(col_lse_N[None, :] - row_lse_K[:, None]))
+                    sum_K += tl.sum(tl.where(own_KN, share_KN, 0.0), axis=1)
+                else:
+                    sum_K += tl.sum(tl.where(own_KN, 1.0, 0.0), axis=1)
         if HAS_WEIGHT:
             sum_K *= tl.load(weight_ptr + class_K, mask=inside_K, other=0.0)
         tl.store(row_lse_ptr + class_K, row_lse_K, mask=inside_K)
@@ -195,8 +200,10 @@ class Forward(NamedTuple):
     loss: Tensor  # [] fp32
     row_lse: Tensor  # [K] fp32, or [0]
     col_lse: Tensor  # [N] fp32, or [0]
+    positives: Tensor  # [N] fp32
     inv_features: Tensor  # [N] fp32
     inv_prototypes: Tensor  # [K] fp32
+    kept: Tensor  # exp(s), see `prototype_lse.launch_fwd`, or empty
     grad_row: Tensor  # like row_lse, and the next two like theirs: M times the gradient
     grad_col: Tensor
     grad_pos: Tensor  # [N] fp32
@@ -219,23 +226,26 @@ def launch_fwd(
     normalize: bool,
     zero_empty: bool,
     mean: bool,
+    keep_bytes: int = 0,
 ) -> Forward:
     """The loss of rows, columns or both, of tensors as `prototype_lse.launch_fwd` takes them; class weights [K]."""
-    operands = prototype_lse.prepare(features, prototypes, labels, None, rows_only=False)
-    options = Options(temperature, inv_temperature, normalize, ignore_index, exclude_own)
+    operands = prototype_lse.prepare(features, prototypes, labels, None, ignore_index, rows_only=False)
+    options = Options(temperature, inv_temperature, normalize, exclude_own)
     num_samples, num_classes = len(features), len(prototypes)
+    shape = _launch.kept_shape(
+        features, prototypes, counts=None, temperature=temperature, inv_temperature=inv_temperature, rows=rows,
+        cols=cols, normalize=normalize, keep_bytes=keep_bytes,
+    )  # fmt: skip
+    kept = operands.features.new_empty(shape)
     with _launch.on_device(features):
-        positives, inv_features, inv_prototypes = prototype_forward.inverse_norms(operands, options)
-        row_partials, col_partials = prototype_forward.partial_lse(
-            operands, options, inv_features, inv_prototypes, a_is_classes=rows, both=rows and cols
-        )
-        if not rows:
-            row_partials, col_partials = None, row_partials
-        joins = _launch.joins_in_loss(num_samples, *(len(p) for p in (row_partials, col_partials) if p is not None))
+        counted = rows and not cols and num_samples * num_classes > _launch.MAX_COMPARISONS
+        norms = prototype_forward.inverse_norms(operands, options, rows=rows, cols=cols, count=counted)
+        positives = norms.positives
+        parts = prototype_forward.partials(operands, options, norms, kept, rows=rows, cols=cols, of_ignored=False)
+        joins = _launch.joins_in_loss(num_samples, *map(len, parts))
         if not joins:
-            row_partials, col_partials = (
-                p if p is None or len(p) == 1 else combine(p)[None] for p in (row_partials, col_partials)
-            )
+            parts = [part if len(part) < 2 else combine(part)[None] for part in parts]
+        row_partials, col_partials = parts
         blocks = _launch.loss_blocks(num_classes, joins)
         sample_blocks = max(cdiv(num_samples, blocks["BLOCK_N"]), 1)
         class_blocks = cdiv(num_classes, blocks["BLOCK_K"]) if rows else 0
@@ -243,11 +253,12 @@ def launch_fwd(
         row_lse, col_lse = (positives.new_empty(size) for size in (num_classes * rows, num_samples * cols))
         grad_row, grad_col, grad_pos = (torch.empty_like(x) for x in (row_lse, col_lse, positives))
         _loss_kernel[(sample_blocks + class_blocks,)](
-            row_partials_ptr=row_partials,
-            col_partials_ptr=col_partials,
+            row_partials_ptr=row_partials if rows else None,
+            col_partials_ptr=col_partials if cols else None,
             positives_ptr=positives,
             labels_ptr=operands.labels,
             weight_ptr=None if weight is None else weight.float(),
+            counts_ptr=norms.counts,
             row_lse_ptr=row_lse if rows else None,
             col_lse_ptr=col_lse if cols else None,
             grad_row_ptr=grad_row if rows else None,
@@ -256,14 +267,15 @@ def launch_fwd(
             loss_ptr=totals[0],
             divisor_ptr=totals[1],
             extremes_ptr=totals[2],
-            row_splits=len(row_partials) if rows else 0,
-            col_splits=len(col_partials) if cols else 0,
+            row_splits=len(row_partials),
+            col_splits=len(col_partials),
             N=num_samples,
             K=num_classes,
             ignore_index=ignore_index,
             HAS_ROWS=rows,
             HAS_COLS=cols,
             HAS_WEIGHT=weight is not None,
+            HAS_COUNTS=counted,
             ZERO_EMPTY=zero_empty,
             MEAN=mean,
             **blocks,
@@ -284,8 +296,9 @@ def launch_fwd(
     loss, divisor, extremes = totals
     upstream = grad_row, grad_col, grad_pos
     return Forward(
-        loss.view(()), row_lse, col_lse, inv_features, inv_prototypes, *upstream, divisor.view(()), extremes.view(2)
-    )
+        loss.view(()), row_lse, col_lse, positives, norms.inv_features, norms.inv_prototypes, kept, *upstream,
+        divisor.view(()), extremes.view(2),
+    )  # fmt: skip
 
 
 def _totals(parts: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -81,22 +81,20 @@ def launch_fwd(
         Last, in the operand's type, the kept exponentials [K, N] (rows padded; of the present classes, where absent
         ones are skipped) or an empty tensor.
     """
-    operands = prepare(features, prototypes, labels, counts, rows_only=rows and not cols)
-    options = Options(temperature, inv_temperature, normalize, ignore_index, exclude_own)
+    operands = prepare(features, prototypes, labels, counts, ignore_index, rows_only=rows and not cols)
+    options = Options(temperature, inv_temperature, normalize, exclude_own)
     shape = _launch.kept_shape(
         features, prototypes, counts=counts, temperature=temperature, inv_temperature=inv_temperature, rows=rows,
         cols=cols, normalize=normalize, keep_bytes=keep_bytes,
     )  # fmt: skip
     kept = operands.features.new_empty(shape)
     with _launch.on_device(features):
-        positives, inv_features, inv_prototypes = prototype_forward.inverse_norms(operands, options)
-        shared = (operands, options, inv_features, inv_prototypes)
-        if kept.numel():
-            row_lse, col_lse = prototype_forward.lse_keeping(*shared, kept, rows=rows, cols=cols)
-        else:
-            row_lse = prototype_forward.lse(*shared, a_is_classes=True) if rows else positives.new_empty(0)
-            col_lse = prototype_forward.lse(*shared, a_is_classes=False) if cols else positives.new_empty(0)
-    return row_lse, col_lse, positives, inv_features, inv_prototypes, kept
+        norms = prototype_forward.inverse_norms(operands, options, rows=rows, cols=cols)
+        parts = prototype_forward.partials(operands, options, norms, kept, rows=rows, cols=cols, of_ignored=True)
+        row_lse, col_lse = map(prototype_forward.joined, parts)
+        if rows and operands.present is not None:
+            row_lse = operands.present.spread(row_lse, len(prototypes), float("-inf"))
+    return row_lse, col_lse, norms.positives, norms.inv_features, norms.inv_prototypes, kept
 
 
 def launch_bwd(
@@ -131,8 +129,8 @@ def launch_bwd(
     Returns: grad_features [N, D] and grad_prototypes [K, D], summed in fp32, in the types of their inputs; and of every
         sample τ Σ_c (G∘s)[c, j], fp32 [N]: dL/dτ is minus their sum over τ².
     """
-    operands = prepare(features, prototypes, labels, counts, rows_only=rows and not cols)
-    options = Options(temperature, inv_temperature, normalize, ignore_index, exclude_own, factor=factor)
+    operands = prepare(features, prototypes, labels, counts, ignore_index, rows_only=rows and not cols)
+    options = Options(temperature, inv_temperature, normalize, exclude_own, factor=factor)
     present = operands.present
     of_classes = operands.prototypes, inv_norm_prototypes, row_lse if rows else None, grad_row if rows else None
     if present is not None:
@@ -164,12 +162,18 @@ def _side(
     return Side(operand, inv, grad, new(len(operand), dtype=torch.float32, device=x.device), lse, upstream)
 
 
-def prepare(features: Tensor, prototypes: Tensor, labels: Tensor, counts: Tensor | None, rows_only: bool) -> Operands:
+def prepare(
+    features: Tensor, prototypes: Tensor, labels: Tensor, counts: Tensor | None, ignore_index: int, rows_only: bool
+) -> Operands:
     dtype = _launch.kernel_dtype(features)
     present = None
     if rows_only and counts is not None and _launch.skips_absent_classes(len(features), *prototypes.shape):
         present_first = torch.argsort((counts == 0).to(torch.int8), stable=True)
         present = Present(present_first[: len(features)], (counts != 0).sum().to(torch.int32))
     return Operands(
-        _launch.aligned(features.to(dtype)), _launch.aligned(prototypes.to(dtype)), labels.contiguous(), present
+        _launch.aligned(features.to(dtype)),
+        _launch.aligned(prototypes.to(dtype)),
+        labels.contiguous(),
+        present,
+        ignore_index if 0 <= ignore_index < len(prototypes) else -1,
     )
