@@ -57,7 +57,10 @@ TESTS = tuple(
     )
 )  # fmt: skip
 # What these tests do on a CPU in any case, or find in the interpreter as well, needs no GPU.
-ON_THE_GPU = "not gradcheck and not ahead_of_time and (not test_ops or triton or compiled_whole) and (not test_training or triton)"
+ON_THE_GPU = (
+    "not gradcheck and not ahead_of_time and (not test_ops or triton or compiled_whole)"
+    " and (not test_training or triton)"
+)
 MATRIX_SECONDS = 100
 REPEATS = 1000
 COMPILERS = 6
