@@ -2,13 +2,17 @@
 
 time      All forms run in one process on the same inputs, in turn (A B C A B C ...), so that ratios within a round
           hold on a noisy machine; a row has the median, 20th and 80th percentile. On a CPU by the clock; on a GPU
-          by events behind a pass over memory that empties the L2 cache, during which the host runs ahead.
+          by events, the device's own time: it waits first, so that the host has issued the whole step by the time
+          it begins, and then empties its L2 cache. What only the host takes is no part of it, but of `host_ms`.
+host      On a GPU the milliseconds until a step's last launch is issued, by the clock: where they are more than the
+          device's, eager training waits for Python, not for the kernels. A form that waits for the device counts that.
 memory    On a CPU the kernel's high-water mark of a fresh process (Linux), whose address space ends where free
           memory does: what does not fit is out of memory, and not timed. On a GPU the allocator's peak.
 error     Against float64 at the size of `forms.reduced`, on the same rounded inputs, with the memory budget
           reduced alike, so that exponentials are kept or recomputed as they are at full size.
 verdict   The eager forms set the bound (`forms.bound`); any other is wrong past it.
-graph     A CUDA graph of forward and backward, where a step takes less than GRAPH_MS: only there does it matter.
+graph     CUDA graphs of forward and backward, and of the forward alone without gradients, where a step takes less
+          than GRAPH_MS: only there do they matter.
 """
 
 from __future__ import annotations
@@ -33,6 +37,9 @@ from bench.record import Case, Row, environment
 
 LEAST_ROUNDS = 3
 GRAPH_MS = 10.0
+HOST_REPEATS = 5
+LONGEST_WAIT_MS = 20.0
+CYCLES_A_MS = 2_000_000  # of the fastest GPU clocks; a slower one waits longer, which is as good
 MIB = 2**20
 SPARE = 0.9  # of the free memory may be asked for
 PRODUCTS = ("products", "")  # the run that is no form's
@@ -57,9 +64,10 @@ def measure(
             work.each(lambda name, form: in_fresh_process(peak_of_step, case, name))
         leaves, y = forms.of_case(case, device)
         runs: dict[tuple[str, str], Run] = {}
-        work.each(lambda name, form: _prepare(name, form, leaves, y, runs))
+        timer = clock(device)
+        work.each(lambda name, form: _prepare(name, form, leaves, y, runs, timer))
         if work.alive:
-            times = interleaved({PRODUCTS: forms.products(case.op, leaves), **runs}, seconds, clock(device))
+            times = interleaved({PRODUCTS: forms.products(case.op, leaves), **runs}, seconds, timer)
             add_times(work.fields, times, first=next((name for name in forms.EAGER[case.op] if name in work.alive), ""))
             _add_rates(case, work.fields, times)
         return [row(case, name, device, fields) for name, fields in work.fields.items()]
@@ -161,11 +169,16 @@ def _wall_clock(run: Run) -> float:
 
 
 class _DeviceClock:
-    def __init__(self) -> None:
-        self.cache = torch.empty(256 * MIB, dtype=torch.int8, device="cuda")  # several times any L2
+    """Milliseconds of the device alone, whose host issues the run during a wait twice as long as that takes it."""
+
+    def __init__(self, device: str = "cuda") -> None:
+        self.cache = torch.empty(256 * MIB, dtype=torch.int8, device=device)  # several times any L2
+        self._host_ms: dict[Run, float] = {}
 
     def __call__(self, run: Run) -> float:
+        wait = min(2 * self.host_ms(run), LONGEST_WAIT_MS)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(wait * CYCLES_A_MS))
         self.cache.zero_()
         start.record()
         run()
@@ -173,10 +186,23 @@ class _DeviceClock:
         end.synchronize()
         return start.elapsed_time(end)
 
+    def host_ms(self, run: Run) -> float:
+        """Median milliseconds of issuing a run to an idle device, measured where a run is first met."""
+        if run not in self._host_ms:
+            self._host_ms[run] = statistics.median(_issued(run) for _ in range(HOST_REPEATS))
+        return self._host_ms[run]
 
-def _prepare(name: str, form: Form, leaves: Sequence[Tensor], y: Tensor, runs: dict) -> Fields:
+
+def _issued(run: Run) -> float:
+    torch.cuda.synchronize()
+    return _wall_clock(run)
+
+
+def _prepare(
+    name: str, form: Form, leaves: Sequence[Tensor], y: Tensor, runs: dict, timer: Callable[[Run], float]
+) -> Fields:
     """What needs no rounds of a form at full size; what does goes to `runs`."""
-    run = partial(forms.step, form, leaves, y)
+    run, forward = partial(forms.step, form, leaves, y), partial(_forward, form, leaves, y)
     first = run()  # compiles, tunes, fills caches
     again = run()
     fields: Fields = {
@@ -184,12 +210,12 @@ def _prepare(name: str, form: Form, leaves: Sequence[Tensor], y: Tensor, runs: d
         "outputs_mib": sum(x.numel() * x.itemsize for x in first) / MIB,
     }
     del first, again
-    mine: dict[tuple[str, str], Run] = {(name, "fwd_bwd"): run, (name, "fwd"): partial(_forward, form, leaves, y)}
-    if leaves[0].is_cuda:
-        fields |= _scratch(run, fields["outputs_mib"]) | _launches(form, leaves, y)
-        if clock("cuda")(run) < GRAPH_MS:
+    mine: dict[tuple[str, str], Run] = {(name, "fwd_bwd"): run, (name, "fwd"): forward}
+    if isinstance(timer, _DeviceClock):
+        fields |= _scratch(run, fields["outputs_mib"]) | _launches(form, leaves, y) | {"host_ms": timer.host_ms(run)}
+        if timer(run) < GRAPH_MS:
             try:
-                mine[name, "graph"] = captured(run)
+                mine |= {(name, "graph"): captured(run), (name, "graph_fwd"): captured(forward)}
             except Exception as error:  # a form that waits for the device cannot be captured: that is a finding
                 fields["reason"] = f"not captured: {reason_of(error)}"
     runs |= mine
@@ -204,8 +230,8 @@ def _forward(form: Form, leaves: Sequence[Tensor], y: Tensor) -> Tensor:
 def add_times(fields: dict[str, Fields], times: dict[tuple[str, str], list[float]], first: str) -> None:
     """Median and percentiles of each form, and its speed over the `first` one's."""
     for (name, what), found in times.items():
-        if what == "graph":
-            fields[name]["graph_ms"] = statistics.median(found)
+        if what.startswith("graph"):
+            fields[name][f"{what}_ms"] = statistics.median(found)
         elif what:
             low, *_, high = statistics.quantiles(found, n=5, method="inclusive")
             median = statistics.median(found)

@@ -41,9 +41,9 @@ class Case(NamedTuple):
 class Row:
     """A form of an op on one case, or the reason why there is none. Empty cells were not measured.
 
-    Times are milliseconds, median and 20th and 80th percentile; memory is MiB beyond the inputs; effective TFLOP/s
-    count 2·n·k·d forward and three times that with the backward (supcon: 2n²d), whatever a form computes twice. A
-    buffer's forward is a gather, its forward and backward a gather and a push.
+    Times are milliseconds, median and 20th and 80th percentile, on a GPU the device's; memory is MiB beyond the inputs;
+    effective TFLOP/s count 2·n·k·d forward and three times that with the backward (supcon: 2n²d), whatever a form
+    computes twice. A buffer's forward is a gather, its forward and backward a gather and a push.
     """
 
     op: str  # nonl, ntce, normface, supcon, buffer, step
@@ -57,14 +57,16 @@ class Row:
     features: str = "random"  # or collapsed: close to the prototype of their class
     ranks: int = 1
     status: str = "ok"  # ok, absent, out of memory, wrong (an error past its bound), failed
-    reason: str = ""  # of any other status than ok, or of an empty graph_ms
+    reason: str = ""  # of any other status than ok, or of empty graph times
     fwd_ms: float | None = None
     fwd_p20: float | None = None
     fwd_p80: float | None = None
     fwd_bwd_ms: float | None = None
     fwd_bwd_p20: float | None = None
     fwd_bwd_p80: float | None = None
+    host_ms: float | None = None  # issuing a forward and backward to a GPU, without waiting for it
     graph_ms: float | None = None  # forward and backward replayed as a CUDA graph
+    graph_fwd_ms: float | None = None  # a forward without gradients, likewise
     launches: int | None = None  # kernels of a forward
     launches_bwd: int | None = None  # kernels of a backward
     outputs_mib: float | None = None  # loss and gradients
@@ -159,12 +161,17 @@ class Writer:
 
 
 def read(path: Path, kind: type[Record] = Row) -> list[Record]:
-    """The rows of a CSV file; ValueError where its columns are not those of `kind`."""
+    """The rows of a CSV file; ValueError where its columns are not those of `kind`.
+
+    A record made before a column was added has no such column: there the row's default stands.
+    """
     kinds = get_type_hints(kind)
+    added = {field.name for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != columns(kind):
-            raise ValueError(f"{path} must have the columns of a {kind.__name__}, got {reader.fieldnames}")
+        found = list(reader.fieldnames or ())
+        if found != [name for name in columns(kind) if name in found or name not in added]:
+            raise ValueError(f"{path} must have the columns of a {kind.__name__}, got {found}")
         return [kind(**{name: _parsed(text, kinds[name]) for name, text in line.items()}) for line in reader]
 
 
@@ -181,8 +188,9 @@ def _parsed(text: str, kind: Any) -> Any:
 # What a reader wants to see at a glance; the file has the rest.
 _SHOWN = {
     "op": "op", "form": "form", "n": "n", "k": "k", "d": "d", "dtype": "dtype", "features": "features",
-    "fwd_ms": "fwd ms", "fwd_bwd_ms": "fwd+bwd ms", "speedup": "x eager", "matmul_share": "of products",
-    "scratch_mib": "scratch MiB", "error": "error", "tangential_error": "tangential", "repeats": "repeats",
+    "fwd_ms": "fwd ms", "fwd_bwd_ms": "fwd+bwd ms", "host_ms": "host ms", "speedup": "x eager",
+    "matmul_share": "of products", "scratch_mib": "scratch MiB", "error": "error", "tangential_error": "tangential",
+    "repeats": "repeats",
 }  # fmt: skip
 _FORMATS = {
     "speedup": "{:.2f}", "matmul_share": "{:.0%}", "scratch_mib": "{:.0f}",
@@ -200,7 +208,7 @@ def markdown_line(row: Row) -> str:
     cells = []
     for name in _SHOWN:
         value = getattr(row, name)
-        if name in ("fwd_ms", "fwd_bwd_ms") and value is not None:
+        if name in ("fwd_ms", "fwd_bwd_ms", "host_ms") and value is not None:
             value = short(value)
         if name == "fwd_bwd_ms" and row.status != "ok":
             why = row.status + (f": {row.reason}" if row.reason else "")

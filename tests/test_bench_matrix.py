@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import time
 import types
 from functools import partial
 
@@ -12,10 +13,11 @@ import pytest
 import torch
 
 from bench import diff, forms, matrix, peers
+from bench import measure as measuring
 from bench.__main__ import main
 from bench.measure import in_fresh_process, interleaved, measure, peak_of_step
 from bench.peers import OURS, Absent, Peer
-from bench.record import Case, Row, Writer, read
+from bench.record import ROOT, Case, Row, Writer, read
 
 SMALL = ["--shape", "32", "8", "16", "--seconds", "0"]
 # Logits of 1 TiB, more than any machine's memory; once per class they are small.
@@ -39,6 +41,20 @@ def test_rows_survive_the_file(tmp_path):
     assert rows[0].case == Case("ntce", 8, 4, 2)
 
 
+def test_a_record_made_before_a_column_was_added(tmp_path):
+    (tmp_path / "old.csv").write_text("op,form,n,k,d,dtype,fwd_ms\nntce,ours,8,4,2,float32,1.5\n")
+    assert read(tmp_path / "old.csv") == [Row("ntce", OURS, 8, 4, 2, "float32", fwd_ms=1.5)]
+    for columns in ("op,form,n,k,d", "op,form,n,k,d,dtype,speed", "form,op,n,k,d,dtype"):
+        (tmp_path / "other.csv").write_text(f"{columns}\n")
+        with pytest.raises(ValueError, match="must have the columns of a Row"):
+            read(tmp_path / "other.csv")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*/matrix.csv")), ids=lambda p: p.parent.name)
+def test_the_records_that_are_kept_can_be_read(path):
+    assert {row.status for row in read(path)} >= {"ok"}
+
+
 # Rounds
 
 
@@ -56,6 +72,52 @@ def test_rounds_go_on_for_the_time_asked():
         return 1.0
 
     assert len(interleaved({"a": lambda: torch.ones(1)}, 0.05, clock)["a"]) > 100
+
+
+class FakeGPU:
+    """What a clock asks of a device, in order; its events are a millisecond apart."""
+
+    def __init__(self) -> None:
+        self.asked = []
+
+    def Event(self, enable_timing):
+        said = self.asked.append
+        return types.SimpleNamespace(
+            record=lambda: said("event"), synchronize=lambda: said("wait"), elapsed_time=lambda end: 1.0
+        )
+
+    def synchronize(self):
+        self.asked.append("synchronize")
+
+    def _sleep(self, cycles):
+        self.asked.append(cycles)
+
+
+@pytest.mark.parametrize(("seconds", "wait_ms"), [(0.002, 4.0), (0.05, measuring.LONGEST_WAIT_MS)])
+def test_a_device_waits_until_its_host_has_issued_the_run(seconds, wait_ms, monkeypatch):
+    gpu = FakeGPU()
+    monkeypatch.setattr(torch, "cuda", gpu)
+    clock = measuring._DeviceClock("cpu")
+    clock.cache = types.SimpleNamespace(zero_=lambda: gpu.asked.append("empty"))
+
+    def run():
+        gpu.asked.append("run")
+        time.sleep(seconds)
+
+    assert clock(run) == 1.0
+    cycles = gpu.asked[2 * measuring.HOST_REPEATS]
+    assert gpu.asked == ["synchronize", "run"] * measuring.HOST_REPEATS + [
+        cycles,
+        "empty",
+        "event",
+        "run",
+        "event",
+        "wait",
+    ]
+    assert wait_ms <= cycles / measuring.CYCLES_A_MS <= min(3 * wait_ms, measuring.LONGEST_WAIT_MS)
+    assert clock.host_ms(run) >= 1e3 * seconds
+    assert clock(run) == 1.0
+    assert gpu.asked[2 * measuring.HOST_REPEATS + 6] == cycles  # measured once
 
 
 # Errors
@@ -206,7 +268,7 @@ def test_a_row_is_whole():
     assert row.torch == torch.__version__
     assert row.speedup > 0
     assert row.matmul_share > 0
-    assert (row.graph_ms, row.launches) == (None, None)  # a GPU's
+    assert {row.host_ms, row.graph_ms, row.graph_fwd_ms, row.launches} == {None}  # a GPU's
 
 
 def test_speed_is_over_the_first_eager_form():

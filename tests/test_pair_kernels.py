@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from test_kernels import DEVICE, DTYPES, compiled_ahead_of_time, lay_out, record_launches, unit_rows
+from test_kernels import DEVICE, DTYPES, QUICK, compiled_ahead_of_time, lay_out, record_launches, unit_rows
 from torch import Tensor
 
 from hypercontrast.kernels import _launch, pair_lse
@@ -290,13 +290,13 @@ def check_draw(seed: int, monkeypatch) -> None:
     check(case, random_upstream(case, generator))
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(QUICK))
 def test_random_draws(seed, monkeypatch):
     check_draw(seed, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(40, 640))
+@pytest.mark.parametrize("seed", range(QUICK, 640))
 def test_many_random_draws(seed, monkeypatch):
     check_draw(seed, monkeypatch)
 

@@ -11,7 +11,7 @@ from hypercontrast import functional
 STEPS, SAMPLES, CLASSES, PIXELS, DIM = 100, 64, 10, 32, 16
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
 SUPCON = {"supcon-out": {"variant": "out"}, "supcon-in": {"variant": "in"}}
-TRITON = pytest.param("triton", marks=pytest.mark.slow)
+TRITON = pytest.param("triton", marks=() if torch.cuda.is_available() else pytest.mark.slow)
 
 
 class Network(nn.Module):

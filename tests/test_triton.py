@@ -26,6 +26,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE.type == "cuda" else ())
 # Around a tile, primes, the degenerate ones, both sides of the change from narrow to wide.
 SHAPES = ((0, 1, 2, 17, 100, 127, 252, 300), (1, 2, 3, 10, 33, 128, 257), (1, 3, 16, 33, 123, 200, 300, 513))
+# A GPU compiles every kernel for each new width, type and option, a second each: few of them where minutes count.
+QUICK, QUICK_SHAPES = (20, SHAPES) if DEVICE.type == "cpu" else (8, ((0, 17, 127, 300), (3, 10, 257), (33, 200, 300)))
 
 
 def call(name, *args, **options):
@@ -48,10 +50,12 @@ def is_mixed(draw) -> bool:
     return draw.dtype == torch.float16 and draw.extreme in ("large", "small", "subnormal")
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("count", "shapes"), [(QUICK, QUICK_SHAPES), pytest.param(200, SHAPES, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_fuzz(name, count, figure):
-    problems = [d for d in draws(count, seed=10 + NAMES.index(name), dtypes=DTYPES, shapes=SHAPES) if not is_mixed(d)]
+def test_fuzz(name, count, shapes, figure):
+    problems = [d for d in draws(count, seed=10 + NAMES.index(name), dtypes=DTYPES, shapes=shapes) if not is_mixed(d)]
     figure("R2", fuzz_report(f"{name}, Triton on {DEVICE}", problems, lambda draw: draw_error_over_bound(draw, name)))
 
 

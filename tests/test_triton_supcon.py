@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_fuzz import fuzz_report
 from test_supcon import Draw, draw_error_over_bound, draws
-from test_triton import DEVICE, DTYPES, is_mixed
+from test_triton import DEVICE, DTYPES, QUICK, is_mixed
 
 import hypercontrast as hc
 from hypercontrast import _pair_ops
@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 SIZES = (0, 1, 2, 17, 100, 127, 252, 300)
 
 
-@pytest.mark.parametrize("count", [24, pytest.param(220, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [QUICK, pytest.param(220, marks=pytest.mark.slow)])
 def test_fuzz(count, figure):
     problems = [draw for draw in draws(count, 31, DTYPES, SIZES) if not is_mixed(draw)]
     figure(
