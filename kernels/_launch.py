@@ -25,6 +25,7 @@ COMBINE_BLOCKS = {"BLOCK_S": 32, "BLOCK_R": 64, "num_warps": 4}
 RANGE_BLOCKS = {"BLOCK": 4096, "num_warps": 8}
 COLUMN_BLOCKS = {"BLOCK": 256, "num_warps": 4}
 TOTALS_BLOCKS = {"BLOCK_B": 256, "num_warps": 4}
+SIDE_BLOCKS = {"BLOCK_R": 256, "num_warps": 4}
 CHUNK_COLUMNS = 8192
 
 
@@ -145,6 +146,29 @@ PAIR_BACKWARD_WIDE = dict.fromkeys(ARCHITECTURES, _PAIR_BACKWARD_WIDE)
 _PAIR_BACKWARD_WIDE_CROWDED: Wide = {**_PAIR_BACKWARD_WIDE, (2, False): _PAIR_BACKWARD_WIDE[2, True]}
 PAIR_BACKWARD_NARROW_CROWDED = dict.fromkeys(ARCHITECTURES, _PAIR_BACKWARD_NARROW)
 PAIR_BACKWARD_WIDE_CROWDED = dict.fromkeys(ARCHITECTURES, _PAIR_BACKWARD_WIDE_CROWDED)
+
+# With a fixed shift (pair_fixed.py). The more rows of a tile a thread holds, the fewer shuffles a column
+# sum takes: tall tiles, few warps.
+_FORWARD_FIXED: Narrow = {
+    16: Config(128, 64, 16, 4, 3),
+    32: Config(128, 64, 32, 4, 3),
+    64: Config(128, 64, 64, 4, 3),
+    128: Config(128, 64, 128, 4, 3),
+    256: Config(128, 64, 256, 8, 2),
+}
+PAIR_TRIANGLE_FIXED = {
+    80: {**_FORWARD_FIXED, 128: Config(128, 64, 128, 8, 3)},
+    90: {**_FORWARD_FIXED, 128: Config(128, 128, 128, 4, 2)},
+    100: {**_FORWARD_FIXED, 128: Config(128, 64, 128, 8, 3)},
+}
+PAIR_RECTANGLE_FIXED = dict.fromkeys(ARCHITECTURES, _FORWARD_FIXED)
+_BACKWARD_FIXED: Narrow = {
+    16: Config(64, 64, 16, 4, 3),
+    32: Config(64, 64, 32, 4, 3),
+    64: Config(64, 64, 64, 4, 3),
+    128: Config(64, 64, 128, 4, 3),
+}
+PAIR_BACKWARD_FIXED = dict.fromkeys(ARCHITECTURES, _BACKWARD_FIXED)
 
 
 def architecture(device: torch.device) -> int:

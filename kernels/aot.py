@@ -20,6 +20,7 @@ from . import (
     _launch,
     class_sums,
     pair_backward,
+    pair_fixed,
     pair_forward,
     prototype_backward,
     prototype_forward,
@@ -32,7 +33,14 @@ _OPERANDS = {"a_ptr", "b_ptr", "w_ptr", "z_ptr", "h_ptr", "kept_ptr", "x_ptr", "
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 # The launchers align these to 16 whatever the caller passes, and D and every stride; any other argument may not be.
 _GRADIENTS = {"grad_ptr", "a_grad_ptr"}
-_ALWAYS_ALIGNED = _OPERANDS | _GRADIENTS | {"b_grad_ptr", "partials_ptr", "a_partials_ptr", "b_partials_ptr", "D"}
+_PADDED = {
+    "factor_ptr", "bias_ptr", "row_factor_ptr", "row_bias_ptr", "col_factor_ptr", "col_bias_ptr",
+    "terms_ptr", "row_terms_ptr", "col_terms_ptr", "classes_ptr", "row_classes_ptr", "col_classes_ptr",
+    "row_sums_ptr", "col_sums_ptr", "padded_N", "padded_R", "padded_C",
+}  # fmt: skip
+_ALWAYS_ALIGNED = (
+    _OPERANDS | _GRADIENTS | _PADDED | {"b_grad_ptr", "partials_ptr", "a_partials_ptr", "b_partials_ptr", "D"}
+)
 _NEVER_SPECIALIZED = {
     "ignore_index", "ignored_class", "row_start", "inv_temperature", "offset", "first_class", "last_class",
     "mask_row_step", "mask_col_step",
@@ -75,7 +83,11 @@ _OPTIONAL = {
     "grad_col_ptr": "HAS_COLS",
     "partials_ptr": "SPLIT",
     "kept_ptr": "KEPT",
-    "positives_ptr": "HAS_POSITIVES KEPT",
+    "positives_ptr": "HAS_POSITIVES KEPT USED",
+    "lse_ptr": "USED",
+    "grad_lse_ptr": "USED",
+    "grad_positives_ptr": "USED",
+    "positive_sums_ptr": "INSIDE",
     "grad_row_lse_ptr": "HAS_ROWS",
     "row_positives_ptr": "HAS_ROWS",
     "grad_row_positives_ptr": "HAS_ROWS",
@@ -156,7 +168,7 @@ def aot_configurations() -> list[AotConfiguration]:
     """All kernels in all pinned configurations and all combinations of flags that a loss can reach."""
     families = (
         _forward(), _forward_keep(), _backward_narrow(), _backward_wide(), _pair_forward(), _pair_backward(),
-        _over_rows(), _sums(), _loss(),
+        _pair_fixed(), _over_rows(), _sums(), _loss(),
     )  # fmt: skip
     return list({c.name: c for c in itertools.chain.from_iterable(families)}.values())
 
@@ -203,7 +215,7 @@ def _argument_type(argument: str, dtype: torch.dtype, grad_dtype: torch.dtype) -
         return "*" + _TRITON_NAMES[grad_dtype]
     if argument == "b_grad_ptr":
         return "*" + _TRITON_NAMES[dtype]
-    if argument in ("present_ptr", "num_present_ptr"):
+    if argument in ("present_ptr", "num_present_ptr") or argument.endswith("classes_ptr"):
         return "*i32"
     if argument in _INT64:
         return "*i64"
@@ -396,6 +408,31 @@ def _pair_backward() -> Iterator[AotConfiguration]:
                     yield _configuration(
                         "pair_bwd_tile", pair_backward._pair_bwd_tile_kernel, dtype, meta, archs=archs, crowded=crowded
                     )
+
+
+def _pair_fixed() -> Iterator[AotConfiguration]:
+    for dtype in (torch.bfloat16, torch.float16):
+        for config, archs in _pinned(_launch.PAIR_TRIANGLE_FIXED, dtype):
+            kernel = pair_fixed._triangle_fixed_kernel
+            yield _configuration("pair_triangle_fixed", kernel, dtype, config.launch_options(), archs=archs)
+        for inside in (False, True):
+            for config, archs in _pinned(_launch.PAIR_RECTANGLE_FIXED, dtype):
+                meta = {"INSIDE": inside, **config.launch_options()}
+                kernel = pair_fixed._rectangle_fixed_kernel
+                yield _configuration("pair_fwd_fixed", kernel, dtype, meta, archs=archs)
+            has_range = dtype == torch.float16
+            for config, archs in _pinned(_launch.PAIR_BACKWARD_FIXED, dtype):
+                meta = {"INSIDE": inside, "HAS_RANGE": has_range, **config.launch_options()}
+                yield _configuration("pair_bwd_fixed", pair_fixed._bwd_fixed_kernel, dtype, meta, archs=archs)
+            for used in (False, True):
+                meta = {"USED": used, "INSIDE": inside, "HAS_RANGE": has_range, **_launch.SIDE_BLOCKS}
+                yield _configuration("prepare_side", pair_fixed._prepare_side_kernel, dtype, meta)
+        for dim in _launch.PAIR_RECTANGLE_FIXED[90]:
+            yield _configuration("prepare", pair_fixed._prepare_kernel, dtype, _launch.row_blocks(dim))
+    steps = {config.block_r for table in _launch.PAIR_TRIANGLE_FIXED.values() for config in table.values()}
+    for step, accumulate in [(0, False), *itertools.product(sorted(steps), (False, True))]:
+        meta = {"STEP": step, "ACCUMULATE": accumulate, **_launch.COMBINE_BLOCKS}
+        yield _configuration("join", pair_fixed._join_kernel, torch.float32, meta)
 
 
 def _over_rows() -> Iterator[AotConfiguration]:

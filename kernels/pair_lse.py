@@ -29,7 +29,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _launch, pair_backward, pair_forward
+from . import _launch, pair_backward, pair_fixed, pair_forward
 from ._epilogue import Gradient, Scaling, unpadded
 from .pair_backward import Backward, Side
 from .pair_forward import Pairs
@@ -71,10 +71,14 @@ def launch_fwd(
     if symmetric:
         columns, column_ids, offset = anchors, anchor_ids, 0
     pairs = _pairs(anchors, columns, anchor_ids, column_ids, offset, _launch.kernel_dtype(anchors))
+    nothing = not len(anchors) or not len(columns)
+    fixed = mask is None and pair_fixed.serves(scaling, pairs.rows, _launch.PAIR_RECTANGLE_FIXED)
     with _launch.on_device(anchors):
+        if fixed and not nothing:
+            return _fixed_fwd(scaling, pairs, inside)
         inv_anchors = pair_forward.inverse_norms(scaling, pairs.rows)
         inv_columns = inv_anchors if symmetric else pair_forward.inverse_norms(scaling, pairs.columns)
-        if not len(anchors) or not len(columns):
+        if nothing:
             empty = inv_anchors.new_full((len(anchors),), float("-inf"))
             return empty, empty.clone() if inside else torch.zeros_like(empty), inv_anchors, inv_columns
         if inside or mask is not None:
@@ -86,6 +90,19 @@ def launch_fwd(
             else:
                 lse, _ = pair_forward.rectangle(scaling, pairs, inv_anchors, inv_columns, None, False)
     return lse, positives, inv_anchors, inv_columns
+
+
+def _fixed_fwd(scaling: Scaling, pairs: Pairs, inside: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    symmetric = pairs.rows is pairs.columns
+    rows = pair_fixed.prepare(pairs.rows, pairs.row_ids)
+    columns = rows if symmetric else pair_fixed.prepare(pairs.columns, pairs.column_ids)
+    if inside or not symmetric:
+        lse, positives = pair_fixed.rectangle(scaling, rows, columns, pairs.own_offset, inside)
+    else:
+        lse, positives = pair_fixed.triangle(scaling, rows), None
+    if positives is None:
+        positives = pair_forward.class_positives(scaling, pairs, rows.inv, columns.inv)
+    return lse, positives, rows.inv, columns.inv
 
 
 def launch_bwd(
@@ -124,6 +141,8 @@ def launch_bwd(
     if not len(rows) or not len(columns):
         return torch.zeros_like(rows, memory_format=torch.contiguous_format), radial.sum()
     row_side, column_side = (None if side is None else Side.of(side) for side in (row_side, column_side))
+    if pairs.rows is pairs.columns and row_side is not None and column_side is not None:
+        column_side = row_side  # of the same samples
     if row_side is None:
         row_mask = None
     if column_side is None:
@@ -132,8 +151,14 @@ def launch_bwd(
     grad = torch.empty(pairs.rows.shape, dtype=_launch.kernel_dtype(rows), device=rows.device)
     gradient = Gradient(pairs.rows, inv_rows, grad, radial)
     with _launch.on_device(rows):
-        is_narrow = not backward.has_mask and _launch.is_narrow(_launch.PAIR_BACKWARD_NARROW, pairs.rows)
-        (pair_backward.narrow if is_narrow else pair_backward.wide)(scaling, backward, gradient)
+        if backward.has_mask or not _launch.is_narrow(_launch.PAIR_BACKWARD_NARROW, pairs.rows):
+            pair_backward.wide(scaling, backward, gradient)
+        elif pair_fixed.serves(
+            scaling, pairs.rows, _launch.PAIR_BACKWARD_FIXED, pair_fixed.MAX_BACKWARD_SHIFT
+        ):
+            pair_fixed.backward(scaling, backward, gradient)
+        else:
+            pair_backward.narrow(scaling, backward, gradient)
     return unpadded(grad, rows), scaling.divide(radial.sum())
 
 
