@@ -133,40 +133,65 @@ def load_factor(upstream_ptr, divisor_ptr, HAS_FACTOR: tl.constexpr):
 
 
 @triton.jit
-def _sum_partials(partials_ptr, row_R, inside_R, d, D, S, R, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+def _sum_partials(
+    partials_ptr, row_R, inside_R, d, D, S, R, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Σ_s partials[s], BLOCK_S of them at a time: that many are on their way from memory at once."""
     depth = d + tl.arange(0, BLOCK_D)
     inside_RD = inside_R[:, None] & (depth < D)[None, :]
-    sum_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for split in range(S):
-        start = (split * R + row_R.to(tl.int64)) * D
-        sum_RD += tl.load(partials_ptr + start[:, None] + depth[None, :], mask=inside_RD, other=0.0)
+    offset_RD = row_R.to(tl.int64)[:, None] * D + depth[None, :]
+    if BLOCK_S == 1:
+        sum_RD = tl.load(partials_ptr + offset_RD, mask=inside_RD, other=0.0)
+    else:
+        sum_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        for start in range(0, S, BLOCK_S):
+            split = start + tl.arange(0, BLOCK_S)
+            offset = split.to(tl.int64)[:, None, None] * (R.to(tl.int64) * D) + offset_RD[None, :, :]
+            mask = (split < S)[:, None, None] & inside_RD[None, :, :]
+            sum_RD += tl.sum(tl.load(partials_ptr + offset, mask=mask, other=0.0), axis=0)
     return sum_RD
 
 
 @triton.jit
 def _finish_rows(
     block, partials_ptr, x_ptr, inv_ptr, grad_ptr, radial_ptr, S, R, D, stride, inv_temp, factor,
-    NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORMALIZE: tl.constexpr, ONCE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dX = (P - t i² x)/τ, t = x·P. P is read twice, the second time from cache."""
+    """dX = (P - t i² x)/τ, t = x·P. Where rows are wider than a tile, P and x are read twice."""
     row_R = block * BLOCK_R + tl.arange(0, BLOCK_R)
     inside_R = row_R < R
     radial_R = tl.zeros((BLOCK_R,), tl.float32)
-    for d in range(0, D, BLOCK_D):
-        sum_RD = _sum_partials(partials_ptr, row_R, inside_R, d, D, S, R, BLOCK_R, BLOCK_D)
+    for d in range(0, 1 if ONCE else D, BLOCK_D):
+        sum_RD = _sum_partials(partials_ptr, row_R, inside_R, d, D, S, R, BLOCK_S, BLOCK_R, BLOCK_D)
         x_RD = load_rows(x_ptr, row_R, inside_R, stride, d, D, BLOCK_D).to(tl.float32)
         radial_R += tl.sum(x_RD * sum_RD, axis=1)
-    radial_R *= factor
-    tl.store(radial_ptr + row_R, radial_R, mask=inside_R)
-    inv_R = tl.load(inv_ptr + row_R, mask=inside_R, other=0.0)
-    for d in range(0, D, BLOCK_D):
-        sum_RD = _sum_partials(partials_ptr, row_R, inside_R, d, D, S, R, BLOCK_R, BLOCK_D) * factor
-        if NORMALIZE:
+        if ONCE:
+            _store_gradient(
+                grad_ptr, radial_ptr, inv_ptr, sum_RD, x_RD, radial_R, row_R, inside_R, 0, D, inv_temp, factor,
+                NORMALIZE, BLOCK_D,
+            )  # fmt: skip
+    if not ONCE:
+        for d in range(0, D, BLOCK_D):
+            sum_RD = _sum_partials(partials_ptr, row_R, inside_R, d, D, S, R, BLOCK_S, BLOCK_R, BLOCK_D)
             x_RD = load_rows(x_ptr, row_R, inside_R, stride, d, D, BLOCK_D).to(tl.float32)
-            sum_RD -= x_RD * (radial_R * inv_R * inv_R)[:, None]
-        depth = d + tl.arange(0, BLOCK_D)
-        grads = grad_ptr + row_R.to(tl.int64)[:, None] * D + depth[None, :]
-        tl.store(grads, sum_RD * inv_temp, mask=inside_R[:, None] & (depth < D)[None, :])
+            _store_gradient(
+                grad_ptr, radial_ptr, inv_ptr, sum_RD, x_RD, radial_R, row_R, inside_R, d, D, inv_temp, factor,
+                NORMALIZE, BLOCK_D,
+            )  # fmt: skip
+
+
+@triton.jit
+def _store_gradient(
+    grad_ptr, radial_ptr, inv_ptr, sum_RD, x_RD, radial_R, row_R, inside_R, d, D, inv_temp, factor,
+    NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    tl.store(radial_ptr + row_R, radial_R * factor, mask=inside_R)
+    if NORMALIZE:
+        inv_R = tl.load(inv_ptr + row_R, mask=inside_R, other=0.0)
+        sum_RD -= x_RD * (radial_R * inv_R * inv_R)[:, None]
+    depth = d + tl.arange(0, BLOCK_D)
+    grads = grad_ptr + row_R.to(tl.int64)[:, None] * D + depth[None, :]
+    tl.store(grads, sum_RD * (inv_temp * factor), mask=inside_R[:, None] & (depth < D)[None, :])
 
 
 @triton.jit
@@ -197,6 +222,8 @@ def _finish_kernel(
     HAS_RANGE: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    ONCE: tl.constexpr,  # a tile holds whole rows
+    BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -210,12 +237,12 @@ def _finish_kernel(
     if block < blocks_a:
         _finish_rows(
             block, a_partials_ptr, a_ptr, inv_a_ptr, a_grad_ptr, a_radial_ptr, splits_a, rows_a, D, stride_a,
-            inv_temp, factor, NORMALIZE, BLOCK_R, BLOCK_D,
+            inv_temp, factor, NORMALIZE, ONCE, BLOCK_S, BLOCK_R, BLOCK_D,
         )  # fmt: skip
     else:
         _finish_rows(
             block - blocks_a, b_partials_ptr, b_ptr, inv_b_ptr, b_grad_ptr, b_radial_ptr, splits_b, rows_b, D, stride_b,
-            inv_temp, factor, NORMALIZE, BLOCK_R, BLOCK_D,
+            inv_temp, factor, NORMALIZE, ONCE, BLOCK_S, BLOCK_R, BLOCK_D,
         )  # fmt: skip
 
 
@@ -229,7 +256,7 @@ def finish(
     by fp16_range when that is given.
     """
     (a, a_partials), (b, b_partials) = first, second or first
-    blocks = _launch.row_blocks(a.x.shape[1])
+    blocks = _launch.finish_blocks(a.x.shape[1], max(len(a_partials), len(b_partials)))
     programs = cdiv(len(a.x), blocks["BLOCK_R"]) + (cdiv(len(b.x), blocks["BLOCK_R"]) if second else 0)
     _finish_kernel[(programs,)](
         a_partials_ptr=a_partials,

@@ -219,6 +219,13 @@ def row_blocks(dim: int) -> dict[str, int]:
     return {"BLOCK_R": 2048 // depth, "BLOCK_D": depth, "num_warps": 4, "maxnreg": 128}
 
 
+def finish_blocks(dim: int, splits: int) -> dict[str, int | bool]:
+    """2048 numbers a program; of split sums eight parts at once."""
+    depth, parts = min(padded_width(dim), 2048), 1 if splits == 1 else 8
+    blocks = {"BLOCK_S": parts, "BLOCK_R": max(1, 2048 // parts // depth), "BLOCK_D": depth}
+    return {"ONCE": dim <= depth, **blocks, "num_warps": 4}
+
+
 def segment_blocks(num_classes: int) -> dict[str, int]:
     """16,384 comparisons a step; few classes a program when there are few, so that all multiprocessors work."""
     classes = 4 if num_classes <= 4 * TARGET_PROGRAMS else 16

@@ -440,8 +440,6 @@ def _over_rows() -> Iterator[AotConfiguration]:
     narrow_widths = {width for tables in backwards for table in tables.values() for width in table}
     for dtype, dim in itertools.product(_TRITON_NAMES, (16, 32, 64, 128, 256, 512, 1024)):
         blocks = _launch.row_blocks(dim)
-        # Library products leave the scale of fp16 to be undone; the narrow backwards undo it themselves.
-        ranges = [False] * (dim in narrow_widths) + [True] if dtype == torch.float16 else [False]
         for tensor_temperature in (False, True):
             temperature = {"HAS_TEMPERATURE": tensor_temperature}
             yield _configuration(
@@ -454,13 +452,20 @@ def _over_rows() -> Iterator[AotConfiguration]:
                     for counts in (False, True)[: 1 + of_samples]:
                         meta = {**temperature, **columns, "HAS_COUNTS": counts, "NORMALIZE": normalize, **blocks}
                         yield _configuration("inverse_norms", prototype_forward._inverse_norms_kernel, dtype, meta)
-                choices = itertools.product(ranges, (False, True), {None, _other_grad_dtype(dtype)})
-                for has_range, factor, grad_dtype in choices:
-                    flags = {"HAS_RANGE": has_range, "HAS_FACTOR": factor, "NORMALIZE": normalize}
-                    meta = {**temperature, **flags, **blocks}
-                    yield _configuration("finish", _epilogue._finish_kernel, dtype, meta, grad_dtype)
         for normalize in (False, True):
             yield _configuration("norms", pair_forward._norms_kernel, dtype, {"NORMALIZE": normalize, **blocks})
+    for dtype, dim in itertools.product(_TRITON_NAMES, (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)):
+        # Library products leave the scale of fp16 to be undone; the narrow backwards undo it themselves.
+        narrow = dim in narrow_widths and dtype != torch.float32
+        ranges = [False] * (narrow or dtype != torch.float16) + [True] * (dtype == torch.float16)
+        flags = itertools.product((False, True), ranges, (False, True), (False, True), {None, _other_grad_dtype(dtype)})
+        for tensor_temperature, has_range, factor, normalize, grad_dtype in flags:
+            for splits in (1, 2)[: 1 + narrow]:
+                meta = {
+                    "HAS_TEMPERATURE": tensor_temperature, "HAS_RANGE": has_range, "HAS_FACTOR": factor,
+                    "NORMALIZE": normalize, **_launch.finish_blocks(dim, splits),
+                }  # fmt: skip
+                yield _configuration("finish", _epilogue._finish_kernel, dtype, meta, grad_dtype)
     triangles = (*_launch.PAIR_TRIANGLE_NARROW.values(), *_launch.PAIR_TRIANGLE_WIDE.values())
     steps = {config.block_r for table in triangles for config in table.values()}  # one a block of rows
     for step, accumulate in [(0, False), (0, True), *((step, True) for step in sorted(steps))]:
