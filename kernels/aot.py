@@ -66,7 +66,7 @@ _OPTIONAL = {
     "upstream_ptr": "HAS_FACTOR",
     "divisor_ptr": "HAS_FACTOR",
     "weight_ptr": "HAS_WEIGHT",
-    "counts_ptr": "HAS_COUNTS",
+    "class_counts_ptr": "HAS_COUNTS",
     "row_partials_ptr": "HAS_ROWS",
     "col_partials_ptr": "HAS_COLS",
     "present_ptr": "COMPACT",

@@ -38,7 +38,7 @@ def _inverse_norms_kernel(
     positives_ptr,  # [N] fp32
     sample_columns_ptr,  # [3, padded N] fp32, see `Columns`, when COLUMNS_OF_SAMPLES
     class_columns_ptr,  # [3, padded K] fp32 when COLUMNS_OF_CLASSES
-    counts_ptr,  # [K] int32, added to, when HAS_COUNTS
+    class_counts_ptr,  # [K] int32, added to, when HAS_COUNTS
     N,
     K,
     D,
@@ -84,7 +84,7 @@ def _inverse_norms_kernel(
         tl.store(inv_features_ptr + sample_R, inv_R, mask=inside_R)
         tl.store(positives_ptr + sample_R, tl.where(has_label_R, positives_R, 0.0), mask=inside_R)
         if HAS_COUNTS:
-            tl.atomic_add(counts_ptr + label_R, 1, mask=has_label_R, sem="relaxed")  # whole numbers: any order will do
+            tl.atomic_add(class_counts_ptr + label_R, 1, mask=has_label_R, sem="relaxed")  # whole numbers: any order will do
         if COLUMNS_OF_SAMPLES:
             _store_columns(sample_columns_ptr, sample_R, padded_N, inv_R, label_R)
     else:
@@ -339,7 +339,7 @@ def inverse_norms(operands: Operands, options: Options, *, rows: bool, cols: boo
         positives_ptr=positives,
         sample_columns_ptr=sample_columns,
         class_columns_ptr=class_columns,
-        counts_ptr=counts,
+        class_counts_ptr=counts,
         N=num_samples,
         K=num_classes,
         D=dim,

@@ -69,7 +69,7 @@ def _loss_kernel(
     positives_ptr,  # [N] fp32
     labels_ptr,  # [N] int64
     weight_ptr,  # [K] fp32 when HAS_WEIGHT
-    counts_ptr,  # [K] int32, samples of each class, when HAS_COUNTS: else they are counted here
+    class_counts_ptr,  # [K] int32, samples of each class, when HAS_COUNTS: else they are counted here
     row_lse_ptr,  # [K] fp32
     col_lse_ptr,  # [N] fp32
     grad_row_ptr,  # [K] fp32
@@ -140,7 +140,7 @@ def _loss_kernel(
         inside_K = class_K < K
         row_lse_K = _joined(row_partials_ptr, class_K, inside_K, row_splits, K, BLOCK_S)
         if HAS_COUNTS:
-            sum_K = tl.load(counts_ptr + class_K, mask=inside_K, other=0).to(tl.float32)
+            sum_K = tl.load(class_counts_ptr + class_K, mask=inside_K, other=0).to(tl.float32)
         else:
             sum_K = tl.zeros((BLOCK_K,), tl.float32)
             for start in range(0, N, BLOCK_N):
@@ -258,7 +258,7 @@ def launch_fwd(
             positives_ptr=positives,
             labels_ptr=operands.labels,
             weight_ptr=None if weight is None else weight.float(),
-            counts_ptr=norms.counts,
+            class_counts_ptr=norms.counts,
             row_lse_ptr=row_lse if rows else None,
             col_lse_ptr=col_lse if cols else None,
             grad_row_ptr=grad_row if rows else None,
