@@ -174,7 +174,11 @@ _BACKWARD_FIXED: Narrow = {
     64: Config(64, 64, 64, 4, 3),
     128: Config(64, 64, 128, 4, 3),
 }
-PAIR_BACKWARD_FIXED = dict.fromkeys(ARCHITECTURES, _BACKWARD_FIXED)
+PAIR_BACKWARD_FIXED = {
+    80: _BACKWARD_FIXED,
+    90: {**_BACKWARD_FIXED, 128: Config(64, 128, 128, 4, 2)},
+    100: _BACKWARD_FIXED,
+}
 
 
 def architecture(device: torch.device) -> int:

@@ -35,8 +35,8 @@ _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 _GRADIENTS = {"grad_ptr", "a_grad_ptr"}
 _PADDED = {
     "factor_ptr", "bias_ptr", "row_factor_ptr", "row_bias_ptr", "col_factor_ptr", "col_bias_ptr",
-    "terms_ptr", "row_terms_ptr", "col_terms_ptr", "classes_ptr", "row_classes_ptr", "col_classes_ptr",
-    "row_sums_ptr", "col_sums_ptr", "padded_N", "padded_R", "padded_C",
+    "row_terms_ptr", "col_terms_ptr", "classes_ptr", "row_classes_ptr", "col_classes_ptr",
+    "row_sums_ptr", "col_sums_ptr", "padded_N", "padded_R",
 }  # fmt: skip
 _ALWAYS_ALIGNED = (
     _OPERANDS | _GRADIENTS | _PADDED | {"b_grad_ptr", "partials_ptr", "a_partials_ptr", "b_partials_ptr", "D"}

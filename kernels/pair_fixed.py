@@ -14,7 +14,8 @@ Backward. With g' = g exp(-lse) the weight of x_j in the gradient of x_k is, tim
 
     w[k, j] = exp s[k, j] (g'_k i_j + g'_j i_j) + P[k, j] (q_k i_j + q_j i_j)      (`inside`: q' exp s for q, as with g')
 
-with i = 1/|x|, zero for the absent. g' i and q i are prepared for the columns, so that either bracket is one FMA.
+with i = 1/|x|, zero for the absent. g' i and q i are prepared for the columns, so that either bracket is one FMA. All that
+a tile takes of a column lies side by side: every thread of a tile needs it of many columns, and has one load for each.
 
 Shapes: R rows, C columns, D width; S splits. Vectors over samples are padded to a multiple of PADDING.
 """
@@ -353,8 +354,8 @@ def _prepare_side_kernel(
     inv_ptr,  # [N] fp32
     ids_ptr,  # [N] int64
     range_ptr,  # [1] fp32 power of two that brings G into fp16's range, when HAS_RANGE
-    terms_ptr,  # [5, padded_N] fp32: i (zero for the absent), g', q, g' i, q i
-    classes_ptr,  # [padded_N] int32
+    row_terms_ptr,  # [4, padded_N] fp32: i (zero for the absent), g', q, and the bits of the int32 class
+    col_terms_ptr,  # [padded_N, 4] fp32: i, g' i, q i, class; side by side, so that one load brings them all
     N,
     padded_N,
     USED: tl.constexpr,
@@ -379,12 +380,15 @@ def _prepare_side_kernel(
         fp16_range = tl.load(range_ptr)
         of_lse_R *= fp16_range
         of_positives_R *= fp16_range
-    tl.store(terms_ptr + row_R, inv_R, mask=padded_R)
-    tl.store(terms_ptr + padded_N + row_R, of_lse_R, mask=padded_R)
-    tl.store(terms_ptr + 2 * padded_N + row_R, of_positives_R, mask=padded_R)
-    tl.store(terms_ptr + 3 * padded_N + row_R, of_lse_R * inv_R, mask=padded_R)
-    tl.store(terms_ptr + 4 * padded_N + row_R, of_positives_R * inv_R, mask=padded_R)
-    tl.store(classes_ptr + row_R, tl.where(here_R, id_R, -1).to(tl.int32), mask=padded_R)
+    class_R = tl.where(here_R, id_R, -1).to(tl.int32).to(tl.float32, bitcast=True)
+    tl.store(row_terms_ptr + row_R, inv_R, mask=padded_R)
+    tl.store(row_terms_ptr + padded_N + row_R, of_lse_R, mask=padded_R)
+    tl.store(row_terms_ptr + 2 * padded_N + row_R, of_positives_R, mask=padded_R)
+    tl.store(row_terms_ptr + 3 * padded_N + row_R, class_R, mask=padded_R)
+    tl.store(col_terms_ptr + 4 * row_R, inv_R, mask=padded_R)
+    tl.store(col_terms_ptr + 4 * row_R + 1, of_lse_R * inv_R, mask=padded_R)
+    tl.store(col_terms_ptr + 4 * row_R + 2, of_positives_R * inv_R, mask=padded_R)
+    tl.store(col_terms_ptr + 4 * row_R + 3, class_R, mask=padded_R)
 
 
 @triton.jit
@@ -398,15 +402,18 @@ def _taken_apart(lse_ptr, grad_ptr, row_R, here_R):
 @triton.jit
 def _bwd_fixed_tile(
     a_RD, factor_R, of_lse_R, of_positives_R, class_R, own_R, sum_RD,
-    b_ptr, terms_ptr, classes_ptr, start, C, padded_C, D, stride_b, offset_CD,
+    b_ptr, terms_ptr, start, C, D, stride_b, offset_CD,
     INSIDE: tl.constexpr, OWN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The sum with w·x of the columns from `start` on, the sample itself left out if OWN."""
     b_CD = _load_tile(b_ptr, start, C, stride_b, D, offset_CD, BLOCK_C, BLOCK_D)
     dots_RC = tl.dot(a_RD, b_CD.T)
     row_C = start + tl.arange(0, BLOCK_C)
-    inv_C, class_C = tl.load(terms_ptr + row_C), tl.load(classes_ptr + row_C)
-    of_lse_C, of_positives_C = tl.load(terms_ptr + 3 * padded_C + row_C), tl.load(terms_ptr + 4 * padded_C + row_C)
+    terms_C4 = tl.load(terms_ptr + row_C[:, None] * 4 + tl.arange(0, 4)[None, :])
+    even_C2, odd_C2 = tl.split(tl.reshape(terms_C4, (BLOCK_C, 2, 2)))
+    inv_C, of_positives_C = tl.split(even_C2)
+    of_lse_C, class_C = tl.split(odd_C2)
+    class_C = class_C.to(tl.int32, bitcast=True)
     exp_RC = tl.exp2(dots_RC * factor_R[:, None] * inv_C[None, :])
     of_lse_RC = of_lse_R[:, None] * inv_C[None, :] + of_lse_C[None, :]
     of_positives_RC = of_positives_R[:, None] * inv_C[None, :] + of_positives_C[None, :]
@@ -424,17 +431,14 @@ def _bwd_fixed_tile(
 def _bwd_fixed_kernel(
     a_ptr,  # [R, D]
     b_ptr,  # [C, D]
-    row_terms_ptr,  # [5, padded_R] fp32
-    row_classes_ptr,  # [R] int32
-    col_terms_ptr,  # [5, padded_C] fp32
-    col_classes_ptr,  # [C] int32
+    row_terms_ptr,  # [4, padded_R] fp32, see `_prepare_side_kernel`
+    col_terms_ptr,  # [C, 4] fp32
     range_ptr,  # [1] fp32 when HAS_RANGE
     partials_ptr,  # [S, R, D] fp32: P of each split
     R,
     C,
     D,
     padded_R,
-    padded_C,
     stride_a,
     stride_b,
     stride_partials,
@@ -448,7 +452,8 @@ def _bwd_fixed_kernel(
 ):
     block = tl.program_id(0) * BLOCK_R
     row_R = block + tl.arange(0, BLOCK_R)
-    inv_R, class_R = tl.load(row_terms_ptr + row_R), tl.load(row_classes_ptr + row_R)
+    inv_R = tl.load(row_terms_ptr + row_R)
+    class_R = tl.load(row_terms_ptr + 3 * padded_R + row_R).to(tl.int32, bitcast=True)
     of_lse_R = tl.load(row_terms_ptr + padded_R + row_R)
     of_positives_R = tl.load(row_terms_ptr + 2 * padded_R + row_R)
     factor_R = inv_R * (inv_temperature * _LOG2E)
@@ -460,14 +465,14 @@ def _bwd_fixed_kernel(
     for tile in tl.range(own, beside, num_stages=1):
         sum_RD = _bwd_fixed_tile(
             a_RD, factor_R, of_lse_R, of_positives_R, class_R, row_R + offset, sum_RD,
-            b_ptr, col_terms_ptr, col_classes_ptr, tile * BLOCK_C, C, padded_C, D, stride_b, offset_CD,
+            b_ptr, col_terms_ptr, tile * BLOCK_C, C, D, stride_b, offset_CD,
             INSIDE, True, BLOCK_C, BLOCK_D,
         )  # fmt: skip
     for position in range(first, last - (beside - own)):
         tile = position + tl.where(position >= own, beside - own, 0)
         sum_RD = _bwd_fixed_tile(
             a_RD, factor_R, of_lse_R, of_positives_R, class_R, row_R, sum_RD,
-            b_ptr, col_terms_ptr, col_classes_ptr, tile * BLOCK_C, C, padded_C, D, stride_b, offset_CD,
+            b_ptr, col_terms_ptr, tile * BLOCK_C, C, D, stride_b, offset_CD,
             INSIDE, False, BLOCK_C, BLOCK_D,
         )  # fmt: skip
     if HAS_RANGE:
@@ -574,7 +579,9 @@ def triangle(scaling: Scaling, samples: Samples, with_positives: bool) -> list[T
             **part.arguments(),
             **config.launch_options(),
         )
-        _join([result[first:] for result in results], group_rows, row_sums, col_sums, config.block_r, accumulate=first > 0)
+        _join(
+            [result[first:] for result in results], group_rows, row_sums, col_sums, config.block_r, accumulate=first > 0
+        )
     return results
 
 
@@ -662,7 +669,7 @@ def backward(scaling: Scaling, given: Backward, gradient: Gradient) -> None:
         rows = columns
     else:
         rows = _prepare_side(given.row_side, given.inv_rows, pairs.row_ids, weights_range, given.inside)
-    (row_terms, row_classes), (col_terms, col_classes) = rows, columns
+    (row_terms, _), (_, col_terms) = rows, columns
     x, others = near(pairs.rows), near(pairs.columns)
     config = _launch.narrow_config(_launch.PAIR_BACKWARD_FIXED, x)
     for part in _launch.row_chunks(num_rows, 4 * dim):
@@ -674,16 +681,13 @@ def backward(scaling: Scaling, given: Backward, gradient: Gradient) -> None:
             a_ptr=x[part],
             b_ptr=others,
             row_terms_ptr=row_terms[:, part.start :],
-            row_classes_ptr=row_classes[part.start :],
             col_terms_ptr=col_terms,
-            col_classes_ptr=col_classes,
             range_ptr=weights_range,
             partials_ptr=partials,
             R=size,
             C=num_columns,
             D=dim,
             padded_R=row_terms.stride(0),
-            padded_C=col_terms.stride(0),
             stride_a=x.stride(0),
             stride_b=others.stride(0),
             stride_partials=size * dim,
@@ -701,8 +705,7 @@ def _prepare_side(
     side: Side | None, inv: Tensor, ids: Tensor, weights_range: Tensor | None, inside: bool
 ) -> tuple[Tensor, Tensor]:
     padded = padded_size(len(inv))
-    terms = inv.new_empty(5, padded)
-    classes = torch.empty(padded, dtype=torch.int32, device=inv.device)
+    row_terms, col_terms = inv.new_empty(4, padded), inv.new_empty(padded, 4)
     _prepare_side_kernel[(cdiv(padded, _launch.SIDE_BLOCKS["BLOCK_R"]),)](
         lse_ptr=None if side is None else side.lse,
         grad_lse_ptr=None if side is None else side.grad_lse,
@@ -711,8 +714,8 @@ def _prepare_side(
         inv_ptr=inv,
         ids_ptr=ids,
         range_ptr=weights_range,
-        terms_ptr=terms,
-        classes_ptr=classes,
+        row_terms_ptr=row_terms,
+        col_terms_ptr=col_terms,
         N=len(inv),
         padded_N=padded,
         USED=side is not None,
@@ -720,4 +723,4 @@ def _prepare_side(
         HAS_RANGE=weights_range is not None,
         **_launch.SIDE_BLOCKS,
     )
-    return terms, classes
+    return row_terms, col_terms

@@ -154,9 +154,7 @@ def launch_bwd(
     with _launch.on_device(rows):
         if backward.has_mask or not _launch.is_narrow(_launch.PAIR_BACKWARD_NARROW, pairs.rows):
             pair_backward.wide(scaling, backward, gradient)
-        elif pair_fixed.serves(
-            scaling, pairs.rows, _launch.PAIR_BACKWARD_FIXED, pair_fixed.MAX_BACKWARD_SHIFT
-        ):
+        elif pair_fixed.serves(scaling, pairs.rows, _launch.PAIR_BACKWARD_FIXED, pair_fixed.MAX_BACKWARD_SHIFT):
             pair_fixed.backward(scaling, backward, gradient)
         else:
             pair_backward.narrow(scaling, backward, gradient)
