@@ -12,10 +12,10 @@ results are joined, where the logarithm is taken once.
 
 Backward. With g' = g exp(-lse) the weight of x_j in the gradient of x_k is, times 1/|x_k| that is applied at the end,
 
-    w[k, j] = exp s[k, j] (g'_k i_j + g'_j i_j) + P[k, j] (q_k i_j + q_j i_j)      (`inside`: q' exp s for q, as with g')
+    w[k, j] = exp s[k, j] (g'_k i_j + g'_j i_j) + P[k, j] (q_k i_j + q_j i_j)    (`inside`: q' exp s for q, as with g')
 
-with i = 1/|x|, zero for the absent. g' i and q i are prepared for the columns, so that either bracket is one FMA. All that
-a tile takes of a column lies side by side: every thread of a tile needs it of many columns, and has one load for each.
+with i = 1/|x|, zero for the absent. g' i and q i are prepared for the columns, so that either bracket is one FMA. What
+a tile takes of a column lies side by side: every thread needs it of many columns, one load each.
 
 Shapes: R rows, C columns, D width; S splits. Vectors over samples are padded to a multiple of PADDING.
 """
@@ -38,7 +38,6 @@ from ._tiles import exp, inverse, load_rows
 
 if TYPE_CHECKING:
     from .pair_backward import Backward, Side
-    from .pair_forward import Pairs
 
 PADDING = 256  # of vectors over samples: a multiple of every tile's sides
 # |s| below this: exp(s), exp(-lse) and their products with upstream gradients all stay in fp32's range.
@@ -88,7 +87,7 @@ def _prepare_kernel(
     here_R = id_R >= 0
     padded_R = row_R < padded_N
     tl.store(inv_ptr + row_R, inv_R, mask=inside_R)
-    # Zero would turn the bias of an absent sample into NaN where the two meet; a zero vector's products are zero anyway.
+    # Zero would make NaN of an absent sample's bias where the two meet; a zero vector's products are zero anyway.
     tl.store(factor_ptr + row_R, tl.where(inv_R < _SMALLEST_FACTOR, _SMALLEST_FACTOR, inv_R), mask=padded_R)
     tl.store(bias_ptr + row_R, tl.where(here_R, 0.0, float("-inf")), mask=padded_R)
     tl.store(classes_ptr + row_R, tl.where(here_R, id_R, -1).to(tl.int32), mask=padded_R)
@@ -238,7 +237,7 @@ def _rectangle_fixed_kernel(
     col_factor_ptr,  # [C] fp32
     col_bias_ptr,  # [C] fp32
     col_classes_ptr,  # [C] int32
-    row_sums_ptr,  # [1 or 2, S, stride_sums] fp32: of exp(s) and, with positives, of their s in units of log 2 or exp(s)
+    row_sums_ptr,  # [1 or 2, S, stride_sums] fp32: of exp(s) and, with positives, of their s (units of log 2) or exp(s)
     R,
     C,
     D,
@@ -418,10 +417,7 @@ def _bwd_fixed_tile(
     of_lse_RC = of_lse_R[:, None] * inv_C[None, :] + of_lse_C[None, :]
     of_positives_RC = of_positives_R[:, None] * inv_C[None, :] + of_positives_C[None, :]
     of_positives_RC = tl.where(class_R[:, None] == class_C[None, :], of_positives_RC, 0.0)
-    if INSIDE:
-        weights_RC = exp_RC * (of_lse_RC + of_positives_RC)
-    else:
-        weights_RC = exp_RC * of_lse_RC + of_positives_RC
+    weights_RC = exp_RC * (of_lse_RC + of_positives_RC) if INSIDE else exp_RC * of_lse_RC + of_positives_RC
     if OWN:
         weights_RC = tl.where(own_R[:, None] == row_C[None, :], 0.0, weights_RC)
     return tl.dot(weights_RC.to(b_CD.dtype), b_CD, sum_RD)
@@ -605,7 +601,9 @@ def _join(
     accumulate: bool = False,
     inside: bool = False,
 ) -> None:
-    """Results, one or two of [N], of the first `rows`, from partial sums [., S, .] and, with a step, [., strips, .] of columns."""
+    """Results of the first `rows`, one or two of [N], from partial sums [., S, .] and, with a step, those of columns
+    [., strips, .].
+    """
     kinds, num_rows = len(results), len(results[0])
     _join_kernel[(cdiv(num_rows, _launch.COMBINE_BLOCKS["BLOCK_R"]), kinds)](
         row_sums_ptr=row_sums,
