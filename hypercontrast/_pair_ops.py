@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hypercontrast import _checks, blockwise, blockwise_pairs
 from hypercontrast._ops import widened
+from hypercontrast.distributed import ABSENT
 
 
 def _kernels():
@@ -118,6 +119,21 @@ def pair_lse_backward(
 def _pair_lse_backward_fake(rows, *args):
     grad = torch.empty_like(rows, memory_format=torch.contiguous_format)
     return grad, rows.new_empty((), dtype=_checks.accumulator(rows))
+
+
+@torch.library.custom_op("hypercontrast::label_classes", mutates_args=())
+def label_classes(labels: Tensor, first_counted: int) -> tuple[Tensor, Tensor]:
+    """Class of each of the labels [N] in [0, N), below zero for rows that are not there, and how many samples from
+    `first_counted` on are of it; by Triton, for batches small enough that all labels can be compared with all.
+    """
+    from hypercontrast.kernels import class_sums
+
+    return class_sums.classes(labels.contiguous(), first_counted, ABSENT)
+
+
+@label_classes.register_fake
+def _label_classes_fake(labels, first_counted):
+    return tuple(torch.empty_like(labels, memory_format=torch.contiguous_format) for _ in range(2))
 
 
 def _setup_context(ctx, inputs, output) -> None:

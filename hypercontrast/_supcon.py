@@ -22,6 +22,7 @@ from torch import Tensor
 from hypercontrast import _autograd, _checks, _pair_ops
 from hypercontrast._agreement import agree
 from hypercontrast.distributed import ABSENT, gather_rows, row_counts
+from hypercontrast.kernels import _launch  # needs no Triton
 
 if TYPE_CHECKING:
     from hypercontrast.buffer import NegativeBuffer
@@ -95,8 +96,8 @@ def supcon_loss(
 
 def _against_itself(features: Tensor, labels: Tensor | None, mask: Tensor | None, logits: _Logits) -> _Part:
     if mask is None:
-        (ids,) = _class_ids(labels)
-        count = _members(ids, ids) - 1
+        ids, count = _classes(labels, None, logits.backend)
+        count = count - 1
     else:
         ids, count = None, mask.sum(1) - mask.diagonal().long()
     lse, positives, *_ = _pair_ops.pair_lse(features, None, ids, ids, mask, *logits.arguments(offset=0))
@@ -109,8 +110,7 @@ def _against(
 ) -> _Part:  # fmt: skip
     """Against columns none of which is an anchor."""
     if mask is None:
-        ids, column_ids = _class_ids(labels, column_labels)
-        count = _members(ids, column_ids)
+        (ids, column_ids), count = _classes(labels, column_labels, logits.backend)
     else:
         ids, column_ids, count = None, None, mask.sum(1)
     columns = columns.to(features.dtype)
@@ -129,11 +129,11 @@ def _against_all_ranks(
         rows = row_counts(features, group)
         columns, column_labels = (gather_rows(x.detach(), rows, group) for x in (features, labels))
         offset = sum(rows[: dist.get_rank(group)])
-    ids, column_ids = _class_ids(labels, column_labels)
+    (ids, column_ids), count = _classes(labels, column_labels, logits.backend)
     lse, positives = _GlobalPairs.apply(
         features, logits.learned, columns.to(features.dtype), ids, column_ids, offset, rows, logits, group
     )
-    return _Part(lse, positives, _members(ids, column_ids) - 1)
+    return _Part(lse, positives, count - 1)
 
 
 class _GlobalPairs(torch.autograd.Function):
@@ -162,6 +162,20 @@ class _GlobalPairs(torch.autograd.Function):
         if learned is not None:  # every pair is met from both of its sides, on one rank or on two
             grad_learned = (-logit_grad_sum / (2 * learned)).to(learned.dtype).reshape(learned.shape)
         return grad, grad_learned, *[None] * 7
+
+
+def _classes(labels: Tensor, column_labels: Tensor | None, backend: str) -> tuple[Any, Tensor]:
+    """Classes of the rows, and of the columns where those are others; and how many columns are of each row's class."""
+    joint = labels if column_labels is None else torch.cat([labels, column_labels])
+    first_column = 0 if column_labels is None else len(labels)
+    if backend == "triton" and 0 < len(joint) ** 2 <= _launch.MAX_POSITIVES_IN_TILES:
+        ids, counts = _pair_ops.label_classes(joint.long(), first_column)
+        return (ids if column_labels is None else ids.split([first_column, len(column_labels)])), counts[: len(labels)]
+    if column_labels is None:
+        (ids,) = _class_ids(labels)
+        return ids, _members(ids, ids)
+    ids = _class_ids(labels, column_labels)
+    return ids, _members(*ids)
 
 
 def _class_ids(*labels: Any) -> list[Any]:

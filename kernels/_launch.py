@@ -27,6 +27,8 @@ COLUMN_BLOCKS = {"BLOCK": 256, "num_warps": 4}
 TOTALS_BLOCKS = {"BLOCK_B": 256, "num_warps": 4}
 SIDE_BLOCKS = {"BLOCK_R": 256, "num_warps": 4}
 CHUNK_COLUMNS = 8192
+CLASSES_BLOCKS = {"BLOCK_K": 32, "BLOCK_N": 256, "num_warps": 8}
+MAX_POSITIVES_IN_TILES = 2**28  # pairs, also those of labels compared: as long as their sort takes, or less
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,14 @@ _FORWARD_FIXED: Narrow = {
 PAIR_TRIANGLE_FIXED = {
     80: {**_FORWARD_FIXED, 128: Config(128, 64, 128, 8, 3)},
     90: {**_FORWARD_FIXED, 128: Config(128, 128, 128, 4, 2)},
-    100: {**_FORWARD_FIXED, 128: Config(128, 64, 128, 8, 3)},
+    100: _FORWARD_FIXED,
 }
+# With sums of positives besides.
+_TRIANGLE_FIXED_CROWDED: Narrow = {
+    **{width: Config(128, 64, width, 8, 3, max_registers=255) for width in (16, 32, 64, 128)},
+    256: Config(128, 32, 256, 8, 2, max_registers=255),
+}
+PAIR_TRIANGLE_FIXED_CROWDED = {80: _TRIANGLE_FIXED_CROWDED, 90: _FORWARD_FIXED, 100: _TRIANGLE_FIXED_CROWDED}
 PAIR_RECTANGLE_FIXED = dict.fromkeys(ARCHITECTURES, _FORWARD_FIXED)
 _BACKWARD_FIXED: Narrow = {
     16: Config(64, 64, 16, 4, 3),
@@ -168,7 +176,11 @@ _BACKWARD_FIXED: Narrow = {
     64: Config(64, 64, 64, 4, 3),
     128: Config(64, 64, 128, 4, 3),
 }
-PAIR_BACKWARD_FIXED = dict.fromkeys(ARCHITECTURES, _BACKWARD_FIXED)
+PAIR_BACKWARD_FIXED = {
+    80: _BACKWARD_FIXED,
+    90: {**_BACKWARD_FIXED, 128: Config(64, 128, 128, 4, 2)},
+    100: _BACKWARD_FIXED,
+}
 
 
 def architecture(device: torch.device) -> int:

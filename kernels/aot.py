@@ -35,14 +35,14 @@ _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 _GRADIENTS = {"grad_ptr", "a_grad_ptr"}
 _PADDED = {
     "factor_ptr", "bias_ptr", "row_factor_ptr", "row_bias_ptr", "col_factor_ptr", "col_bias_ptr",
-    "terms_ptr", "row_terms_ptr", "col_terms_ptr", "classes_ptr", "row_classes_ptr", "col_classes_ptr",
-    "row_sums_ptr", "col_sums_ptr", "padded_N", "padded_R", "padded_C",
+    "row_terms_ptr", "col_terms_ptr", "classes_ptr", "row_classes_ptr", "col_classes_ptr",
+    "row_sums_ptr", "col_sums_ptr", "padded_N", "padded_R",
 }  # fmt: skip
 _ALWAYS_ALIGNED = (
     _OPERANDS | _GRADIENTS | _PADDED | {"b_grad_ptr", "partials_ptr", "a_partials_ptr", "b_partials_ptr", "D"}
 )
 _NEVER_SPECIALIZED = {
-    "ignore_index", "ignored_class", "row_start", "inv_temperature", "offset", "first_class", "last_class",
+    "ignore_index", "ignored_class", "first_counted", "row_start", "inv_temperature", "offset", "first_class", "last_class",
     "mask_row_step", "mask_col_step",
     "row_mask_row_step", "row_mask_col_step", "col_mask_row_step", "col_mask_col_step",
 }  # fmt: skip
@@ -53,6 +53,7 @@ _INT64 = {
     "order_ptr",
     "bounds_ptr",
     "ids_ptr",
+    "counts_ptr",
     "row_ids_ptr",
     "col_ids_ptr",
 }
@@ -87,7 +88,6 @@ _OPTIONAL = {
     "lse_ptr": "USED",
     "grad_lse_ptr": "USED",
     "grad_positives_ptr": "USED",
-    "positive_sums_ptr": "INSIDE",
     "grad_row_lse_ptr": "HAS_ROWS",
     "row_positives_ptr": "HAS_ROWS",
     "grad_row_positives_ptr": "HAS_ROWS",
@@ -412,14 +412,17 @@ def _pair_backward() -> Iterator[AotConfiguration]:
 
 def _pair_fixed() -> Iterator[AotConfiguration]:
     for dtype in (torch.bfloat16, torch.float16):
-        for config, archs in _pinned(_launch.PAIR_TRIANGLE_FIXED, dtype):
-            kernel = pair_fixed._triangle_fixed_kernel
-            yield _configuration("pair_triangle_fixed", kernel, dtype, config.launch_options(), archs=archs)
-        for inside in (False, True):
-            for config, archs in _pinned(_launch.PAIR_RECTANGLE_FIXED, dtype):
-                meta = {"INSIDE": inside, **config.launch_options()}
+        for positives, tables in ((False, _launch.PAIR_TRIANGLE_FIXED), (True, _launch.PAIR_TRIANGLE_FIXED_CROWDED)):
+            for config, archs in _pinned(tables, dtype):
+                meta = {"POSITIVES": positives, **config.launch_options()}
+                kernel = pair_fixed._triangle_fixed_kernel
+                yield _configuration("pair_triangle_fixed", kernel, dtype, meta, archs=archs, crowded=positives)
+        for config, archs in _pinned(_launch.PAIR_RECTANGLE_FIXED, dtype):
+            for positives, inside in ((False, False), (True, False), (True, True)):
+                meta = {"POSITIVES": positives, "INSIDE": inside, **config.launch_options()}
                 kernel = pair_fixed._rectangle_fixed_kernel
                 yield _configuration("pair_fwd_fixed", kernel, dtype, meta, archs=archs)
+        for inside in (False, True):
             has_range = dtype == torch.float16
             for config, archs in _pinned(_launch.PAIR_BACKWARD_FIXED, dtype):
                 meta = {"INSIDE": inside, "HAS_RANGE": has_range, **config.launch_options()}
@@ -429,9 +432,12 @@ def _pair_fixed() -> Iterator[AotConfiguration]:
                 yield _configuration("prepare_side", pair_fixed._prepare_side_kernel, dtype, meta)
         for dim in _launch.PAIR_RECTANGLE_FIXED[90]:
             yield _configuration("prepare", pair_fixed._prepare_kernel, dtype, _launch.row_blocks(dim))
-    steps = {config.block_r for table in _launch.PAIR_TRIANGLE_FIXED.values() for config in table.values()}
-    for step, accumulate in [(0, False), *itertools.product(sorted(steps), (False, True))]:
-        meta = {"STEP": step, "ACCUMULATE": accumulate, **_launch.COMBINE_BLOCKS}
+    triangles = (*_launch.PAIR_TRIANGLE_FIXED.values(), *_launch.PAIR_TRIANGLE_FIXED_CROWDED.values())
+    steps = {config.block_r for table in triangles for config in table.values()}
+    # (STEP, ACCUMULATE, INSIDE)
+    joins = [(0, False, False), (0, False, True), *itertools.product(sorted(steps), (False, True), (False,))]
+    for step, accumulate, inside in joins:
+        meta = {"STEP": step, "ACCUMULATE": accumulate, "INSIDE": inside, **_launch.COMBINE_BLOCKS}
         yield _configuration("join", pair_fixed._join_kernel, torch.float32, meta)
 
 
@@ -482,6 +488,8 @@ def _other_grad_dtype(dtype: torch.dtype) -> torch.dtype | None:
 def _sums() -> Iterator[AotConfiguration]:
     for dtype, dim in itertools.product(_TRITON_NAMES, (16, 32, 64, 128, 256)):
         yield _configuration("class_sums", class_sums._class_sums_kernel, dtype, _launch.class_sum_blocks(dim))
+    meta = {"ABSENT": -(2**63), **_launch.CLASSES_BLOCKS}
+    yield _configuration("classes", class_sums._classes_kernel, torch.float32, meta)
     for num_classes in (10, 10**5):
         blocks = _launch.segment_blocks(num_classes)
         yield _configuration("segment_sum", class_sums._segment_sum_kernel, torch.float32, blocks)

@@ -90,6 +90,52 @@ def segment_sum(values: Tensor, labels: Tensor, num_classes: int, ignore_index: 
     return sums
 
 
+@triton.jit(do_not_specialize=["first_counted"])
+def _classes_kernel(
+    labels_ptr,  # [N] int64
+    ids_ptr,  # [N] int64
+    counts_ptr,  # [N] int64
+    N,
+    first_counted,
+    ABSENT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The first sample of each sample's label, and how many from first_counted on have it."""
+    row_K = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    label_K = tl.load(labels_ptr + row_K, mask=row_K < N, other=ABSENT)
+    first_K = tl.full((BLOCK_K,), 2**31 - 1, tl.int32)
+    count_K = tl.zeros((BLOCK_K,), tl.int32)
+    for start in range(0, N, BLOCK_N):
+        row_N = start + tl.arange(0, BLOCK_N)
+        label_N = tl.load(labels_ptr + row_N, mask=row_N < N, other=ABSENT)
+        same_KN = label_K[:, None] == label_N[None, :]
+        first_K = tl.minimum(first_K, tl.min(tl.where(same_KN, row_N[None, :], 2**31 - 1), axis=1))
+        counted_N = tl.where(row_N >= first_counted, 1, 0)
+        count_K += tl.sum(tl.where(same_KN, counted_N[None, :], 0), axis=1)
+    here_K = label_K != ABSENT
+    tl.store(ids_ptr + row_K, tl.where(here_K, first_K, -1).to(tl.int64), mask=row_K < N)
+    tl.store(counts_ptr + row_K, tl.where(here_K, count_K, 0).to(tl.int64), mask=row_K < N)
+
+
+def classes(labels: Tensor, first_counted: int, absent: int) -> tuple[Tensor, Tensor]:
+    """Of labels [N] int64 with any values: a number in [0, N) for each that equals that of equal labels alone, -1 for
+    `absent`; and how many of labels[first_counted:] equal it, 0 for `absent`. Compares all with all: for few samples.
+    """
+    ids, counts = torch.empty_like(labels), torch.empty_like(labels)
+    with _launch.on_device(labels):
+        _classes_kernel[(cdiv(len(labels), _launch.CLASSES_BLOCKS["BLOCK_K"]),)](
+            labels_ptr=labels,
+            ids_ptr=ids,
+            counts_ptr=counts,
+            N=len(labels),
+            first_counted=first_counted,
+            ABSENT=absent,
+            **_launch.CLASSES_BLOCKS,
+        )
+    return ids, counts
+
+
 @dataclass(frozen=True)
 class Members:
     """The samples of each class, side by side."""

@@ -12,9 +12,10 @@ results are joined, where the logarithm is taken once.
 
 Backward. With g' = g exp(-lse) the weight of x_j in the gradient of x_k is, times 1/|x_k| that is applied at the end,
 
-    w[k, j] = exp s[k, j] (g'_k i_j + g'_j i_j) + P[k, j] (q_k i_j + q_j i_j)      (`inside`: q' exp s for q, as with g')
+    w[k, j] = exp s[k, j] (g'_k i_j + g'_j i_j) + P[k, j] (q_k i_j + q_j i_j)    (`inside`: q' exp s for q, as with g')
 
-with i = 1/|x|, zero for the absent. g' i and q i are prepared for the columns, so that either bracket is one FMA.
+with i = 1/|x|, zero for the absent. g' i and q i are prepared for the columns, so that either bracket is one FMA. What
+a tile takes of a column lies side by side: every thread needs it of many columns, one load each.
 
 Shapes: R rows, C columns, D width; S splits. Vectors over samples are padded to a multiple of PADDING.
 """
@@ -37,7 +38,6 @@ from ._tiles import exp, inverse, load_rows
 
 if TYPE_CHECKING:
     from .pair_backward import Backward, Side
-    from .pair_forward import Pairs
 
 PADDING = 256  # of vectors over samples: a multiple of every tile's sides
 # |s| below this: exp(s), exp(-lse) and their products with upstream gradients all stay in fp32's range.
@@ -87,7 +87,7 @@ def _prepare_kernel(
     here_R = id_R >= 0
     padded_R = row_R < padded_N
     tl.store(inv_ptr + row_R, inv_R, mask=inside_R)
-    # Zero would turn the bias of an absent sample into NaN where the two meet; a zero vector's products are zero anyway.
+    # Zero would make NaN of an absent sample's bias where the two meet; a zero vector's products are zero anyway.
     tl.store(factor_ptr + row_R, tl.where(inv_R < _SMALLEST_FACTOR, _SMALLEST_FACTOR, inv_R), mask=padded_R)
     tl.store(bias_ptr + row_R, tl.where(here_R, 0.0, float("-inf")), mask=padded_R)
     tl.store(classes_ptr + row_R, tl.where(here_R, id_R, -1).to(tl.int32), mask=padded_R)
@@ -98,18 +98,18 @@ def _fixed_tile(
     a_RD, factor_R, bias_R, b_ptr, factor_ptr, bias_ptr, start, C, D, stride_b, offset_CD,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """exp(s) of the columns from `start` on; of a sample with itself as well."""
+    """s of the columns from `start` on, in units of log 2; of a sample with itself as well."""
     b_CD = _load_tile(b_ptr, start, C, stride_b, D, offset_CD, BLOCK_C, BLOCK_D)
     dots_RC = tl.dot(a_RD, b_CD.T)
     row_C = start + tl.arange(0, BLOCK_C)
     factor_C, bias_C = tl.load(factor_ptr + row_C), tl.load(bias_ptr + row_C)
-    return tl.exp2((dots_RC * factor_R[:, None] + bias_R[:, None]) * factor_C[None, :] + bias_C[None, :])
+    return (dots_RC * factor_R[:, None] + bias_R[:, None]) * factor_C[None, :] + bias_C[None, :]
 
 
 @triton.jit
-def _without_own(exp_RC, own_R, start, BLOCK_C: tl.constexpr):
+def _without_own(logits_RC, own_R, start, BLOCK_C: tl.constexpr):
     row_C = start + tl.arange(0, BLOCK_C)
-    return tl.where(own_R[:, None] == row_C[None, :], 0.0, exp_RC)
+    return tl.where(own_R[:, None] == row_C[None, :], float("-inf"), logits_RC)
 
 
 @triton.jit
@@ -121,9 +121,17 @@ def _tiles_of_split(C, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _positive_sums(exp_RC, class_R, classes_ptr, start, BLOCK_C: tl.constexpr):
+def _of_positives(
+    logits_RC, exp_RC, class_R, classes_ptr, start, OWN: tl.constexpr, INSIDE: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """What positives add: s or, `inside`, exp(s). Absent samples are a class, with -inf among themselves."""
     class_C = tl.load(classes_ptr + start + tl.arange(0, BLOCK_C))
-    return tl.sum(tl.where(class_R[:, None] == class_C[None, :], exp_RC, 0.0), axis=1)
+    same_RC = class_R[:, None] == class_C[None, :]
+    if INSIDE:
+        return tl.where(same_RC, exp_RC, 0.0)
+    if OWN:
+        same_RC = same_RC & (logits_RC > float("-inf"))
+    return tl.where(same_RC, logits_RC, 0.0)
 
 
 @triton.jit
@@ -138,14 +146,16 @@ def _triangle_fixed_kernel(
     x_ptr,  # [C, D]; the rows are the first R of them
     factor_ptr,  # [C] fp32
     bias_ptr,  # [C] fp32
-    row_sums_ptr,  # [S, stride_sums] fp32
-    col_sums_ptr,  # [strips, stride_sums] fp32, written right of the diagonal block of each strip
+    classes_ptr,  # [C] int32
+    row_sums_ptr,  # [1 or 2, S, stride_sums] fp32: of exp(s) and, with positives, of their s in units of log 2
+    col_sums_ptr,  # [1 or 2, strips, stride_sums] fp32, written right of the diagonal block of each strip
     R,
     C,
     D,
     stride_x,
     stride_sums,
     inv_temperature,
+    POSITIVES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,  # divides BLOCK_R
     BLOCK_D: tl.constexpr,
@@ -178,22 +188,43 @@ def _triangle_fixed_kernel(
             x_ptr, strip * BLOCK_R, C, stride_x, D, _tile_offsets(stride_x, BLOCK_R, BLOCK_D), BLOCK_R, BLOCK_D
         )
         total_R = tl.zeros((BLOCK_R,), tl.float32)
+        if POSITIVES:
+            class_R = tl.load(classes_ptr + row_R)
+            positive_R = tl.zeros((BLOCK_R,), tl.float32)
         for tile in tl.range(first, tl.minimum(last, beside), num_stages=1):
-            exp_RC = _fixed_tile(
+            logits_RC = _fixed_tile(
                 x_RD, factor_R, bias_R, x_ptr, factor_ptr, bias_ptr, tile * BLOCK_C, C, D, stride_x, offset_CD,
                 BLOCK_C, BLOCK_D,
             )  # fmt: skip
-            total_R += tl.sum(_without_own(exp_RC, row_R, tile * BLOCK_C, BLOCK_C), axis=1)
+            logits_RC = _without_own(logits_RC, row_R, tile * BLOCK_C, BLOCK_C)
+            exp_RC = tl.exp2(logits_RC)
+            total_R += tl.sum(exp_RC, axis=1)
+            if POSITIVES:
+                positive_RC = _of_positives(
+                    logits_RC, exp_RC, class_R, classes_ptr, tile * BLOCK_C, True, False, BLOCK_C
+                )
+                positive_R += tl.sum(positive_RC, axis=1)
         for tile in range(tl.maximum(first, beside), last):
-            exp_RC = _fixed_tile(
+            logits_RC = _fixed_tile(
                 x_RD, factor_R, bias_R, x_ptr, factor_ptr, bias_ptr, tile * BLOCK_C, C, D, stride_x, offset_CD,
                 BLOCK_C, BLOCK_D,
             )  # fmt: skip
+            exp_RC = tl.exp2(logits_RC)
             total_R += tl.sum(exp_RC, axis=1)
             col_sums = col_sums_ptr + tl.cast(strip, tl.int64) * stride_sums + tile * BLOCK_C
             tl.store(col_sums + tl.arange(0, BLOCK_C), tl.sum(exp_RC, axis=0))
+            if POSITIVES:
+                positive_RC = _of_positives(
+                    logits_RC, exp_RC, class_R, classes_ptr, tile * BLOCK_C, False, False, BLOCK_C
+                )
+                positive_R += tl.sum(positive_RC, axis=1)
+                col_sums += tl.cast(strips, tl.int64) * stride_sums
+                tl.store(col_sums + tl.arange(0, BLOCK_C), tl.sum(positive_RC, axis=0))
         row_sums = row_sums_ptr + tl.program_id(1).to(tl.int64) * stride_sums + row_R
-        tl.store(row_sums, total_R, mask=(row_R >= 0) & ((part == 0) | (lower > upper)))
+        written = (row_R >= 0) & ((part == 0) | (lower > upper))
+        tl.store(row_sums, total_R, mask=written)
+        if POSITIVES:
+            tl.store(row_sums + tl.num_programs(1).to(tl.int64) * stride_sums, positive_R, mask=written)
 
 
 @triton.jit(do_not_specialize=["offset"])
@@ -206,8 +237,7 @@ def _rectangle_fixed_kernel(
     col_factor_ptr,  # [C] fp32
     col_bias_ptr,  # [C] fp32
     col_classes_ptr,  # [C] int32
-    sums_ptr,  # [S, stride_sums] fp32
-    positive_sums_ptr,  # [S, stride_sums] fp32 when INSIDE
+    row_sums_ptr,  # [1 or 2, S, stride_sums] fp32: of exp(s) and, with positives, of their s (units of log 2) or exp(s)
     R,
     C,
     D,
@@ -216,7 +246,8 @@ def _rectangle_fixed_kernel(
     stride_sums,
     offset,  # column offset + k is row k's own; past the columns when there is none
     inv_temperature,
-    INSIDE: tl.constexpr,  # the positives' exponentials besides
+    POSITIVES: tl.constexpr,
+    INSIDE: tl.constexpr,  # exp(s) of the positives, not s
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -226,7 +257,7 @@ def _rectangle_fixed_kernel(
     row_R = block + tl.arange(0, BLOCK_R)
     factor_R = tl.load(row_factor_ptr + row_R) * (inv_temperature * _LOG2E)
     bias_R = tl.load(row_bias_ptr + row_R)
-    if INSIDE:
+    if POSITIVES:
         class_R = tl.load(row_classes_ptr + row_R)
     a_RD = _load_tile(a_ptr, block, R, stride_a, D, _tile_offsets(stride_a, BLOCK_R, BLOCK_D), BLOCK_R, BLOCK_D)
     offset_CD = _tile_offsets(stride_b, BLOCK_C, BLOCK_D)
@@ -234,54 +265,69 @@ def _rectangle_fixed_kernel(
     first, last = _tiles_of_split(C, BLOCK_C)
     own, beside = _own_tiles(block + offset, block + offset + BLOCK_R, first, last, BLOCK_C)
     for tile in tl.range(own, beside, num_stages=1):
-        exp_RC = _fixed_tile(
+        logits_RC = _fixed_tile(
             a_RD, factor_R, bias_R, b_ptr, col_factor_ptr, col_bias_ptr, tile * BLOCK_C, C, D, stride_b, offset_CD,
             BLOCK_C, BLOCK_D,
         )  # fmt: skip
-        exp_RC = _without_own(exp_RC, row_R + offset, tile * BLOCK_C, BLOCK_C)
+        logits_RC = _without_own(logits_RC, row_R + offset, tile * BLOCK_C, BLOCK_C)
+        exp_RC = tl.exp2(logits_RC)
         total_R += tl.sum(exp_RC, axis=1)
-        if INSIDE:
-            positive_total_R += _positive_sums(exp_RC, class_R, col_classes_ptr, tile * BLOCK_C, BLOCK_C)
+        if POSITIVES:
+            positive_RC = _of_positives(
+                logits_RC, exp_RC, class_R, col_classes_ptr, tile * BLOCK_C, True, INSIDE, BLOCK_C
+            )
+            positive_total_R += tl.sum(positive_RC, axis=1)
     for position in range(first, last - (beside - own)):
         tile = position + tl.where(position >= own, beside - own, 0)
-        exp_RC = _fixed_tile(
+        logits_RC = _fixed_tile(
             a_RD, factor_R, bias_R, b_ptr, col_factor_ptr, col_bias_ptr, tile * BLOCK_C, C, D, stride_b, offset_CD,
             BLOCK_C, BLOCK_D,
         )  # fmt: skip
+        exp_RC = tl.exp2(logits_RC)
         total_R += tl.sum(exp_RC, axis=1)
-        if INSIDE:
-            positive_total_R += _positive_sums(exp_RC, class_R, col_classes_ptr, tile * BLOCK_C, BLOCK_C)
-    result = tl.program_id(1).to(tl.int64) * stride_sums + row_R
-    tl.store(sums_ptr + result, total_R)
-    if INSIDE:
-        tl.store(positive_sums_ptr + result, positive_total_R)
+        if POSITIVES:
+            positive_RC = _of_positives(
+                logits_RC, exp_RC, class_R, col_classes_ptr, tile * BLOCK_C, False, INSIDE, BLOCK_C
+            )
+            positive_total_R += tl.sum(positive_RC, axis=1)
+    row_sums = row_sums_ptr + tl.program_id(1).to(tl.int64) * stride_sums + row_R
+    tl.store(row_sums, total_R)
+    if POSITIVES:
+        tl.store(row_sums + tl.num_programs(1).to(tl.int64) * stride_sums, positive_total_R)
 
 
 @triton.jit
 def _join_kernel(
-    row_sums_ptr,  # [S, stride_row_sums] fp32, for the first R rows
-    col_sums_ptr,  # [strips, stride_col_sums] fp32 when STEP > 0
-    lse_ptr,  # [N] fp32: log-sum-exps of the first R rows, sums so far of the others; sums so far read if ACCUMULATE
+    row_sums_ptr,  # [1 or 2, S, stride_sums] fp32, for the first R rows
+    col_sums_ptr,  # [1 or 2, strips, stride_sums] fp32 when STEP > 0
+    lse_ptr,  # [N] fp32: of the first R rows, and sums so far of the others
+    positives_ptr,  # the same for the second of the sums, if the grid reaches them
     S,
     R,
     N,
-    stride_row_sums,
-    stride_col_sums,
+    stride_sums,
     STEP: tl.constexpr,  # col_sums[s] holds rows from (s + 1) STEP on; 0 where there are none
-    ACCUMULATE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,  # begin with the sums so far
+    INSIDE: tl.constexpr,  # the second are sums of exp(s) too
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """All partial sums of a row, in the order in which they lie, and the logarithm of the whole."""
+    """All partial sums of a row, in the order in which they lie; the logarithm of the whole, or the whole in nats."""
+    kind = tl.program_id(1).to(tl.int64)
+    row_sums_ptr += kind * S * stride_sums
+    col_sums_ptr += kind * tl.cdiv(R, STEP if STEP > 0 else 1) * stride_sums
+    result_ptr = lse_ptr
+    if kind == 1:
+        result_ptr = positives_ptr
     row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside_R = row_R < N
     total_R = tl.zeros((BLOCK_R,), tl.float32)
     if ACCUMULATE:
-        total_R = tl.load(lse_ptr + row_R, mask=inside_R, other=0.0)
+        total_R = tl.load(result_ptr + row_R, mask=inside_R, other=0.0)
     for split in range(0, S, BLOCK_S):
         split_S = split + tl.arange(0, BLOCK_S)
         inside_SR = (split_S < S)[:, None] & (row_R < R)[None, :]
-        row_sums = row_sums_ptr + split_S.to(tl.int64)[:, None] * stride_row_sums + row_R[None, :]
+        row_sums = row_sums_ptr + split_S.to(tl.int64)[:, None] * stride_sums + row_R[None, :]
         total_R += tl.sum(tl.load(row_sums, mask=inside_SR, other=0.0), axis=0)
     if STEP > 0:
         strips = tl.minimum(tl.cdiv(R, STEP), ((tl.program_id(0) + 1) * BLOCK_R - 1) // STEP)
@@ -289,9 +335,13 @@ def _join_kernel(
             strip_S = start + tl.arange(0, BLOCK_S)
             above_SR = inside_R[None, :] & (row_R[None, :] >= ((strip_S + 1) * STEP)[:, None])
             above_SR &= (strip_S < strips)[:, None]
-            col_sums = col_sums_ptr + strip_S.to(tl.int64)[:, None] * stride_col_sums + row_R[None, :]
+            col_sums = col_sums_ptr + strip_S.to(tl.int64)[:, None] * stride_sums + row_R[None, :]
             total_R += tl.sum(tl.load(col_sums, mask=above_SR, other=0.0), axis=0)
-    tl.store(lse_ptr + row_R, tl.where(row_R < R, tl.log2(total_R) * _LN2, total_R), mask=inside_R)
+    result_R = tl.log2(total_R)
+    if not INSIDE:
+        # -inf: absent samples among themselves.
+        result_R = tl.where(kind == 0, result_R, tl.where(total_R == float("-inf"), 0.0, total_R))
+    tl.store(result_ptr + row_R, tl.where(row_R < R, result_R * _LN2, total_R), mask=inside_R)
 
 
 @triton.jit
@@ -303,8 +353,8 @@ def _prepare_side_kernel(
     inv_ptr,  # [N] fp32
     ids_ptr,  # [N] int64
     range_ptr,  # [1] fp32 power of two that brings G into fp16's range, when HAS_RANGE
-    terms_ptr,  # [5, padded_N] fp32: i (zero for the absent), g', q, g' i, q i
-    classes_ptr,  # [padded_N] int32
+    row_terms_ptr,  # [4, padded_N] fp32: i (zero for the absent), g', q, and the bits of the int32 class
+    col_terms_ptr,  # [padded_N, 4] fp32: i, g' i, q i, class; side by side, so that one load brings them all
     N,
     padded_N,
     USED: tl.constexpr,
@@ -329,12 +379,15 @@ def _prepare_side_kernel(
         fp16_range = tl.load(range_ptr)
         of_lse_R *= fp16_range
         of_positives_R *= fp16_range
-    tl.store(terms_ptr + row_R, inv_R, mask=padded_R)
-    tl.store(terms_ptr + padded_N + row_R, of_lse_R, mask=padded_R)
-    tl.store(terms_ptr + 2 * padded_N + row_R, of_positives_R, mask=padded_R)
-    tl.store(terms_ptr + 3 * padded_N + row_R, of_lse_R * inv_R, mask=padded_R)
-    tl.store(terms_ptr + 4 * padded_N + row_R, of_positives_R * inv_R, mask=padded_R)
-    tl.store(classes_ptr + row_R, tl.where(here_R, id_R, -1).to(tl.int32), mask=padded_R)
+    class_R = tl.where(here_R, id_R, -1).to(tl.int32).to(tl.float32, bitcast=True)
+    tl.store(row_terms_ptr + row_R, inv_R, mask=padded_R)
+    tl.store(row_terms_ptr + padded_N + row_R, of_lse_R, mask=padded_R)
+    tl.store(row_terms_ptr + 2 * padded_N + row_R, of_positives_R, mask=padded_R)
+    tl.store(row_terms_ptr + 3 * padded_N + row_R, class_R, mask=padded_R)
+    tl.store(col_terms_ptr + 4 * row_R, inv_R, mask=padded_R)
+    tl.store(col_terms_ptr + 4 * row_R + 1, of_lse_R * inv_R, mask=padded_R)
+    tl.store(col_terms_ptr + 4 * row_R + 2, of_positives_R * inv_R, mask=padded_R)
+    tl.store(col_terms_ptr + 4 * row_R + 3, class_R, mask=padded_R)
 
 
 @triton.jit
@@ -348,23 +401,23 @@ def _taken_apart(lse_ptr, grad_ptr, row_R, here_R):
 @triton.jit
 def _bwd_fixed_tile(
     a_RD, factor_R, of_lse_R, of_positives_R, class_R, own_R, sum_RD,
-    b_ptr, terms_ptr, classes_ptr, start, C, padded_C, D, stride_b, offset_CD,
+    b_ptr, terms_ptr, start, C, D, stride_b, offset_CD,
     INSIDE: tl.constexpr, OWN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The sum with w·x of the columns from `start` on, the sample itself left out if OWN."""
     b_CD = _load_tile(b_ptr, start, C, stride_b, D, offset_CD, BLOCK_C, BLOCK_D)
     dots_RC = tl.dot(a_RD, b_CD.T)
     row_C = start + tl.arange(0, BLOCK_C)
-    inv_C, class_C = tl.load(terms_ptr + row_C), tl.load(classes_ptr + row_C)
-    of_lse_C, of_positives_C = tl.load(terms_ptr + 3 * padded_C + row_C), tl.load(terms_ptr + 4 * padded_C + row_C)
+    terms_C4 = tl.load(terms_ptr + row_C[:, None] * 4 + tl.arange(0, 4)[None, :])
+    even_C2, odd_C2 = tl.split(tl.reshape(terms_C4, (BLOCK_C, 2, 2)))
+    inv_C, of_positives_C = tl.split(even_C2)
+    of_lse_C, class_C = tl.split(odd_C2)
+    class_C = class_C.to(tl.int32, bitcast=True)
     exp_RC = tl.exp2(dots_RC * factor_R[:, None] * inv_C[None, :])
     of_lse_RC = of_lse_R[:, None] * inv_C[None, :] + of_lse_C[None, :]
     of_positives_RC = of_positives_R[:, None] * inv_C[None, :] + of_positives_C[None, :]
     of_positives_RC = tl.where(class_R[:, None] == class_C[None, :], of_positives_RC, 0.0)
-    if INSIDE:
-        weights_RC = exp_RC * (of_lse_RC + of_positives_RC)
-    else:
-        weights_RC = exp_RC * of_lse_RC + of_positives_RC
+    weights_RC = exp_RC * (of_lse_RC + of_positives_RC) if INSIDE else exp_RC * of_lse_RC + of_positives_RC
     if OWN:
         weights_RC = tl.where(own_R[:, None] == row_C[None, :], 0.0, weights_RC)
     return tl.dot(weights_RC.to(b_CD.dtype), b_CD, sum_RD)
@@ -374,17 +427,14 @@ def _bwd_fixed_tile(
 def _bwd_fixed_kernel(
     a_ptr,  # [R, D]
     b_ptr,  # [C, D]
-    row_terms_ptr,  # [5, padded_R] fp32
-    row_classes_ptr,  # [R] int32
-    col_terms_ptr,  # [5, padded_C] fp32
-    col_classes_ptr,  # [C] int32
+    row_terms_ptr,  # [4, padded_R] fp32, see `_prepare_side_kernel`
+    col_terms_ptr,  # [C, 4] fp32
     range_ptr,  # [1] fp32 when HAS_RANGE
     partials_ptr,  # [S, R, D] fp32: P of each split
     R,
     C,
     D,
     padded_R,
-    padded_C,
     stride_a,
     stride_b,
     stride_partials,
@@ -398,7 +448,8 @@ def _bwd_fixed_kernel(
 ):
     block = tl.program_id(0) * BLOCK_R
     row_R = block + tl.arange(0, BLOCK_R)
-    inv_R, class_R = tl.load(row_terms_ptr + row_R), tl.load(row_classes_ptr + row_R)
+    inv_R = tl.load(row_terms_ptr + row_R)
+    class_R = tl.load(row_terms_ptr + 3 * padded_R + row_R).to(tl.int32, bitcast=True)
     of_lse_R = tl.load(row_terms_ptr + padded_R + row_R)
     of_positives_R = tl.load(row_terms_ptr + 2 * padded_R + row_R)
     factor_R = inv_R * (inv_temperature * _LOG2E)
@@ -410,14 +461,14 @@ def _bwd_fixed_kernel(
     for tile in tl.range(own, beside, num_stages=1):
         sum_RD = _bwd_fixed_tile(
             a_RD, factor_R, of_lse_R, of_positives_R, class_R, row_R + offset, sum_RD,
-            b_ptr, col_terms_ptr, col_classes_ptr, tile * BLOCK_C, C, padded_C, D, stride_b, offset_CD,
+            b_ptr, col_terms_ptr, tile * BLOCK_C, C, D, stride_b, offset_CD,
             INSIDE, True, BLOCK_C, BLOCK_D,
         )  # fmt: skip
     for position in range(first, last - (beside - own)):
         tile = position + tl.where(position >= own, beside - own, 0)
         sum_RD = _bwd_fixed_tile(
             a_RD, factor_R, of_lse_R, of_positives_R, class_R, row_R, sum_RD,
-            b_ptr, col_terms_ptr, col_classes_ptr, tile * BLOCK_C, C, padded_C, D, stride_b, offset_CD,
+            b_ptr, col_terms_ptr, tile * BLOCK_C, C, D, stride_b, offset_CD,
             INSIDE, False, BLOCK_C, BLOCK_D,
         )  # fmt: skip
     if HAS_RANGE:
@@ -490,19 +541,28 @@ def prepare(x: Tensor, ids: Tensor) -> Samples:
     return Samples(near(x), inv, factor, bias, classes)
 
 
-def triangle(scaling: Scaling, samples: Samples) -> Tensor:
-    """Log-sum-exps [R] of rows that are the columns as well."""
+def sums_positives(num_rows: int, num_columns: int) -> bool:
+    """Whether adding up positives in the tiles costs less than the launches that bring classes together."""
+    return num_rows * num_columns <= _launch.MAX_POSITIVES_IN_TILES
+
+
+def triangle(scaling: Scaling, samples: Samples, with_positives: bool) -> list[Tensor]:
+    """Log-sum-exps [R] of rows that are the columns as well, and if asked for the sums of their positives [R]."""
     num_rows, dim = samples.x.shape
-    config = _launch.narrow_config(_launch.PAIR_TRIANGLE_FIXED, samples.x)
-    lse = torch.empty(num_rows, device=samples.x.device)
+    tables = _launch.PAIR_TRIANGLE_FIXED_CROWDED if with_positives else _launch.PAIR_TRIANGLE_FIXED
+    config = _launch.narrow_config(tables, samples.x)
+    kinds = 2 if with_positives else 1
+    results = [torch.empty(num_rows, device=samples.x.device) for _ in range(kinds)]  # outputs share no storage
     for first, last in _strip_groups(num_rows, config.block_r):
         part, group_rows = samples.since(first), last - first
         strips, tiles = cdiv(group_rows, config.block_r), cdiv(num_rows - first, config.block_c)
         pairs = cdiv(strips, 2)
-        splits = _launch.split_count(pairs, tiles, 4 * group_rows)
-        row_sums, col_sums = lse.new_empty(splits, part.padded), lse.new_empty(strips, part.padded)
+        splits = _launch.split_count(pairs, tiles, 4 * kinds * part.padded)
+        row_sums = results[0].new_empty(kinds, splits, part.padded)
+        col_sums = results[0].new_empty(kinds, strips, part.padded)
         _triangle_fixed_kernel[(pairs, splits)](
             x_ptr=part.x,
+            classes_ptr=part.classes,
             row_sums_ptr=row_sums,
             col_sums_ptr=col_sums,
             R=group_rows,
@@ -511,11 +571,14 @@ def triangle(scaling: Scaling, samples: Samples) -> Tensor:
             stride_x=part.x.stride(0),
             stride_sums=part.padded,
             inv_temperature=scaling.inv_temperature,
+            POSITIVES=with_positives,
             **part.arguments(),
             **config.launch_options(),
         )
-        _join(row_sums, lse[first:], group_rows, col_sums, config.block_r, accumulate=first > 0)
-    return lse
+        _join(
+            [result[first:] for result in results], group_rows, row_sums, col_sums, config.block_r, accumulate=first > 0
+        )
+    return results
 
 
 def _strip_groups(num_rows: int, block: int) -> Iterator[tuple[int, int]]:
@@ -529,46 +592,51 @@ def _strip_groups(num_rows: int, block: int) -> Iterator[tuple[int, int]]:
 
 
 def _join(
-    row_sums: Tensor,
-    lse: Tensor,
+    results: list[Tensor],
     rows: int,
+    row_sums: Tensor,
     col_sums: Tensor | None = None,
     step: int = 0,
+    *,
     accumulate: bool = False,
+    inside: bool = False,
 ) -> None:
-    """Log-sum-exps of the first `rows`, from partial sums [S, .] and, with a step, column sums [strips, .] as well."""
-    _join_kernel[(cdiv(len(lse), _launch.COMBINE_BLOCKS["BLOCK_R"]),)](
+    """Results of the first `rows`, one or two of [N], from partial sums [., S, .] and, with a step, those of columns
+    [., strips, .].
+    """
+    kinds, num_rows = len(results), len(results[0])
+    _join_kernel[(cdiv(num_rows, _launch.COMBINE_BLOCKS["BLOCK_R"]), kinds)](
         row_sums_ptr=row_sums,
         col_sums_ptr=row_sums if col_sums is None else col_sums,  # not read without a step
-        lse_ptr=lse,
-        S=len(row_sums),
+        lse_ptr=results[0],
+        positives_ptr=results[-1],
+        S=row_sums.shape[1],
         R=rows,
-        N=len(lse),
-        stride_row_sums=row_sums.stride(0),
-        stride_col_sums=0 if col_sums is None else col_sums.stride(0),
+        N=num_rows,
+        stride_sums=row_sums.stride(1),
         STEP=step,
         ACCUMULATE=accumulate,
+        INSIDE=inside,
         **_launch.COMBINE_BLOCKS,
     )
 
 
 def rectangle(
-    scaling: Scaling, rows: Samples, columns: Samples, offset: int, inside: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Log-sum-exps [R], and those of the positives [R] if `inside`."""
+    scaling: Scaling, rows: Samples, columns: Samples, offset: int, with_positives: bool, inside: bool
+) -> list[Tensor]:
+    """Log-sum-exps [R], and if asked for the sums or (`inside`) the log-sum-exps of the positives [R]."""
     (num_rows, dim), num_columns = rows.x.shape, len(columns.x)
     config = _launch.narrow_config(_launch.PAIR_RECTANGLE_FIXED, rows.x)
     row_blocks = cdiv(num_rows, config.block_r)
     splits = _launch.split_count(row_blocks, cdiv(num_columns, config.block_c), 4 * rows.padded)
-    lse = torch.empty(2 if inside else 1, num_rows, device=rows.x.device)
-    sums = lse.new_empty(len(lse), splits, rows.padded)
+    results = [torch.empty(num_rows, device=rows.x.device) for _ in range(2 if with_positives else 1)]
+    row_sums = results[0].new_empty(len(results), splits, rows.padded)
     _rectangle_fixed_kernel[(row_blocks, splits)](
         a_ptr=rows.x,
         b_ptr=columns.x,
         row_classes_ptr=rows.classes,
         col_classes_ptr=columns.classes,
-        sums_ptr=sums[0],
-        positive_sums_ptr=sums[1] if inside else None,
+        row_sums_ptr=row_sums,
         R=num_rows,
         C=num_columns,
         D=dim,
@@ -577,14 +645,14 @@ def rectangle(
         stride_sums=rows.padded,
         offset=offset,
         inv_temperature=scaling.inv_temperature,
+        POSITIVES=with_positives,
         INSIDE=inside,
         **rows.arguments("row_"),
         **columns.arguments("col_"),
         **config.launch_options(),
     )
-    for part, result in zip(sums, lse, strict=True):
-        _join(part, result, num_rows)
-    return lse[0], lse[1] if inside else None
+    _join(results, num_rows, row_sums, inside=inside)
+    return results
 
 
 def backward(scaling: Scaling, given: Backward, gradient: Gradient) -> None:
@@ -599,7 +667,7 @@ def backward(scaling: Scaling, given: Backward, gradient: Gradient) -> None:
         rows = columns
     else:
         rows = _prepare_side(given.row_side, given.inv_rows, pairs.row_ids, weights_range, given.inside)
-    (row_terms, row_classes), (col_terms, col_classes) = rows, columns
+    (row_terms, _), (_, col_terms) = rows, columns
     x, others = near(pairs.rows), near(pairs.columns)
     config = _launch.narrow_config(_launch.PAIR_BACKWARD_FIXED, x)
     for part in _launch.row_chunks(num_rows, 4 * dim):
@@ -611,16 +679,13 @@ def backward(scaling: Scaling, given: Backward, gradient: Gradient) -> None:
             a_ptr=x[part],
             b_ptr=others,
             row_terms_ptr=row_terms[:, part.start :],
-            row_classes_ptr=row_classes[part.start :],
             col_terms_ptr=col_terms,
-            col_classes_ptr=col_classes,
             range_ptr=weights_range,
             partials_ptr=partials,
             R=size,
             C=num_columns,
             D=dim,
             padded_R=row_terms.stride(0),
-            padded_C=col_terms.stride(0),
             stride_a=x.stride(0),
             stride_b=others.stride(0),
             stride_partials=size * dim,
@@ -638,8 +703,7 @@ def _prepare_side(
     side: Side | None, inv: Tensor, ids: Tensor, weights_range: Tensor | None, inside: bool
 ) -> tuple[Tensor, Tensor]:
     padded = padded_size(len(inv))
-    terms = inv.new_empty(5, padded)
-    classes = torch.empty(padded, dtype=torch.int32, device=inv.device)
+    row_terms, col_terms = inv.new_empty(4, padded), inv.new_empty(padded, 4)
     _prepare_side_kernel[(cdiv(padded, _launch.SIDE_BLOCKS["BLOCK_R"]),)](
         lse_ptr=None if side is None else side.lse,
         grad_lse_ptr=None if side is None else side.grad_lse,
@@ -648,8 +712,8 @@ def _prepare_side(
         inv_ptr=inv,
         ids_ptr=ids,
         range_ptr=weights_range,
-        terms_ptr=terms,
-        classes_ptr=classes,
+        row_terms_ptr=row_terms,
+        col_terms_ptr=col_terms,
         N=len(inv),
         padded_N=padded,
         USED=side is not None,
@@ -657,4 +721,4 @@ def _prepare_side(
         HAS_RANGE=weights_range is not None,
         **_launch.SIDE_BLOCKS,
     )
-    return terms, classes
+    return row_terms, col_terms

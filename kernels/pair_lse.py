@@ -96,12 +96,13 @@ def _fixed_fwd(scaling: Scaling, pairs: Pairs, inside: bool) -> tuple[Tensor, Te
     symmetric = pairs.rows is pairs.columns
     rows = pair_fixed.prepare(pairs.rows, pairs.row_ids)
     columns = rows if symmetric else pair_fixed.prepare(pairs.columns, pairs.column_ids)
+    in_tiles = inside or pair_fixed.sums_positives(len(rows.x), len(columns.x))
     if inside or not symmetric:
-        lse, positives = pair_fixed.rectangle(scaling, rows, columns, pairs.own_offset, inside)
+        results = pair_fixed.rectangle(scaling, rows, columns, pairs.own_offset, in_tiles, inside)
     else:
-        lse, positives = pair_fixed.triangle(scaling, rows), None
-    if positives is None:
-        positives = pair_forward.class_positives(scaling, pairs, rows.inv, columns.inv)
+        results = pair_fixed.triangle(scaling, rows, in_tiles)
+    lse = results[0]
+    positives = results[1] if in_tiles else pair_forward.class_positives(scaling, pairs, rows.inv, columns.inv)
     return lse, positives, rows.inv, columns.inv
 
 

@@ -24,10 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = (
     "lse_fwd", "lse_fwd_tile", "lse_bwd", "lse_bwd_tile", "inverse_norms",
     "pair_fwd", "pair_triangle", "pair_bwd", "pair_bwd_tile", "norms", "class_positives",
-    "pair_fwd_fixed", "pair_triangle_fixed", "pair_bwd_fixed", "prepare", "prepare_side", "join",
+    "pair_fwd_fixed", "pair_triangle_fixed", "pair_bwd_fixed", "prepare", "prepare_side", "join", "classes",
     "finish", "combine", "range", "class_sums", "segment_sum", "loss", "totals",
 )  # fmt: skip
-HALF_PRODUCTS = re.compile("^(lse|pair)_(fwd|fwd_tile|triangle|bwd|bwd_tile|fwd_fixed|triangle_fixed|bwd_fixed)-(bf16|fp16)-(?!.*kept=True)")
+HALF_PRODUCTS = re.compile(
+    "^(lse|pair)_(fwd|fwd_tile|triangle|bwd|bwd_tile|fwd_fixed|triangle_fixed|bwd_fixed)-(bf16|fp16)-(?!.*kept=True)"
+)
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])

@@ -15,7 +15,7 @@ import torch
 from test_kernels import DEVICE, DTYPES, QUICK, compiled_ahead_of_time, lay_out, record_launches, unit_rows
 from torch import Tensor
 
-from hypercontrast.kernels import _launch, pair_lse
+from hypercontrast.kernels import _launch, class_sums, pair_lse
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy warns of the infinities that the kernels rely on
@@ -279,6 +279,8 @@ def make_case(seed: int, shape=None, dtype=None, setting=None) -> tuple[Case, to
 def check_draw(seed: int, monkeypatch) -> None:
     case, generator = make_case(seed)
     monkeypatch.setattr(_launch, "TARGET_PROGRAMS", 1 + seed % 4)
+    if seed % 2:  # of large batches
+        monkeypatch.setattr(_launch, "MAX_POSITIVES_IN_TILES", 0)
     if seed % 3 == 0:  # float32 takes the narrow path only here: half types alone show its errors too coarsely
         monkeypatch.setattr(_launch, "is_narrow", lambda tables, x: x.shape[1] <= 128)
     if seed % 3 == 1:
@@ -415,6 +417,15 @@ def test_triangle_in_groups_of_strips(strips, dtype, few_programs, monkeypatch):
     case = clustered(300, 16, dtype)
     monkeypatch.setattr(_launch, "SCRATCH_BYTES", strips * 4 * 300)
     check(case, random_upstream(case))
+
+
+@pytest.mark.parametrize("first_counted", [0, 100])
+def test_classes_of_any_labels(first_counted):
+    labels = torch.tensor([ABSENT, ABSENT + 1, -1, 0, 2**32, 2**63 - 1], device=DEVICE)[torch.randint(6, (300,))]
+    ids, counts = class_sums.classes(labels, first_counted, ABSENT)
+    same = (labels[:, None] == labels[None, :]) & (labels != ABSENT)
+    assert torch.equal(ids, torch.where(labels == ABSENT, -1, same.long().argmax(1)))
+    assert torch.equal(counts, same[:, first_counted:].sum(1))
 
 
 @pytest.mark.parametrize("width", [24, 136])
