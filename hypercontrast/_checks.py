@@ -245,11 +245,12 @@ class LabelWatch:
 
     Every call copies the smallest and largest label to pinned memory behind the kernels; later calls read the copies
     that have arrived. So an error is raised a step or more late, and the kernels, which only compare labels, stay in
-    bounds.
+    bounds. Pinned memory and events are used again: to make them takes longer than the copy.
     """
 
     def __init__(self) -> None:
         self._pending: dict[torch.device, deque[tuple[torch.cuda.Event, Tensor, int]]] = defaultdict(deque)
+        self._free: dict[torch.device, list[tuple[torch.cuda.Event, Tensor]]] = defaultdict(list)
 
     def __call__(self, labels: Tensor, num_classes: int, ignore_index: int, extremes: Tensor | None = None) -> None:
         """`extremes`: smallest and largest label, ignored ones taken for zero, where a kernel has found them anyway."""
@@ -257,14 +258,17 @@ class LabelWatch:
             return
         if torch.cuda.is_current_stream_capturing():  # no event of a capture can be asked, and a replay checks nothing
             return
-        pending = self._pending[labels.device]
+        pending, free = self._pending[labels.device], self._free[labels.device]
         while pending and pending[0][0].query():
-            _, seen, limit = pending.popleft()
-            check_label_range(seen, limit, ignore_index=0)
+            arrived, seen, limit = pending.popleft()
+            low, high = seen.tolist()
+            free.append((arrived, seen))
+            if low < 0 or high >= limit:
+                raise ValueError(f"labels must lie in [0, {limit}), got {low if low < 0 else high}")
         if extremes is None:
             extremes = torch.stack(torch.aminmax(torch.where(labels == ignore_index, 0, labels)))
-        seen = torch.empty(2, dtype=torch.int64, pin_memory=True).copy_(extremes, non_blocking=True)
-        arrived = torch.cuda.Event()
+        arrived, seen = free.pop() if free else (torch.cuda.Event(), torch.empty(2, dtype=torch.int64, pin_memory=True))
+        seen.copy_(extremes, non_blocking=True)
         arrived.record(torch.cuda.current_stream(labels.device))
         pending.append((arrived, seen, num_classes))
 

@@ -10,6 +10,7 @@ pushed through the normalisation. m is zero at a sample's own class when `exclud
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hypercontrast import _checks, blockwise
+from hypercontrast._operator import operator
 from hypercontrast.kernels import _launch  # needs no Triton
 
 BACKENDS = ("auto", "reference", "blockwise", "triton")
@@ -69,6 +71,12 @@ def _loss_kernels():
     return prototype_loss
 
 
+def in_full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+    """No autocast inside: a kernel's types are its own. Where there is none, nothing is entered, which takes time."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+
+
 def widened(temperature: Tensor | None, features: Tensor) -> Tensor | None:
     return None if temperature is None else temperature.to(_checks.accumulator(features))
 
@@ -90,7 +98,7 @@ def _check_values(features, prototypes, labels, temperature, ignore_index) -> No
         _checks.check_temperature_value(temperature)
 
 
-@torch.library.custom_op("hypercontrast::lse", mutates_args=())
+@operator("hypercontrast::lse")
 def lse(
     features: Tensor,
     prototypes: Tensor,
@@ -121,7 +129,7 @@ def lse(
         (float32 from Triton, float64 from the blockwise backend: see there); inverse norms [N] and [K] in the
         accumulator's dtype; the kept exponentials, or an empty tensor, in a layout of the backend's own.
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with in_full_precision(features):
         _check_values(features, prototypes, labels, temperature, ignore_index)
         options = _options(
             features, counts, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize
@@ -153,7 +161,7 @@ def _lse_fake(
     return *statistics, *inverse_norms, kept
 
 
-@torch.library.custom_op("hypercontrast::lse_backward", mutates_args=())
+@operator("hypercontrast::lse_backward")
 def lse_backward(
     features: Tensor,
     prototypes: Tensor,
@@ -178,7 +186,7 @@ def lse_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `lse`: of the features, of the prototypes, and Σ G∘s, from which d/dτ = -Σ G∘s / τ."""
-    with torch.autocast(features.device.type, enabled=False):
+    with in_full_precision(features):
         options = _options(
             features, counts, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize
         )
@@ -245,7 +253,7 @@ def _lse_autograd(ctx, grad_row, grad_col, grad_pos, *_unused):
 lse.register_autograd(_lse_autograd, setup_context=_lse_setup_context)
 
 
-@torch.library.custom_op("hypercontrast::prototype_loss", mutates_args=())
+@operator("hypercontrast::prototype_loss")
 def prototype_loss(
     features: Tensor,
     prototypes: Tensor,
@@ -274,7 +282,7 @@ def prototype_loss(
         of features and prototypes, kept exponentials, upstream gradients of row_lse, col_lse and positives, the divisor
         (all fp32 but what is kept); and the smallest and the largest label, ignored ones taken for zero.
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with in_full_precision(features):
         _check_values(features, prototypes, labels, temperature, ignore_index)
         return tuple(
             _loss_kernels().launch_fwd(
@@ -306,7 +314,7 @@ def _prototype_loss_fake(
     )  # fmt: skip
 
 
-@torch.library.custom_op("hypercontrast::prototype_loss_backward", mutates_args=())
+@operator("hypercontrast::prototype_loss_backward")
 def prototype_loss_backward(
     grad_loss: Tensor,
     divisor: Tensor,
@@ -331,7 +339,7 @@ def prototype_loss_backward(
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `prototype_loss`: of the features, of the prototypes, and τ Σ_c G∘s of every sample [N]."""
-    with torch.autocast(features.device.type, enabled=False):
+    with in_full_precision(features):
         options = _options(
             features, None, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize
         )
@@ -374,7 +382,7 @@ def _prototype_loss_autograd(ctx, grad_loss, *_unused):
 prototype_loss.register_autograd(_prototype_loss_autograd, setup_context=_prototype_loss_setup_context)
 
 
-@torch.library.custom_op("hypercontrast::segment_sum", mutates_args=())
+@operator("hypercontrast::segment_sum")
 def segment_sum(values: Tensor, labels: Tensor, num_classes: int, ignore_index: int, backend: str) -> Tensor:
     """Sum of values [N] within each class → [K], in an order that never changes; ignored samples are left out."""
     if backend == "triton":
@@ -389,7 +397,7 @@ def _segment_sum_fake(values, labels, num_classes, ignore_index, backend):
     return values.new_empty(num_classes)
 
 
-@torch.library.custom_op("hypercontrast::class_sums", mutates_args=())
+@operator("hypercontrast::class_sums")
 def class_sums(
     features: Tensor, inv_norms: Tensor, labels: Tensor, num_classes: int, ignore_index: int, backend: str
 ) -> tuple[Tensor, Tensor]:

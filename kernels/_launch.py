@@ -8,6 +8,7 @@ are looked for by `python -m bench tune`.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -188,8 +189,11 @@ def architecture(device: torch.device) -> int:
 
     The interpreter runs Hopper's.
     """
-    if device.type != "cuda":
-        return 90
+    return _architecture_of_gpu(device) if device.type == "cuda" else 90
+
+
+@functools.cache
+def _architecture_of_gpu(device: torch.device) -> int:
     return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
 
 

@@ -177,6 +177,7 @@ def test_labels_are_watched_without_waiting(monkeypatch):
         watch(torch.tensor([0, 1]), 2, -100)
     deque(setattr(e, "arrived", True) for e in events)
     watch(torch.tensor([1, 1]), 2, -100)
+    assert len(events) == 4  # used again once they have arrived
 
 
 SANITIZED = """

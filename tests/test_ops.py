@@ -4,6 +4,8 @@ import pytest
 import torch
 from oracle import LOSSES
 from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hypercontrast as hc
 from hypercontrast import _ops, _pair_ops, functional
@@ -29,7 +31,7 @@ def lse_arguments(rows, cols, exclude_own, *, inv_temperature=5.0, temperature=N
 @pytest.mark.parametrize("inv_temperature", [5.0, 100.0])
 def test_opcheck_lse(rows, cols, exclude_own, keep_bytes, inv_temperature):
     arguments = lse_arguments(rows, cols, exclude_own, keep_bytes=keep_bytes, inv_temperature=inv_temperature)
-    torch.library.opcheck(_ops.lse, arguments)
+    torch.library.opcheck(torch.ops.hypercontrast.lse.default, arguments)
 
 
 # What tests call every operator with: (backend) -> tuples of arguments, those to differentiate requiring a gradient.
@@ -299,3 +301,58 @@ def test_nothing_is_kept_without_a_gradient(monkeypatch):
     with torch.no_grad():
         hc.ntce_loss(features, prototypes, labels)
     assert seen == [hc.memory_budget(), 0]
+
+
+def test_a_plain_call_and_one_through_the_dispatcher_are_the_same():
+    for arguments in lse("blockwise"):
+        leaves = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+        found = []
+        for call in (_ops.lse, operator("lse")):
+            row, col, positives, *_ = call(*arguments)
+            total = sum(x[x.isfinite()].square().sum() for x in (row, col, positives))
+            found.append((row, col, positives, *torch.autograd.grad(total, leaves)))
+        for got, want in zip(*found, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_who_watches_operators_sees_ours():
+    """Modes, fake tensors, subclasses, transforms and profilers."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function.name())
+            return function(*args, **kwargs or {})
+
+    class Subclass(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return super().__torch_function__(function, types, args, kwargs)
+
+    def loss(z, w, y):
+        return hc.nonl_loss(z, w, y, backend="blockwise")
+
+    z, w, y = torch.randn(9, 4, requires_grad=True), torch.randn(3, 4), torch.randint(0, 3, (9,))
+    names: list[str] = []
+    with Seen():
+        loss(z, w, y).backward()
+    assert {"hypercontrast::lse", "hypercontrast::lse_backward"} <= set(names)
+    names.clear()
+    loss(z.detach().as_subclass(Subclass), w, y)
+    assert any("hypercontrast.lse" in name for name in names)
+    with torch.profiler.profile() as profiled:
+        loss(z, w, y)
+    assert "hypercontrast::lse" in {event.name for event in profiled.events()}
+    mode = FakeTensorMode()
+    fakes = [mode.from_tensor(x) for x in (z.detach(), w, y)]
+    with mode:
+        assert loss(*fakes).shape == ()
+    row_lse, *_ = _ops.lse(*(x.to("meta") for x in (z, w, y)), *(None, None, 5.0, -100), *[True] * 4, 0, "blockwise")
+    assert row_lse.is_meta
+
+
+def test_a_second_derivative_is_refused():
+    z, w, y = torch.randn(9, 4, requires_grad=True), torch.randn(3, 4), torch.randint(0, 3, (9,))
+    (gradient,) = torch.autograd.grad(hc.nonl_loss(z, w, y), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        gradient.sum().backward()

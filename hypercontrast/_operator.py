@@ -1,0 +1,77 @@
+"""An operator of torch.library that eager code calls without the dispatcher, where no one is there to see the call.
+
+Registration is what lets torch.compile, fake tensors, tracers, function transforms, tensor subclasses and profilers see
+an operator instead of what it does. A plain eager call needs none of it, and the way there takes a GPU's host longer
+than the kernels take the GPU: through custom_op's wrappers a forward with a graph 230 µs and a backward 135 µs here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Operator:
+    """What `torch.library.custom_op(name)` makes of a function, by whichever way is shorter.
+
+    The schema comes from the function's annotations. Arguments are given by position, all of them.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.__doc__ = function.__doc__
+        self._registered = torch.library.custom_op(name, function, mutates_args=())
+        self._overload = self._registered._opoverload
+        self._function = function
+        self._with_graph: type[torch.autograd.Function] | None = None
+
+    def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return self._registered.register_fake(function)
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
+        """As of custom_op: `setup_context(ctx, inputs, output)`, and a gradient for every input or None."""
+        self._registered.register_autograd(backward, setup_context=setup_context)
+        function = self._function
+
+        class WithGraph(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *inputs: Any) -> Any:
+                output = function(*inputs)
+                setup_context(ctx, inputs, output)
+                return output
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                return backward(ctx, *grads)
+
+        self._with_graph = WithGraph
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or _is_watched(args):
+            return self._overload(*args)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return self._function(*args)
+        if self._with_graph is None:  # the dispatcher's way ends in an error once a gradient is asked for
+            return self._overload(*args)
+        return self._with_graph.apply(*args)
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Decorate the implementation of an operator that changes none of its arguments."""
+    return lambda function: Operator(name, function)
+
+
+def _is_watched(args: tuple[Any, ...]) -> bool:
+    """Whether a mode, transform, tracer, profiler or kind of tensor takes part in calls of operators."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta) for x in args)
+    )
