@@ -42,7 +42,8 @@ _ALWAYS_ALIGNED = (
     _OPERANDS | _GRADIENTS | _PADDED | {"b_grad_ptr", "partials_ptr", "a_partials_ptr", "b_partials_ptr", "D"}
 )
 _NEVER_SPECIALIZED = {
-    "ignore_index", "ignored_class", "first_counted", "row_start", "inv_temperature", "offset", "first_class", "last_class",
+    "ignore_index", "ignored_class", "first_counted", "row_start", "inv_temperature", "offset", "first_class",
+    "last_class",
     "mask_row_step", "mask_col_step",
     "row_mask_row_step", "row_mask_col_step", "col_mask_row_step", "col_mask_col_step",
 }  # fmt: skip
