@@ -14,9 +14,17 @@ from test_kernels import DEVICE
 from test_triton import NAMES, call
 
 from hypercontrast import _checks
-from hypercontrast.kernels import _epilogue, _launch, class_sums, prototype_backward, prototype_forward, prototype_loss
+from hypercontrast.kernels import (
+    _epilogue,
+    _launch,
+    class_sums,
+    prototype_backward,
+    prototype_columns,
+    prototype_forward,
+    prototype_loss,
+)
 
-MODULES = (_epilogue, class_sums, prototype_backward, prototype_forward, prototype_loss)
+MODULES = (_epilogue, class_sums, prototype_backward, prototype_columns, prototype_forward, prototype_loss)
 OURS, PRODUCT = "a kernel of ours", "a library product"
 # Operators that make or reshape a tensor, or return the very one they were given.
 FREE = {
