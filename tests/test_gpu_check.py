@@ -17,6 +17,7 @@ from hypercontrast.kernels import (
     _launch,
     class_sums,
     pair_backward,
+    pair_fixed,
     pair_forward,
     prototype_backward,
     prototype_columns,
@@ -25,8 +26,8 @@ from hypercontrast.kernels import (
 )
 
 MODULES = (
-    _epilogue, class_sums, pair_backward, pair_forward, prototype_backward, prototype_columns, prototype_forward,
-    prototype_loss,
+    _epilogue, class_sums, pair_backward, pair_fixed, pair_forward, prototype_backward, prototype_columns,
+    prototype_forward, prototype_loss,
 )  # fmt: skip
 
 
