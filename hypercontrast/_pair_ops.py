@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from hypercontrast import _checks, blockwise, blockwise_pairs
-from hypercontrast._ops import widened
+from hypercontrast._operator import operator
+from hypercontrast._ops import in_full_precision, widened
 from hypercontrast.distributed import ABSENT
 
 
@@ -26,7 +27,7 @@ def _kernels():
     return pair_lse
 
 
-@torch.library.custom_op("hypercontrast::pair_lse", mutates_args=())
+@operator("hypercontrast::pair_lse")
 def pair_lse(
     anchors: Tensor,
     columns: Tensor | None,
@@ -54,7 +55,7 @@ def pair_lse(
         lse [n], -inf where nothing was summed; positives [n], zero or (inside) -inf where there are none; both float32
         from Triton, float64 from the blockwise backend; inverse norms [n], and [m] or [0], in the accumulator's dtype.
     """
-    with torch.autocast(anchors.device.type, enabled=False):
+    with in_full_precision(anchors):
         if anchors.device.type == "cpu":
             _checks.check_temperature_value(temperature)
         options = _options(anchors, temperature, offset, inv_temperature, normalize, inside)
@@ -81,7 +82,7 @@ def _pair_lse_fake(
     return *statistics, anchors.new_empty(n, dtype=dtype), anchors.new_empty(m, dtype=dtype)
 
 
-@torch.library.custom_op("hypercontrast::pair_lse_backward", mutates_args=())
+@operator("hypercontrast::pair_lse_backward")
 def pair_lse_backward(
     rows: Tensor,
     columns: Tensor | None,
@@ -105,7 +106,7 @@ def pair_lse_backward(
     `row_side` and `column_side` hold (lse, grad_lse, positives, grad_positives) of the anchors on that side, and are
     empty where that side holds none. Masks stand as [row, column], whichever of the two the anchor is.
     """
-    with torch.autocast(rows.device.type, enabled=False):
+    with in_full_precision(rows):
         options = _options(rows, temperature, offset, inv_temperature, normalize, inside)
         implementation = _kernels() if backend == "triton" else blockwise_pairs
         sides = [implementation.Side(*side) if side else None for side in (row_side, column_side)]
@@ -121,10 +122,10 @@ def _pair_lse_backward_fake(rows, *args):
     return grad, rows.new_empty((), dtype=_checks.accumulator(rows))
 
 
-@torch.library.custom_op("hypercontrast::label_classes", mutates_args=())
+@operator("hypercontrast::label_classes")
 def label_classes(labels: Tensor, first_counted: int) -> tuple[Tensor, Tensor]:
-    """Class of each of the labels [N] in [0, N), below zero for rows that are not there, and how many samples from
-    `first_counted` on are of it; by Triton, for batches small enough that all labels can be compared with all.
+    """Class of each of the labels [N] in [0, N), below zero for rows that are not there; and of each class [N] how many
+    samples from `first_counted` on are of it, int32. By Triton; see there for what the numbers are.
     """
     from hypercontrast.kernels import class_sums
 
@@ -133,7 +134,7 @@ def label_classes(labels: Tensor, first_counted: int) -> tuple[Tensor, Tensor]:
 
 @label_classes.register_fake
 def _label_classes_fake(labels, first_counted):
-    return tuple(torch.empty_like(labels, memory_format=torch.contiguous_format) for _ in range(2))
+    return torch.empty_like(labels, memory_format=torch.contiguous_format), labels.new_empty(len(labels), dtype=torch.int32)
 
 
 def _setup_context(ctx, inputs, output) -> None:

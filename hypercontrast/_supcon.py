@@ -22,7 +22,6 @@ from torch import Tensor
 from hypercontrast import _autograd, _checks, _pair_ops
 from hypercontrast._agreement import agree
 from hypercontrast.distributed import ABSENT, gather_rows, row_counts
-from hypercontrast.kernels import _launch  # needs no Triton
 
 if TYPE_CHECKING:
     from hypercontrast.buffer import NegativeBuffer
@@ -166,11 +165,13 @@ class _GlobalPairs(torch.autograd.Function):
 
 def _classes(labels: Tensor, column_labels: Tensor | None, backend: str) -> tuple[Any, Tensor]:
     """Classes of the rows, and of the columns where those are others; and how many columns are of each row's class."""
-    joint = labels if column_labels is None else torch.cat([labels, column_labels])
-    first_column = 0 if column_labels is None else len(labels)
-    if backend == "triton" and 0 < len(joint) ** 2 <= _launch.MAX_POSITIVES_IN_TILES:
+    if backend == "triton":
+        joint = labels if column_labels is None else torch.cat([labels, column_labels])
+        first_column = 0 if column_labels is None else len(labels)
         ids, counts = _pair_ops.label_classes(joint.long(), first_column)
-        return (ids if column_labels is None else ids.split([first_column, len(column_labels)])), counts[: len(labels)]
+        row_ids = ids[: len(labels)]
+        count = counts[row_ids.clamp(min=0)].long()
+        return (ids if column_labels is None else (row_ids, ids[first_column:])), count
     if column_labels is None:
         (ids,) = _class_ids(labels)
         return ids, _members(ids, ids)

@@ -42,7 +42,7 @@ _ALWAYS_ALIGNED = (
     _OPERANDS | _GRADIENTS | _PADDED | {"b_grad_ptr", "partials_ptr", "a_partials_ptr", "b_partials_ptr", "D"}
 )
 _NEVER_SPECIALIZED = {
-    "ignore_index", "ignored_class", "first_counted", "row_start", "inv_temperature", "offset", "first_class",
+    "ignore_index", "ignored_class", "first_counted", "shift", "row_start", "inv_temperature", "offset", "first_class",
     "last_class",
     "mask_row_step", "mask_col_step",
     "row_mask_row_step", "row_mask_col_step", "col_mask_row_step", "col_mask_col_step",
@@ -54,7 +54,7 @@ _INT64 = {
     "order_ptr",
     "bounds_ptr",
     "ids_ptr",
-    "counts_ptr",
+    "alone_ptr",
     "row_ids_ptr",
     "col_ids_ptr",
 }
@@ -216,7 +216,7 @@ def _argument_type(argument: str, dtype: torch.dtype, grad_dtype: torch.dtype) -
         return "*" + _TRITON_NAMES[grad_dtype]
     if argument == "b_grad_ptr":
         return "*" + _TRITON_NAMES[dtype]
-    if argument in ("present_ptr", "num_present_ptr") or argument.endswith("classes_ptr"):
+    if argument in ("present_ptr", "num_present_ptr", "table_ptr", "counts_ptr") or argument.endswith("classes_ptr"):
         return "*i32"
     if argument in _INT64:
         return "*i64"
