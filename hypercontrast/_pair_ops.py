@@ -1,4 +1,4 @@
-"""The primitive of losses that contrast samples with samples, registered with torch.library like those of `_ops`.
+"""The operators of losses that contrast samples with samples, registered with torch.library like those of `_ops`.
 
 `hypercontrast::pair_lse`: of the logits s[i, j] = u_i·v_j/τ between anchors u and columns v, each anchor's log-sum-exp
 over the columns other than itself, and its positives (their sum, or their log-sum-exp). For upstream gradients g and h
@@ -8,6 +8,8 @@ of the two the gradient of s is
 
 zero at an anchor's own column. Contrasted with themselves, u = v, samples receive (G + Gᵀ) u/τ: both parts have the
 same logits, so one pass over the tiles gives the whole gradient.
+
+`hypercontrast::pair_loss` is, by Triton, the whole loss of one process's samples against themselves.
 """
 
 from __future__ import annotations
@@ -25,6 +27,12 @@ def _kernels():
     from hypercontrast.kernels import pair_lse  # Triton is imported on first use, not with the package
 
     return pair_lse
+
+
+def _loss_kernels():
+    from hypercontrast.kernels import pair_loss
+
+    return pair_loss
 
 
 @operator("hypercontrast::pair_lse")
@@ -134,7 +142,7 @@ def label_classes(labels: Tensor, first_counted: int) -> tuple[Tensor, Tensor]:
 
 @label_classes.register_fake
 def _label_classes_fake(labels, first_counted):
-    return torch.empty_like(labels, memory_format=torch.contiguous_format), labels.new_empty(len(labels), dtype=torch.int32)
+    return labels.new_empty(len(labels)), labels.new_empty(len(labels), dtype=torch.int32)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -179,3 +187,89 @@ def _autograd(ctx, grad_lse, grad_positives, *_unused):
 
 
 pair_lse.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@operator("hypercontrast::pair_loss")
+def pair_loss(
+    features: Tensor,
+    labels: Tensor,
+    inv_temperature: float,
+    scale: float,
+    normalize: bool,
+    inside: bool,
+    exclude: bool,
+    mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """SupCon itself, by Triton: `label_classes`, `pair_lse` and what _supcon.py makes of them over one process.
+
+    Args:
+        features [N, D], contrasted with themselves; labels [N] int64, of any values.
+        scale: what the loss is multiplied by.
+        inside: the mean over positives stands inside the logarithm.
+        exclude, mean: divided by the number of anchors that have positives, or of all.
+
+    Returns:
+        The loss; how many anchors have no positive; and what the backward needs, see `kernels.pair_loss.Forward`: the
+        divisor, class numbers, log-sum-exps, positives, inverse norms, upstream gradients of lse and positives.
+    """
+    with in_full_precision(features):
+        return tuple(
+            _loss_kernels().launch_fwd(
+                features, labels.contiguous(), absent=ABSENT, inv_temperature=inv_temperature, scale=scale,
+                normalize=normalize, inside=inside, exclude=exclude, mean=mean,
+            )
+        )  # fmt: skip
+
+
+@pair_loss.register_fake
+def _pair_loss_fake(features, labels, inv_temperature, scale, normalize, inside, exclude, mean):
+    def numbers(*shape):
+        return features.new_empty(shape, dtype=torch.float32)
+
+    n = len(features)
+    scalars = numbers(), labels.new_empty(()), numbers()
+    return *scalars, labels.new_empty(n), *(numbers(n) for _ in range(5))
+
+
+@operator("hypercontrast::pair_loss_backward")
+def pair_loss_backward(
+    grad_loss: Tensor,
+    divisor: Tensor,
+    features: Tensor,
+    ids: Tensor,
+    lse: Tensor,
+    positives: Tensor,
+    inv_norms: Tensor,
+    grad_lse: Tensor,
+    grad_positives: Tensor,
+    inv_temperature: float,
+    normalize: bool,
+    inside: bool,
+) -> Tensor:
+    """Gradient of `pair_loss`."""
+    with in_full_precision(features):
+        return _loss_kernels().launch_bwd(
+            features, ids, lse, positives, inv_norms, grad_lse, grad_positives, factor=(grad_loss, divisor),
+            inv_temperature=inv_temperature, normalize=normalize, inside=inside,
+        )  # fmt: skip
+
+
+@pair_loss_backward.register_fake
+def _pair_loss_backward_fake(grad_loss, divisor, features, *args):
+    return torch.empty_like(features, memory_format=torch.contiguous_format)
+
+
+def _pair_loss_setup_context(ctx, inputs, output) -> None:
+    features, _, inv_temperature, _, normalize, inside, *_ = inputs
+    _, _, divisor, *statistics = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(divisor, features, *statistics)
+    ctx.options = inv_temperature, normalize, inside
+
+
+def _pair_loss_autograd(ctx, grad_loss, *_unused):
+    return pair_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.options), *[None] * 7
+
+
+pair_loss.register_autograd(_pair_loss_autograd, setup_context=_pair_loss_setup_context)

@@ -25,6 +25,7 @@ MAX_COMPARISONS = 2**22  # to count the samples of classes by: past it a histogr
 COMBINE_BLOCKS = {"BLOCK_S": 32, "BLOCK_R": 64, "num_warps": 4}
 RANGE_BLOCKS = {"BLOCK": 4096, "num_warps": 8}
 COLUMN_BLOCKS = {"BLOCK": 256, "num_warps": 4}
+PAIR_LOSS_BLOCKS = {"BLOCK": 4096, "num_warps": 16}
 TOTALS_BLOCKS = {"BLOCK_B": 256, "num_warps": 4}
 SIDE_BLOCKS = {"BLOCK_R": 256, "num_warps": 4}
 CHUNK_COLUMNS = 8192

@@ -22,6 +22,7 @@ from . import (
     pair_backward,
     pair_fixed,
     pair_forward,
+    pair_loss,
     prototype_backward,
     prototype_forward,
     prototype_loss,
@@ -42,8 +43,8 @@ _ALWAYS_ALIGNED = (
     _OPERANDS | _GRADIENTS | _PADDED | {"b_grad_ptr", "partials_ptr", "a_partials_ptr", "b_partials_ptr", "D"}
 )
 _NEVER_SPECIALIZED = {
-    "ignore_index", "ignored_class", "first_counted", "shift", "row_start", "inv_temperature", "offset", "first_class",
-    "last_class",
+    "ignore_index", "ignored_class", "first_counted", "shift", "row_start", "inv_temperature", "scale", "offset",
+    "first_class", "last_class",
     "mask_row_step", "mask_col_step",
     "row_mask_row_step", "row_mask_col_step", "col_mask_row_step", "col_mask_col_step",
 }  # fmt: skip
@@ -224,7 +225,7 @@ def _argument_type(argument: str, dtype: torch.dtype, grad_dtype: torch.dtype) -
         return "*u8"
     if argument.endswith("_ptr"):
         return "*fp32"
-    return "fp32" if argument == "inv_temperature" else "i32"
+    return "fp32" if argument in ("inv_temperature", "scale") else "i32"
 
 
 def _flags(rows: bool, cols: bool) -> Iterator[tuple[bool, bool]]:
@@ -440,6 +441,9 @@ def _pair_fixed() -> Iterator[AotConfiguration]:
     for step, accumulate, inside in joins:
         meta = {"STEP": step, "ACCUMULATE": accumulate, "INSIDE": inside, **_launch.COMBINE_BLOCKS}
         yield _configuration("join", pair_fixed._join_kernel, torch.float32, meta)
+    for inside, exclude, mean in itertools.product((False, True), repeat=3):
+        meta = {"INSIDE": inside, "EXCLUDE": exclude, "MEAN": mean, **_launch.PAIR_LOSS_BLOCKS}
+        yield _configuration("pair_loss", pair_loss._pair_loss_kernel, torch.float32, meta)
 
 
 def _over_rows() -> Iterator[AotConfiguration]:

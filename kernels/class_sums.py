@@ -143,7 +143,7 @@ def classes(labels: Tensor, first_counted: int, absent: int) -> tuple[Tensor, Te
     """
     num_labels = len(labels)
     bits = max(num_labels - 1, 31).bit_length() + 2  # a quarter of the slots at most are taken
-    table, counts = labels.new_zeros(2**bits + num_labels, dtype=torch.int32).split([2**bits, num_labels])
+    counts, table = labels.new_zeros(num_labels + 2**bits, dtype=torch.int32).split([num_labels, 2**bits])
     ids = torch.empty_like(labels)
     with _launch.on_device(labels):
         _classes_kernel[(max(cdiv(num_labels, _launch.CLASSES_BLOCKS["BLOCK"]), 1),)](
@@ -177,9 +177,7 @@ def by_class(labels: Tensor, num_classes: int, ignore_index: int = -1) -> Member
     valid = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
     # A radix sort of 32 bits takes half as long as one of 64.
     sorted_labels, order = torch.where(valid, labels, num_classes).int().sort(stable=True)
-    bounds = torch.searchsorted(
-        sorted_labels, torch.arange(num_classes + 1, dtype=torch.int32, device=labels.device)
-    )
+    bounds = torch.searchsorted(sorted_labels, torch.arange(num_classes + 1, dtype=torch.int32, device=labels.device))
     return Members(order, bounds)
 
 

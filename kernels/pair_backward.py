@@ -343,6 +343,14 @@ class Side:
 
 
 @dataclass(frozen=True)
+class LossSide(Side):
+    """Of samples that are rows and columns, with gradients that are zero where nothing was summed."""
+
+    def upstream(self) -> tuple[Tensor, Tensor]:
+        return self.grad_lse, self.grad_positives
+
+
+@dataclass(frozen=True)
 class Backward:
     """All that either backward reads."""
 
@@ -364,7 +372,8 @@ class Backward:
         return self.pairs.row_ids is None
 
     def upstream(self) -> list[Tensor]:
-        return [g for side in (self.row_side, self.column_side) if side is not None for g in side.upstream()]
+        sides = [self.row_side] if self.row_side is self.column_side else [self.row_side, self.column_side]
+        return [g for side in sides if side is not None for g in side.upstream()]
 
     def taken_apart(self, scaling: Scaling) -> Backward:
         """With the sides as the kernels read them when the shift is fixed."""

@@ -15,7 +15,7 @@ import torch
 from test_kernels import DEVICE, DTYPES, QUICK, compiled_ahead_of_time, lay_out, record_launches, unit_rows
 from torch import Tensor
 
-from hypercontrast.kernels import _launch, class_sums, pair_lse
+from hypercontrast.kernels import _launch, class_sums, pair_loss, pair_lse
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy warns of the infinities that the kernels rely on
@@ -119,6 +119,17 @@ def run_kernels(case: Case, upstream: Upstream) -> dict[str, Tensor]:
     return {
         "lse": lse, "positives": positives, "grad": grad, "grad_columns": grad_columns, "logit_grad_sum": total
     }  # fmt: skip
+
+
+def run_loss(case: Case, exclude: bool, mean: bool) -> tuple[Tensor, Tensor]:
+    """The loss of the anchors against themselves, and its gradient; of a fixed temperature."""
+    options = {"inv_temperature": 1.0 / case.tau, "normalize": case.normalize, "inside": case.inside}
+    found = pair_loss.launch_fwd(
+        case.anchors, case.anchor_ids, absent=ABSENT, scale=0.7, exclude=exclude, mean=mean, **options
+    )
+    loss, _, divisor, *statistics = found
+    factor = torch.ones((), device=DEVICE), divisor
+    return loss, pair_loss.launch_bwd(case.anchors, *statistics, factor=factor, **options)
 
 
 def run_shards(case: Case, upstream: Upstream) -> dict[str, Tensor]:
@@ -522,7 +533,15 @@ def test_every_launch_is_a_configuration_compiled_ahead_of_time(monkeypatch):
             monkeypatch.setattr(_launch, "TARGET_PROGRAMS", 1 + seed % 4)
             case, generator = make_case(seed, (20, (16, 48, 136, 264)[seed // 4 % 4]))
             run_kernels(case, random_upstream(case, generator))
+            run_loss(case, exclude=seed % 2 == 0, mean=seed % 3 > 0)
     names = {name for name, _ in launched}
-    assert {"_pair_fwd_kernel", "_pair_triangle_kernel", "_pair_bwd_kernel", "_pair_bwd_tile_kernel"} < names
+    assert {
+        "_pair_fwd_kernel",
+        "_pair_triangle_kernel",
+        "_pair_bwd_kernel",
+        "_pair_bwd_tile_kernel",
+        "_pair_loss_kernel",
+        "_classes_kernel",
+    } < names
     missing = [(name, sorted(map(str, fixed))) for name, fixed in launched - compiled_ahead_of_time()]
     assert not missing
