@@ -369,6 +369,8 @@ def _pair_forward() -> Iterator[AotConfiguration]:
     for (name, kernel, narrow, wide, flags), dtype in itertools.product(families, _TRITON_NAMES):
         combinations = itertools.product(_forward_configs(narrow, wide, dtype), _pair_scalings(dtype), flags)
         for (config, is_narrow, archs), (fixed_shift, tensor_temperature), more in combinations:
+            if is_narrow and fixed_shift and not more.get("HAS_MASK"):
+                continue  # which has kernels of its own
             meta = {
                 **more,
                 "FIXED_SHIFT": fixed_shift,
@@ -389,12 +391,11 @@ def _pair_backward() -> Iterator[AotConfiguration]:
                 "HAS_ROWS": rows,
                 "HAS_COLS": cols,
                 "INSIDE": inside,
-                "FIXED_SHIFT": fixed_shift,
                 "HAS_TEMPERATURE": tensor_temperature,
                 "HAS_RANGE": dtype == torch.float16,
                 "INPUT_PRECISION": _launch.input_precision(dtype),
             }
-            if dtype.itemsize == 2:
+            if dtype.itemsize == 2 and not fixed_shift:  # which has kernels of its own
                 crowded = inside or not rows
                 tables = _launch.PAIR_BACKWARD_NARROW_CROWDED if crowded else _launch.PAIR_BACKWARD_NARROW
                 for config, archs in _pinned(tables, dtype):
@@ -406,7 +407,7 @@ def _pair_backward() -> Iterator[AotConfiguration]:
                 crowded = inside or has_mask
                 tables = _launch.PAIR_BACKWARD_WIDE_CROWDED if crowded else _launch.PAIR_BACKWARD_WIDE
                 for config, archs in _pinned(tables, dtype):
-                    meta = {**shared, "HAS_MASK": has_mask, **config.launch_options()}
+                    meta = {**shared, "FIXED_SHIFT": fixed_shift, "HAS_MASK": has_mask, **config.launch_options()}
                     yield _configuration(
                         "pair_bwd_tile", pair_backward._pair_bwd_tile_kernel, dtype, meta, archs=archs, crowded=crowded
                     )
