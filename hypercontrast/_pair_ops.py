@@ -1,4 +1,4 @@
-"""The primitive of losses that contrast samples with samples, registered with torch.library like those of `_ops`.
+"""The operators of losses that contrast samples with samples, registered with torch.library like those of `_ops`.
 
 `hypercontrast::pair_lse`: of the logits s[i, j] = u_i·v_j/τ between anchors u and columns v, each anchor's log-sum-exp
 over the columns other than itself, and its positives (their sum, or their log-sum-exp). For upstream gradients g and h
@@ -8,6 +8,8 @@ of the two the gradient of s is
 
 zero at an anchor's own column. Contrasted with themselves, u = v, samples receive (G + Gᵀ) u/τ: both parts have the
 same logits, so one pass over the tiles gives the whole gradient.
+
+`hypercontrast::pair_loss` is, by Triton, the whole loss of one process's samples against themselves.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import torch
 from torch import Tensor
 
 from hypercontrast import _checks, blockwise, blockwise_pairs
-from hypercontrast._ops import widened
+from hypercontrast._operator import operator
+from hypercontrast._ops import in_full_precision, widened
 from hypercontrast.distributed import ABSENT
 
 
@@ -26,7 +29,13 @@ def _kernels():
     return pair_lse
 
 
-@torch.library.custom_op("hypercontrast::pair_lse", mutates_args=())
+def _loss_kernels():
+    from hypercontrast.kernels import pair_loss
+
+    return pair_loss
+
+
+@operator("hypercontrast::pair_lse")
 def pair_lse(
     anchors: Tensor,
     columns: Tensor | None,
@@ -54,7 +63,7 @@ def pair_lse(
         lse [n], -inf where nothing was summed; positives [n], zero or (inside) -inf where there are none; both float32
         from Triton, float64 from the blockwise backend; inverse norms [n], and [m] or [0], in the accumulator's dtype.
     """
-    with torch.autocast(anchors.device.type, enabled=False):
+    with in_full_precision(anchors):
         if anchors.device.type == "cpu":
             _checks.check_temperature_value(temperature)
         options = _options(anchors, temperature, offset, inv_temperature, normalize, inside)
@@ -81,7 +90,7 @@ def _pair_lse_fake(
     return *statistics, anchors.new_empty(n, dtype=dtype), anchors.new_empty(m, dtype=dtype)
 
 
-@torch.library.custom_op("hypercontrast::pair_lse_backward", mutates_args=())
+@operator("hypercontrast::pair_lse_backward")
 def pair_lse_backward(
     rows: Tensor,
     columns: Tensor | None,
@@ -105,7 +114,7 @@ def pair_lse_backward(
     `row_side` and `column_side` hold (lse, grad_lse, positives, grad_positives) of the anchors on that side, and are
     empty where that side holds none. Masks stand as [row, column], whichever of the two the anchor is.
     """
-    with torch.autocast(rows.device.type, enabled=False):
+    with in_full_precision(rows):
         options = _options(rows, temperature, offset, inv_temperature, normalize, inside)
         implementation = _kernels() if backend == "triton" else blockwise_pairs
         sides = [implementation.Side(*side) if side else None for side in (row_side, column_side)]
@@ -121,10 +130,10 @@ def _pair_lse_backward_fake(rows, *args):
     return grad, rows.new_empty((), dtype=_checks.accumulator(rows))
 
 
-@torch.library.custom_op("hypercontrast::label_classes", mutates_args=())
+@operator("hypercontrast::label_classes")
 def label_classes(labels: Tensor, first_counted: int) -> tuple[Tensor, Tensor]:
-    """Class of each of the labels [N] in [0, N), below zero for rows that are not there, and how many samples from
-    `first_counted` on are of it; by Triton, for batches small enough that all labels can be compared with all.
+    """Class of each of the labels [N] in [0, N), below zero for rows that are not there; and of each class [N] how many
+    samples from `first_counted` on are of it, int32. By Triton; see there for what the numbers are.
     """
     from hypercontrast.kernels import class_sums
 
@@ -133,7 +142,7 @@ def label_classes(labels: Tensor, first_counted: int) -> tuple[Tensor, Tensor]:
 
 @label_classes.register_fake
 def _label_classes_fake(labels, first_counted):
-    return tuple(torch.empty_like(labels, memory_format=torch.contiguous_format) for _ in range(2))
+    return labels.new_empty(len(labels)), labels.new_empty(len(labels), dtype=torch.int32)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -178,3 +187,89 @@ def _autograd(ctx, grad_lse, grad_positives, *_unused):
 
 
 pair_lse.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@operator("hypercontrast::pair_loss")
+def pair_loss(
+    features: Tensor,
+    labels: Tensor,
+    inv_temperature: float,
+    scale: float,
+    normalize: bool,
+    inside: bool,
+    exclude: bool,
+    mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """SupCon itself, by Triton: `label_classes`, `pair_lse` and what _supcon.py makes of them over one process.
+
+    Args:
+        features [N, D], contrasted with themselves; labels [N] int64, of any values.
+        scale: what the loss is multiplied by.
+        inside: the mean over positives stands inside the logarithm.
+        exclude, mean: divided by the number of anchors that have positives, or of all.
+
+    Returns:
+        The loss; how many anchors have no positive; and what the backward needs, see `kernels.pair_loss.Forward`: the
+        divisor, class numbers, log-sum-exps, positives, inverse norms, upstream gradients of lse and positives.
+    """
+    with in_full_precision(features):
+        return tuple(
+            _loss_kernels().launch_fwd(
+                features, labels.contiguous(), absent=ABSENT, inv_temperature=inv_temperature, scale=scale,
+                normalize=normalize, inside=inside, exclude=exclude, mean=mean,
+            )
+        )  # fmt: skip
+
+
+@pair_loss.register_fake
+def _pair_loss_fake(features, labels, inv_temperature, scale, normalize, inside, exclude, mean):
+    def numbers(*shape):
+        return features.new_empty(shape, dtype=torch.float32)
+
+    n = len(features)
+    scalars = numbers(), labels.new_empty(()), numbers()
+    return *scalars, labels.new_empty(n), *(numbers(n) for _ in range(5))
+
+
+@operator("hypercontrast::pair_loss_backward")
+def pair_loss_backward(
+    grad_loss: Tensor,
+    divisor: Tensor,
+    features: Tensor,
+    ids: Tensor,
+    lse: Tensor,
+    positives: Tensor,
+    inv_norms: Tensor,
+    grad_lse: Tensor,
+    grad_positives: Tensor,
+    inv_temperature: float,
+    normalize: bool,
+    inside: bool,
+) -> Tensor:
+    """Gradient of `pair_loss`."""
+    with in_full_precision(features):
+        return _loss_kernels().launch_bwd(
+            features, ids, lse, positives, inv_norms, grad_lse, grad_positives, factor=(grad_loss, divisor),
+            inv_temperature=inv_temperature, normalize=normalize, inside=inside,
+        )  # fmt: skip
+
+
+@pair_loss_backward.register_fake
+def _pair_loss_backward_fake(grad_loss, divisor, features, *args):
+    return torch.empty_like(features, memory_format=torch.contiguous_format)
+
+
+def _pair_loss_setup_context(ctx, inputs, output) -> None:
+    features, _, inv_temperature, _, normalize, inside, *_ = inputs
+    _, _, divisor, *statistics = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(divisor, features, *statistics)
+    ctx.options = inv_temperature, normalize, inside
+
+
+def _pair_loss_autograd(ctx, grad_loss, *_unused):
+    return pair_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.options), *[None] * 7
+
+
+pair_loss.register_autograd(_pair_loss_autograd, setup_context=_pair_loss_setup_context)

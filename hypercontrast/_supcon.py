@@ -8,6 +8,9 @@ Over R ranks the features and labels of all are gathered, without a gradient. An
 rank's rows receive their whole gradient, as anchors and as everyone else's columns, from one pass over the gathered
 columns, once the ranks have told each other their anchors' log-sum-exps and upstream gradients: a few numbers a row,
 and no exchange of gradients. Columns of a reference set or a queue are contrasted in a pass of their own.
+
+With Triton one process's samples against themselves have their loss from one operator, `_pair_ops.pair_loss`, unless
+the temperature is learned or every anchor's loss is asked for.
 """
 
 from __future__ import annotations
@@ -22,7 +25,6 @@ from torch import Tensor
 from hypercontrast import _autograd, _checks, _pair_ops
 from hypercontrast._agreement import agree
 from hypercontrast.distributed import ABSENT, gather_rows, row_counts
-from hypercontrast.kernels import _launch  # needs no Triton
 
 if TYPE_CHECKING:
     from hypercontrast.buffer import NegativeBuffer
@@ -70,6 +72,14 @@ def supcon_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss of features [N, D] and how many anchors had no positive."""
     learned, inv_temperature = _checks.split_temperature(temperature)
+    scale = 1.0 if base_temperature is None else _checks.number(temperature) / base_temperature
+    alone = mask is None and refs is None and queue is None and group is None
+    if backend == "triton" and alone and learned is None and reduction != "none":
+        loss, single_count, *_ = _pair_ops.pair_loss(
+            features, labels.long(), inv_temperature, scale, normalize, variant == "in", singletons == "exclude",
+            reduction == "mean",
+        )  # fmt: skip
+        return loss, single_count
     logits = _Logits(learned, inv_temperature, normalize, variant == "in", backend)
     if refs is not None:
         part = _against(features, *refs, labels, mask, logits)
@@ -88,7 +98,7 @@ def supcon_loss(
     align = positives - some.log() if logits.inside else positives / some
     loss_N = torch.where(single, 0, torch.where(single, 0, lse) - align)
     if base_temperature is not None:
-        loss_N = loss_N * (_checks.number(temperature) / base_temperature)
+        loss_N = loss_N * scale
     weight_N = (~single).to(lse.dtype) if singletons == "exclude" else torch.ones_like(lse)
     loss = _autograd.reduce_samples(loss_N, weight_N, reduction, group)
     return loss.to(_checks.accumulator(features)), single.sum()
@@ -166,11 +176,13 @@ class _GlobalPairs(torch.autograd.Function):
 
 def _classes(labels: Tensor, column_labels: Tensor | None, backend: str) -> tuple[Any, Tensor]:
     """Classes of the rows, and of the columns where those are others; and how many columns are of each row's class."""
-    joint = labels if column_labels is None else torch.cat([labels, column_labels])
-    first_column = 0 if column_labels is None else len(labels)
-    if backend == "triton" and 0 < len(joint) ** 2 <= _launch.MAX_POSITIVES_IN_TILES:
+    if backend == "triton":
+        joint = labels if column_labels is None else torch.cat([labels, column_labels])
+        first_column = 0 if column_labels is None else len(labels)
         ids, counts = _pair_ops.label_classes(joint.long(), first_column)
-        return (ids if column_labels is None else ids.split([first_column, len(column_labels)])), counts[: len(labels)]
+        row_ids = ids[: len(labels)]
+        count = counts[row_ids.clamp(min=0)].long()
+        return (ids if column_labels is None else (row_ids, ids[first_column:])), count
     if column_labels is None:
         (ids,) = _class_ids(labels)
         return ids, _members(ids, ids)

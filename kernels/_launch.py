@@ -26,11 +26,12 @@ MAX_COMPARISONS = 2**22  # to count the samples of classes by: past it a histogr
 COMBINE_BLOCKS = {"BLOCK_S": 32, "BLOCK_R": 64, "num_warps": 4}
 RANGE_BLOCKS = {"BLOCK": 4096, "num_warps": 8}
 COLUMN_BLOCKS = {"BLOCK": 256, "num_warps": 4}
+PAIR_LOSS_BLOCKS = {"BLOCK": 4096, "num_warps": 16}
 TOTALS_BLOCKS = {"BLOCK_B": 256, "num_warps": 4}
 SIDE_BLOCKS = {"BLOCK_R": 256, "num_warps": 4}
 CHUNK_COLUMNS = 8192
-CLASSES_BLOCKS = {"BLOCK_K": 32, "BLOCK_N": 256, "num_warps": 8}
-MAX_POSITIVES_IN_TILES = 2**28  # pairs, also those of labels compared: as long as their sort takes, or less
+CLASSES_BLOCKS = {"BLOCK": 32, "num_warps": 1}  # one sample a thread: each is a chain of dependent reads
+MAX_POSITIVES_IN_TILES = 2**28  # pairs: comparing their classes takes as long as a sort, or less
 
 
 @dataclass(frozen=True)

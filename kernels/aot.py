@@ -22,6 +22,7 @@ from . import (
     pair_backward,
     pair_fixed,
     pair_forward,
+    pair_loss,
     prototype_backward,
     prototype_columns,
     prototype_forward,
@@ -43,8 +44,8 @@ _ALWAYS_ALIGNED = (
     _OPERANDS | _GRADIENTS | _PADDED | {"b_grad_ptr", "partials_ptr", "a_partials_ptr", "b_partials_ptr", "D"}
 )
 _NEVER_SPECIALIZED = {
-    "ignore_index", "ignored_class", "first_counted", "row_start", "inv_temperature", "offset", "first_class",
-    "last_class",
+    "ignore_index", "ignored_class", "first_counted", "shift", "row_start", "inv_temperature", "scale", "offset",
+    "first_class", "last_class",
     "mask_row_step", "mask_col_step",
     "row_mask_row_step", "row_mask_col_step", "col_mask_row_step", "col_mask_col_step",
 }  # fmt: skip
@@ -55,7 +56,7 @@ _INT64 = {
     "order_ptr",
     "bounds_ptr",
     "ids_ptr",
-    "counts_ptr",
+    "alone_ptr",
     "row_ids_ptr",
     "col_ids_ptr",
 }
@@ -220,7 +221,7 @@ def _argument_type(argument: str, dtype: torch.dtype, grad_dtype: torch.dtype) -
         return "*" + _TRITON_NAMES[grad_dtype]
     if argument == "b_grad_ptr":
         return "*" + _TRITON_NAMES[dtype]
-    if argument in ("present_ptr", "num_present_ptr") or argument.endswith("classes_ptr"):
+    if argument in ("present_ptr", "num_present_ptr", "table_ptr", "counts_ptr") or argument.endswith("classes_ptr"):
         return "*i32"
     if argument in _INT64:
         return "*i64"
@@ -228,7 +229,7 @@ def _argument_type(argument: str, dtype: torch.dtype, grad_dtype: torch.dtype) -
         return "*u8"
     if argument.endswith("_ptr"):
         return "*fp32"
-    return "fp32" if argument == "inv_temperature" else "i32"
+    return "fp32" if argument in ("inv_temperature", "scale") else "i32"
 
 
 def _flags(rows: bool, cols: bool) -> Iterator[tuple[bool, bool]]:
@@ -376,6 +377,8 @@ def _pair_forward() -> Iterator[AotConfiguration]:
     for (name, kernel, narrow, wide, flags), dtype in itertools.product(families, _TRITON_NAMES):
         combinations = itertools.product(_forward_configs(narrow, wide, dtype), _pair_scalings(dtype), flags)
         for (config, is_narrow, archs), (fixed_shift, tensor_temperature), more in combinations:
+            if is_narrow and fixed_shift and not more.get("HAS_MASK"):
+                continue  # which has kernels of its own
             meta = {
                 **more,
                 "FIXED_SHIFT": fixed_shift,
@@ -396,12 +399,11 @@ def _pair_backward() -> Iterator[AotConfiguration]:
                 "HAS_ROWS": rows,
                 "HAS_COLS": cols,
                 "INSIDE": inside,
-                "FIXED_SHIFT": fixed_shift,
                 "HAS_TEMPERATURE": tensor_temperature,
                 "HAS_RANGE": dtype == torch.float16,
                 "INPUT_PRECISION": _launch.input_precision(dtype),
             }
-            if dtype.itemsize == 2:
+            if dtype.itemsize == 2 and not fixed_shift:  # which has kernels of its own
                 crowded = inside or not rows
                 tables = _launch.PAIR_BACKWARD_NARROW_CROWDED if crowded else _launch.PAIR_BACKWARD_NARROW
                 for config, archs in _pinned(tables, dtype):
@@ -413,7 +415,7 @@ def _pair_backward() -> Iterator[AotConfiguration]:
                 crowded = inside or has_mask
                 tables = _launch.PAIR_BACKWARD_WIDE_CROWDED if crowded else _launch.PAIR_BACKWARD_WIDE
                 for config, archs in _pinned(tables, dtype):
-                    meta = {**shared, "HAS_MASK": has_mask, **config.launch_options()}
+                    meta = {**shared, "FIXED_SHIFT": fixed_shift, "HAS_MASK": has_mask, **config.launch_options()}
                     yield _configuration(
                         "pair_bwd_tile", pair_backward._pair_bwd_tile_kernel, dtype, meta, archs=archs, crowded=crowded
                     )
@@ -448,6 +450,9 @@ def _pair_fixed() -> Iterator[AotConfiguration]:
     for step, accumulate, inside in joins:
         meta = {"STEP": step, "ACCUMULATE": accumulate, "INSIDE": inside, **_launch.COMBINE_BLOCKS}
         yield _configuration("join", pair_fixed._join_kernel, torch.float32, meta)
+    for inside, exclude, mean in itertools.product((False, True), repeat=3):
+        meta = {"INSIDE": inside, "EXCLUDE": exclude, "MEAN": mean, **_launch.PAIR_LOSS_BLOCKS}
+        yield _configuration("pair_loss", pair_loss._pair_loss_kernel, torch.float32, meta)
 
 
 def _over_rows() -> Iterator[AotConfiguration]:

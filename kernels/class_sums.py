@@ -1,5 +1,7 @@
 """Sums within classes: of numbers [N] and of unit features [N, D]. Both in an order that never changes: no atomics.
 
+And the classes of labels of any values, by a hash table: its atomics are of integers, whose order is no matter.
+
 `segment_sum` compares every label with every class, for it has only numbers to read. `class_sums` reads vectors, so it
 first brings the samples of a class together with a stable sort, after which each class reads its own rows and nothing
 else; a scan of all labels by every class would cost K·N reads, far more than the features themselves at K = 10^5.
@@ -18,6 +20,8 @@ from torch import Tensor
 
 from . import _launch
 from ._launch import cdiv
+
+_GOLDEN = tl.constexpr(-7046029254386353131)  # 2^64 over the golden ratio, odd, as a signed number
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -90,46 +94,67 @@ def segment_sum(values: Tensor, labels: Tensor, num_classes: int, ignore_index: 
     return sums
 
 
-@triton.jit(do_not_specialize=["first_counted"])
+@triton.jit(do_not_specialize=["first_counted", "shift"])
 def _classes_kernel(
     labels_ptr,  # [N] int64
     ids_ptr,  # [N] int64
-    counts_ptr,  # [N] int64
+    table_ptr,  # [slots] int32, zeros: one more than the sample that stands for the class whose slot it is
+    counts_ptr,  # [N] int32, zeros: written for samples that stand for a class
     N,
+    slots,  # a power of two
     first_counted,
+    shift,  # of 64-bit hashes, to the bits of a slot
     ABSENT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """The first sample of each sample's label, and how many from first_counted on have it."""
-    row_K = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    label_K = tl.load(labels_ptr + row_K, mask=row_K < N, other=ABSENT)
-    first_K = tl.full((BLOCK_K,), 2**31 - 1, tl.int32)
-    count_K = tl.zeros((BLOCK_K,), tl.int32)
-    for start in range(0, N, BLOCK_N):
-        row_N = start + tl.arange(0, BLOCK_N)
-        label_N = tl.load(labels_ptr + row_N, mask=row_N < N, other=ABSENT)
-        same_KN = label_K[:, None] == label_N[None, :]
-        first_K = tl.minimum(first_K, tl.min(tl.where(same_KN, row_N[None, :], 2**31 - 1), axis=1))
-        counted_N = tl.where(row_N >= first_counted, 1, 0)
-        count_K += tl.sum(tl.where(same_KN, counted_N[None, :], 0), axis=1)
-    here_K = label_K != ABSENT
-    tl.store(ids_ptr + row_K, tl.where(here_K, first_K, -1).to(tl.int64), mask=row_K < N)
-    tl.store(counts_ptr + row_K, tl.where(here_K, count_K, 0).to(tl.int64), mask=row_K < N)
+    """A sample of each sample's label, the same for all of them; how many from first_counted on have it.
+
+    Programs race for the slots, hence which sample stands for a class is chance. Its label, all slots tell alike.
+    """
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    label = tl.load(labels_ptr + row, mask=row < N, other=ABSENT)
+    here = label != ABSENT
+    slot = ((label * _GOLDEN >> shift) & (slots - 1)).to(tl.int32)
+    id = tl.full((BLOCK,), -1, tl.int32)
+    pending = here
+    while tl.max(pending.to(tl.int32), axis=0) > 0:
+        # Read first: all samples of a class at once would wait for one another's atomics.
+        first = tl.load(table_ptr + slot, mask=pending, other=1)
+        empty = first == 0
+        # There is no mask: where nothing is empty, a swap of a number with itself, of different slots.
+        found = tl.atomic_cas(
+            table_ptr + tl.where(empty, slot, row), tl.where(empty, 0, row + 1), row + 1, sem="relaxed"
+        )
+        first = tl.where(empty, tl.where(found == 0, row + 1, found), first)
+        same = pending & (tl.load(labels_ptr + first - 1, mask=pending, other=ABSENT) == label)
+        id = tl.where(same, first - 1, id)
+        pending = pending & (id < 0)
+        slot = (slot + 1) & (slots - 1)
+    tl.store(ids_ptr + row, id.to(tl.int64), mask=row < N)
+    tl.atomic_add(counts_ptr + id, 1, mask=here & (row >= first_counted), sem="relaxed")
 
 
 def classes(labels: Tensor, first_counted: int, absent: int) -> tuple[Tensor, Tensor]:
-    """Of labels [N] int64 with any values: a number in [0, N) for each that equals that of equal labels alone, -1 for
-    `absent`; and how many of labels[first_counted:] equal it, 0 for `absent`. Compares all with all: for few samples.
+    """Of labels [N] int64 with any values: for each a number in [0, N) that equals that of equal labels alone, -1 for
+    `absent`; and int32 [N], where the i-th is how many of labels[first_counted:] have the number i.
+
+    Which of a class's members gives it its number is not the same from run to run: it is for comparing, and for sorts
+    that are stable.
     """
-    ids, counts = torch.empty_like(labels), torch.empty_like(labels)
+    num_labels = len(labels)
+    bits = max(num_labels - 1, 31).bit_length() + 2  # a quarter of the slots at most are taken
+    counts, table = labels.new_zeros(num_labels + 2**bits, dtype=torch.int32).split([num_labels, 2**bits])
+    ids = torch.empty_like(labels)
     with _launch.on_device(labels):
-        _classes_kernel[(cdiv(len(labels), _launch.CLASSES_BLOCKS["BLOCK_K"]),)](
+        _classes_kernel[(max(cdiv(num_labels, _launch.CLASSES_BLOCKS["BLOCK"]), 1),)](
             labels_ptr=labels,
             ids_ptr=ids,
+            table_ptr=table,
             counts_ptr=counts,
-            N=len(labels),
+            N=num_labels,
+            slots=2**bits,
             first_counted=first_counted,
+            shift=64 - bits,
             ABSENT=absent,
             **_launch.CLASSES_BLOCKS,
         )
@@ -150,8 +175,9 @@ class Members:
 def by_class(labels: Tensor, num_classes: int, ignore_index: int = -1) -> Members:
     """Samples by class, without ignore_index and labels outside [0, K)."""
     valid = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
-    sorted_labels, order = torch.where(valid, labels, num_classes).sort(stable=True)
-    bounds = torch.searchsorted(sorted_labels, torch.arange(num_classes + 1, device=labels.device))
+    # A radix sort of 32 bits takes half as long as one of 64.
+    sorted_labels, order = torch.where(valid, labels, num_classes).int().sort(stable=True)
+    bounds = torch.searchsorted(sorted_labels, torch.arange(num_classes + 1, dtype=torch.int32, device=labels.device))
     return Members(order, bounds)
 
 

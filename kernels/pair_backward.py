@@ -1,6 +1,7 @@
 """Backward over pairs of samples: the gradient of the rows, in one pass. The derivation is in pair_lse.py.
 
-Narrow: a program keeps a block of rows and its accumulator on chip and streams the columns. Wide, and under masks: H is
+Narrow: a program keeps a block of rows and its accumulator on chip and streams the columns, of logits that need their
+log-sum-exp subtracted before exp; pair_fixed.py has the others. Wide, and under masks: H is
 stored for a bounded chunk of rows and columns, and a library product adds it to P.
 
 Shapes: R rows, C columns, D width; S splits.
@@ -152,7 +153,6 @@ def _pair_bwd_kernel(
     HAS_ROWS: tl.constexpr,
     HAS_COLS: tl.constexpr,
     INSIDE: tl.constexpr,
-    FIXED_SHIFT: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_RANGE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -167,7 +167,7 @@ def _pair_bwd_kernel(
     inv_a_R = tl.load(inv_a_ptr + row_R, mask=inside_R, other=0.0)
     lse_R, grad_lse_R, positives_R, grad_positives_R = _load_side(
         row_lse_ptr, grad_row_lse_ptr, row_positives_ptr, grad_row_positives_ptr, row_R, inside_R,
-        HAS_ROWS, INSIDE, FIXED_SHIFT,
+        HAS_ROWS, INSIDE, False,
     )  # fmt: skip
     a_RD = load_rows(a_ptr, row_R, inside_R, stride_a, 0, D, BLOCK_D)
     fp16_range = 1.0
@@ -184,7 +184,7 @@ def _pair_bwd_kernel(
         inv_b_C = tl.load(inv_b_ptr + row_C, mask=inside_C, other=0.0)
         lse_C, grad_lse_C, positives_C, grad_positives_C = _load_side(
             col_lse_ptr, grad_col_lse_ptr, col_positives_ptr, grad_col_positives_ptr, row_C, inside_C,
-            HAS_COLS, INSIDE, FIXED_SHIFT,
+            HAS_COLS, INSIDE, False,
         )  # fmt: skip
         dots_RC = tl.dot(a_RD, b_CD.T, input_precision=INPUT_PRECISION)
         logits_RC = pair_logits(dots_RC, inv_a_R, inv_b_C, inv_temp)
@@ -194,7 +194,7 @@ def _pair_bwd_kernel(
             logits_RC, valid_RC, positive_RC, positive_RC,
             lse_R, grad_lse_R, positives_R, grad_positives_R,
             lse_C, grad_lse_C, positives_C, grad_positives_C,
-            HAS_ROWS, HAS_COLS, False, INSIDE, FIXED_SHIFT,
+            HAS_ROWS, HAS_COLS, False, INSIDE, False,
         )  # fmt: skip
         weights_RC = (grads_RC * (inv_b_C * fp16_range)[None, :]).to(b_CD.dtype)
         sum_RD = tl.dot(weights_RC, b_CD, sum_RD, input_precision=INPUT_PRECISION)
@@ -343,6 +343,14 @@ class Side:
 
 
 @dataclass(frozen=True)
+class LossSide(Side):
+    """Of samples that are rows and columns, with gradients that are zero where nothing was summed."""
+
+    def upstream(self) -> tuple[Tensor, Tensor]:
+        return self.grad_lse, self.grad_positives
+
+
+@dataclass(frozen=True)
 class Backward:
     """All that either backward reads."""
 
@@ -364,7 +372,8 @@ class Backward:
         return self.pairs.row_ids is None
 
     def upstream(self) -> list[Tensor]:
-        return [g for side in (self.row_side, self.column_side) if side is not None for g in side.upstream()]
+        sides = [self.row_side] if self.row_side is self.column_side else [self.row_side, self.column_side]
+        return [g for side in sides if side is not None for g in side.upstream()]
 
     def taken_apart(self, scaling: Scaling) -> Backward:
         """With the sides as the kernels read them when the shift is fixed."""
@@ -415,7 +424,6 @@ class Backward:
             "HAS_ROWS": self.row_side is not None,
             "HAS_COLS": self.column_side is not None,
             "INSIDE": self.inside,
-            "FIXED_SHIFT": scaling.fixed_shift(self.dtype, _MAX_FIXED_SHIFT),
             "HAS_RANGE": fp16_range is not None,
             "INPUT_PRECISION": _launch.input_precision(self.dtype),
             **scaling.arguments(),
@@ -436,7 +444,6 @@ def narrow(scaling: Scaling, backward: Backward, gradient: Gradient) -> None:
     """The gradient by recomputing the logits, a bounded number of rows at a time: their P passes through memory."""
     (num_rows, dim), num_columns = gradient.x.shape, len(backward.pairs.columns)
     weights_range = fp16_range(backward.dtype, backward.upstream(), backward.inv_columns)
-    backward = backward.taken_apart(scaling)
     for rows in _launch.row_chunks(num_rows, 4 * dim):
         chunk = backward.chunk(rows, slice(0, num_columns))
         # The kernel has undone the scale of fp16.
@@ -470,8 +477,7 @@ def wide(scaling: Scaling, backward: Backward, gradient: Gradient) -> None:
         whole_sum = None
         for columns in column_parts:
             chunk = backward.chunk(rows, columns)
-            part_sum = mm_fp32(_launch_tile(scaling, chunk, weights_range), chunk.pairs.columns)
-            whole_sum = part_sum if whole_sum is None else whole_sum.add_(part_sum)
+            whole_sum = mm_fp32(_launch_tile(scaling, chunk, weights_range), chunk.pairs.columns, whole_sum)
         finish(scaling, weights_range, (gradient.rows(rows), whole_sum[None]))
 
 
@@ -486,6 +492,7 @@ def _launch_tile(scaling: Scaling, chunk: Backward, weights_range: Tensor | None
     _pair_bwd_tile_kernel[(cdiv(num_rows, config.block_r) * cdiv(num_columns, config.block_c),)](
         h_ptr=h,
         stride_h=h.stride(0),
+        FIXED_SHIFT=scaling.fixed_shift(chunk.dtype, _MAX_FIXED_SHIFT),
         **chunk.arguments(scaling, weights_range),
         **chunk.mask_arguments(),
         **config.launch_options(),

@@ -34,7 +34,7 @@ from ._epilogue import Gradient, Scaling, unpadded
 from .pair_backward import Backward, Side
 from .pair_forward import Pairs
 
-__all__ = ["Side", "launch_bwd", "launch_fwd"]
+__all__ = ["Side", "against_itself", "gradient", "launch_bwd", "launch_fwd"]
 
 
 def launch_fwd(
@@ -138,9 +138,6 @@ def launch_bwd(
         columns, column_ids, offset = rows, row_ids, 0
     dtype = _launch.kernel_dtype(columns if row_side is None else rows)
     pairs = _pairs(rows, columns, row_ids, column_ids, offset, dtype)
-    radial = inv_rows.new_zeros(len(rows))
-    if not len(rows) or not len(columns):
-        return torch.zeros_like(rows, memory_format=torch.contiguous_format), radial.sum()
     row_side, column_side = (None if side is None else Side.of(side) for side in (row_side, column_side))
     if pairs.rows is pairs.columns and row_side is not None and column_side is not None:
         column_side = row_side  # of the same samples
@@ -149,16 +146,29 @@ def launch_bwd(
     if column_side is None:
         column_mask = None
     backward = Backward(pairs, inv_rows, inv_columns, row_side, column_side, row_mask, column_mask, inside)
+    grad, radial = gradient(scaling, backward, rows)
+    return grad, scaling.divide(radial.sum())
+
+
+def gradient(scaling: Scaling, backward: Backward, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient [n, D] of the rows, as they came, and fp32 [n], whose sum over τ is Σ G∘s."""
+    pairs, inv = backward.pairs, backward.inv_rows
+    if not len(rows) or not len(pairs.columns):
+        return torch.zeros_like(rows, memory_format=torch.contiguous_format), torch.zeros_like(inv)
     grad = torch.empty(pairs.rows.shape, dtype=_launch.kernel_dtype(rows), device=rows.device)
-    gradient = Gradient(pairs.rows, inv_rows, grad, radial)
+    written = Gradient(pairs.rows, inv, grad, torch.empty_like(inv))
     with _launch.on_device(rows):
         if backward.has_mask or not _launch.is_narrow(_launch.PAIR_BACKWARD_NARROW, pairs.rows):
-            pair_backward.wide(scaling, backward, gradient)
+            pair_backward.wide(scaling, backward, written)
         elif pair_fixed.serves(scaling, pairs.rows, _launch.PAIR_BACKWARD_FIXED, pair_fixed.MAX_BACKWARD_SHIFT):
-            pair_fixed.backward(scaling, backward, gradient)
+            pair_fixed.backward(scaling, backward, written)
         else:
-            pair_backward.narrow(scaling, backward, gradient)
-    return unpadded(grad, rows), scaling.divide(radial.sum())
+            pair_backward.narrow(scaling, backward, written)
+    return unpadded(grad, rows), written.radial
+
+
+def against_itself(x: Tensor, ids: Tensor) -> Pairs:
+    return _pairs(x, x, ids, ids, 0, _launch.kernel_dtype(x))
 
 
 def _pairs(

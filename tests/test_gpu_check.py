@@ -19,6 +19,7 @@ from hypercontrast.kernels import (
     pair_backward,
     pair_fixed,
     pair_forward,
+    pair_loss,
     prototype_backward,
     prototype_columns,
     prototype_forward,
@@ -27,7 +28,7 @@ from hypercontrast.kernels import (
 
 MODULES = (
     _epilogue, class_sums, pair_backward, pair_fixed, pair_forward, prototype_backward, prototype_columns,
-    prototype_forward, prototype_loss,
+    prototype_forward, pair_loss, prototype_loss,
 )  # fmt: skip
 
 

@@ -13,18 +13,24 @@ pytest.importorskip("triton")
 from test_kernels import DEVICE
 from test_triton import NAMES, call
 
+import hypercontrast as hc
 from hypercontrast import _checks
 from hypercontrast.kernels import (
     _epilogue,
     _launch,
     class_sums,
+    pair_fixed,
+    pair_loss,
     prototype_backward,
     prototype_columns,
     prototype_forward,
     prototype_loss,
 )
 
-MODULES = (_epilogue, class_sums, prototype_backward, prototype_columns, prototype_forward, prototype_loss)
+MODULES = (
+    _epilogue, class_sums, pair_fixed, pair_loss, prototype_backward, prototype_columns, prototype_forward,
+    prototype_loss,
+)  # fmt: skip
 OURS, PRODUCT = "a kernel of ours", "a library product"
 # Operators that make or reshape a tensor, or return the very one they were given.
 FREE = {
@@ -131,3 +137,28 @@ def test_small_batch(name, dtype, width, monkeypatch):
     else:  # H, two products of the library (which may follow each with a sum over its splits), one that finishes both
         assert ours == (3 if dtype == torch.float16 else 2)
         assert len(others) == 2 or (DEVICE == "cuda" and len(others) <= 4)
+
+
+@pytest.mark.usefixtures("_marks")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("singletons", ["exclude", "zero"])
+@pytest.mark.parametrize("variant", ["out", "in"])
+def test_supcon_whose_exponentials_need_no_maximum(variant, singletons, monkeypatch):
+    """Six in the forward: zeros for the hash table, classes, what tiles read of samples, tiles, joined parts, the loss.
+    Three in the backward: what tiles read, tiles, what finishes; and for float16 the scale that keeps G in its range.
+    """
+    monkeypatch.setattr(_launch, "TARGET_PROGRAMS", 8)
+    features = torch.randn(300, 64, device=DEVICE, dtype=torch.float16, requires_grad=True)
+    labels, upstream = torch.randint(0, 200, (300,), device=DEVICE), torch.tensor(0.5, device=DEVICE)
+    losses = []
+
+    def forward():
+        losses.append(hc.supcon_loss(features, labels, variant=variant, singletons=singletons, backend="triton"))
+
+    def backward():
+        torch.autograd.grad(losses[-1], features, upstream, retain_graph=True)
+
+    ours, others = count_launches(forward)
+    assert ours == 5
+    assert len(others) <= 1  # on a GPU zeros are no kernel
+    assert count_launches(backward) == (4, [])

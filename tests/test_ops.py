@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hypercontrast as hc
 from hypercontrast import _ops, _pair_ops, functional
+from hypercontrast.distributed import ABSENT
 
 NAMES = list(LOSSES)
 DEVICE = {"blockwise": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
@@ -36,7 +37,7 @@ def test_opcheck_lse(rows, cols, exclude_own, keep_bytes, inv_temperature):
 
 # What tests call every operator with: (backend) -> tuples of arguments, those to differentiate requiring a gradient.
 CASES = {}
-TRITON_ALONE = ("prototype_loss", "prototype_loss_backward")
+TRITON_ALONE = ("prototype_loss", "prototype_loss_backward", "label_classes", "pair_loss", "pair_loss_backward")
 
 
 def cases(make):
@@ -135,6 +136,30 @@ def pair_lse_backward(backend):
         side = [lse, torch.randn_like(lse), positives, torch.randn_like(lse)]
         masks = (mask, None if mask is None else mask.T)
         calls.append((z, ref, y, column_y, inv_z, inv_ref, side, side if ref is None else [], *masks, tau, *options))
+    return calls
+
+
+@cases
+def label_classes(backend):
+    labels = torch.tensor([5, -7, 5, 2**40, 5, 2**40, ABSENT], device=DEVICE[backend])
+    return [(labels, 0), (labels, 3)]
+
+
+@cases
+def pair_loss(backend):
+    z = leaf(9, 4, backend=backend)
+    y = torch.arange(9, device=z.device) % 4 * 100 - 7
+    return [(z, y, 5.0, 1.0, True, False, True, True), (z, y, 1.0, 0.5, False, True, False, False)]
+
+
+@cases
+def pair_loss_backward(backend):
+    calls = []
+    for z, y, inv_temperature, scale, normalize, inside, *reduction in pair_loss(backend):
+        z = z.detach()
+        loss, _, *saved = _pair_ops.pair_loss(z, y, inv_temperature, scale, normalize, inside, *reduction)
+        divisor, *statistics = saved
+        calls.append((torch.rand_like(loss), divisor, z, *statistics, inv_temperature, normalize, inside))
     return calls
 
 

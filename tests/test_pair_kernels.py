@@ -15,7 +15,7 @@ import torch
 from test_kernels import DEVICE, DTYPES, QUICK, compiled_ahead_of_time, lay_out, record_launches, unit_rows
 from torch import Tensor
 
-from hypercontrast.kernels import _launch, class_sums, pair_lse
+from hypercontrast.kernels import _launch, class_sums, pair_loss, pair_lse
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy warns of the infinities that the kernels rely on
@@ -121,6 +121,17 @@ def run_kernels(case: Case, upstream: Upstream) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
+def run_loss(case: Case, exclude: bool, mean: bool) -> tuple[Tensor, Tensor]:
+    """The loss of the anchors against themselves, and its gradient; of a fixed temperature."""
+    options = {"inv_temperature": 1.0 / case.tau, "normalize": case.normalize, "inside": case.inside}
+    found = pair_loss.launch_fwd(
+        case.anchors, case.anchor_ids, absent=ABSENT, scale=0.7, exclude=exclude, mean=mean, **options
+    )
+    loss, _, divisor, *statistics = found
+    factor = torch.ones((), device=DEVICE), divisor
+    return loss, pair_loss.launch_bwd(case.anchors, *statistics, factor=factor, **options)
+
+
 def run_shards(case: Case, upstream: Upstream) -> dict[str, Tensor]:
     """Uneven shards of the batch, one of them empty, each against all samples."""
     x, n = case.anchors, len(case.anchors)
@@ -189,11 +200,13 @@ def check(case: Case, upstream: Upstream) -> dict[str, Tensor]:
     rounding, single = (torch.finfo(dtype).eps for dtype in (case.anchors.dtype, torch.float32))
     rows = max(1, len(case.anchors))
     most_positives = max([1, *case.pairs[1].sum(1).tolist()])
+    # The radial part of a sum over positives is taken away in float32.
+    cancelled = single * most_positives
     floor = {
         "lse": 8e-7 * reach + 1e-6,
         "positives": 8e-7 * reach * (1 if case.inside else most_positives) + 1e-6,
-        "grad": 2 * rounding * strength / (case.tau * shortest[0]),
-        "grad_columns": 2 * rounding * strength / (case.tau * shortest[1]),
+        "grad": 2 * (rounding + cancelled) * strength / (case.tau * shortest[0]),
+        "grad_columns": 2 * (rounding + cancelled) * strength / (case.tau * shortest[1]),
         # The factors of float32 that all weights share; a weight rounded for every positive; and log-sum-exps kept in
         # float32, whose rounding scales a whole row of exp(s - lse).
         "logit_grad_sum": 8 * single * truth["logit_grad_sum"].abs().item()
@@ -420,12 +433,23 @@ def test_triangle_in_groups_of_strips(strips, dtype, few_programs, monkeypatch):
 
 
 @pytest.mark.parametrize("first_counted", [0, 100])
-def test_classes_of_any_labels(first_counted):
-    labels = torch.tensor([ABSENT, ABSENT + 1, -1, 0, 2**32, 2**63 - 1], device=DEVICE)[torch.randint(6, (300,))]
+@pytest.mark.parametrize("kind", ["few", "all different", "one slot"])
+def test_classes_of_any_labels(kind, first_counted):
+    if kind == "few":
+        labels = torch.tensor([ABSENT, ABSENT + 1, -1, 0, 2**32, 2**63 - 1])[torch.randint(6, (300,))]
+    elif kind == "all different":
+        labels = torch.randperm(300) << 40
+    else:  # their hashes differ in bits that are dropped alone
+        inverse = pow(-7046029254386353131, -1, 2**64)
+        labels = torch.tensor([(i * inverse + 2**63) % 2**64 - 2**63 for i in range(40)])[torch.randint(40, (300,))]
+    labels = labels.to(DEVICE)
     ids, counts = class_sums.classes(labels, first_counted, ABSENT)
     same = (labels[:, None] == labels[None, :]) & (labels != ABSENT)
-    assert torch.equal(ids, torch.where(labels == ABSENT, -1, same.long().argmax(1)))
-    assert torch.equal(counts, same[:, first_counted:].sum(1))
+    assert torch.equal((ids[:, None] == ids[None, :]) & (ids >= 0)[:, None], same)
+    assert torch.equal(ids < 0, labels == ABSENT)
+    assert int(ids.max()) < len(ids)
+    assert torch.equal(counts[ids][ids >= 0], same[:, first_counted:].sum(1)[ids >= 0].int())
+    assert counts.sum() == (ids >= 0)[first_counted:].sum()
 
 
 @pytest.mark.parametrize("width", [24, 136])
@@ -511,7 +535,15 @@ def test_every_launch_is_a_configuration_compiled_ahead_of_time(monkeypatch):
             monkeypatch.setattr(_launch, "TARGET_PROGRAMS", 1 + seed % 4)
             case, generator = make_case(seed, (20, (16, 48, 136, 264)[seed // 4 % 4]))
             run_kernels(case, random_upstream(case, generator))
+            run_loss(case, exclude=seed % 2 == 0, mean=seed % 3 > 0)
     names = {name for name, _ in launched}
-    assert {"_pair_fwd_kernel", "_pair_triangle_kernel", "_pair_bwd_kernel", "_pair_bwd_tile_kernel"} < names
+    assert {
+        "_pair_fwd_kernel",
+        "_pair_triangle_kernel",
+        "_pair_bwd_kernel",
+        "_pair_bwd_tile_kernel",
+        "_pair_loss_kernel",
+        "_classes_kernel",
+    } < names
     missing = [(name, sorted(map(str, fixed))) for name, fixed in launched - compiled_ahead_of_time()]
     assert not missing

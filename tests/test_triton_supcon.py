@@ -30,6 +30,24 @@ def test_repeats_bitwise():
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
+@pytest.mark.parametrize("base_temperature", [None, 0.07])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("singletons", ["exclude", "zero"])
+def test_singletons_and_scale_equal_blockwise(singletons, reduction, base_temperature):
+    """Also where all anchors are singletons."""
+    options = {"singletons": singletons, "reduction": reduction, "base_temperature": base_temperature}
+    z = torch.randn(40, 12, device=DEVICE, requires_grad=True)
+    for num_classes in (25, 2**62):
+        y = torch.randint(-num_classes, num_classes, (40,), device=DEVICE)
+        results = []
+        for backend in ("triton", "blockwise"):
+            loss, alone = hc.supcon_loss(z, y, return_singletons=True, backend=backend, **options)
+            upstream = torch.linspace(0.5, 2, loss.numel(), device=DEVICE).reshape(loss.shape)
+            results.append((loss.detach(), alone, *torch.autograd.grad(loss, z, upstream)))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("form", ["labels", "refs", "queue"])
 def test_learned_temperature_equals_blockwise(form):
     leaves, _ = Draw(form, 60, 4, 20, torch.float32, 0.1, None, None, "contiguous", "out", "exclude", "mean", 3).make(
