@@ -119,8 +119,8 @@ _BACKWARD_WIDE: Wide = {
     (2, False): Config(128, 64, 64, 8, 3),
     (2, True): Config(64, 64, 64, 4, 4),
 }
-# On Hopper measured: two programs of few warps share a multiprocessor, so that one computes exponentials while the other
-# waits for its products.
+# On Hopper measured: two programs of few warps share a multiprocessor, so that one computes exponentials while the
+# other waits for its products.
 _BACKWARD_NARROW_90: Narrow = {**_NARROW, 128: Config(64, 128, 128, 4, 2)}
 BACKWARD_NARROW = {
     80: _BACKWARD_NARROW,
