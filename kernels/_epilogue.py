@@ -342,11 +342,13 @@ def fp16_range(dtype: torch.dtype, upstream: Iterable[Tensor | None], *inv_norms
     return fp16_range
 
 
-def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """A·B summed and returned in fp32."""
+def mm_fp32(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
+    """A·B summed and returned in fp32, added to `into` (in place) when given."""
     if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+        if into is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.addmm(into, a, b, out_dtype=torch.float32, out=into)
+    return a.float() @ b.float() if into is None else into.addmm_(a.float(), b.float())
 
 
 def unpadded(grad: Tensor, x: Tensor) -> Tensor:

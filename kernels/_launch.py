@@ -19,6 +19,7 @@ from torch import Tensor
 # summation follows from it, so the same input gives the same bits on every GPU.
 TARGET_PROGRAMS = 264
 SCRATCH_BYTES = 64 * 2**20
+CHUNK_BYTES = 256 * 2**20  # of H: fewer, larger chunks keep the library's products efficient and their sums few
 COMPACT_FLOP = 2**33
 MAX_LOSS_COMPARISONS = 2**26
 MAX_COMPARISONS = 2**22  # to count the samples of classes by: past it a histogram, which is one launch more
@@ -77,7 +78,11 @@ _WIDE: Wide = {
 # A forward has no accumulator of width D: where the backward is wide already, its rows still fit, and a byte loaded
 # serves at least twice the products that it would in a wide one.
 _FORWARD_NARROW: Narrow = {**_NARROW, 256: Config(128, 32, 256, 8, 2)}
-FORWARD_NARROW = dict.fromkeys(ARCHITECTURES, _FORWARD_NARROW)
+FORWARD_NARROW = {
+    80: _FORWARD_NARROW,
+    90: {**_FORWARD_NARROW, 128: Config(128, 128, 128, 4, 2)},
+    100: _FORWARD_NARROW,
+}
 FORWARD_WIDE = {80: _WIDE, 90: {**_WIDE, (2, False): Config(128, 128, 64, 8, 3)}, 100: _WIDE}
 # Wide forwards that keep exp(s). Tall tiles: what one needs of each column takes registers in every thread.
 _FORWARD_KEEP: Wide = {(2, False): Config(256, 64, 64, 8, 3), (2, True): Config(64, 64, 64, 4, 4)}
@@ -114,9 +119,12 @@ _BACKWARD_WIDE: Wide = {
     (2, False): Config(128, 64, 64, 8, 3),
     (2, True): Config(64, 64, 64, 4, 4),
 }
+# On Hopper measured: two programs of few warps share a multiprocessor, so that one computes exponentials while the other
+# waits for its products.
+_BACKWARD_NARROW_90: Narrow = {**_NARROW, 128: Config(64, 128, 128, 4, 2)}
 BACKWARD_NARROW = {
     80: _BACKWARD_NARROW,
-    90: _NARROW,
+    90: _BACKWARD_NARROW_90,
     100: {**_BACKWARD_NARROW, 32: Config(128, 64, 32, 8, 3, max_registers=255)},
 }
 BACKWARD_WIDE = {
@@ -127,7 +135,7 @@ BACKWARD_WIDE = {
 # Column sums bring two more vectors of each sample, listed classes their rows' addresses.
 BACKWARD_NARROW_CROWDED = {
     80: _BACKWARD_NARROW,
-    90: _BACKWARD_NARROW,
+    90: {**_BACKWARD_NARROW, 128: Config(64, 64, 128, 4, 3)},
     100: {**_BACKWARD_NARROW, 64: Config(128, 32, 64, 8, 3, max_registers=255)},
 }
 BACKWARD_WIDE_CROWDED = dict.fromkeys(ARCHITECTURES, _BACKWARD_WIDE)
@@ -299,6 +307,14 @@ def kept_shape(
     return (num_classes, width) if exact and pays and fits else (0, 0)
 
 
+def sums_by_tiles(features: Tensor, num_classes: int, fixed_shift: bool) -> bool:
+    """Whether every tile of a wide forward is a program's, which leaves a sum of each row: a loop over tiles starts its
+    pipeline anew for each. As long as these sums fit the scratch memory.
+    """
+    wide = features.dtype.itemsize == 2 and not is_narrow(FORWARD_NARROW, features)
+    return wide and fixed_shift and 4 * num_classes * cdiv(features.shape[0], 64) <= SCRATCH_BYTES
+
+
 def _keeping_pays(num_samples: int, num_classes: int, dim: int, rows: bool, cols: bool) -> bool:
     """For each logit keeping moves 4 bytes more (exp(s) written and read; both ways write H), recomputing takes 2D more
     operations. At 3.0 TB/s and 550 TFLOP/s, 70 % of a library product's, those meet at D = 370: arithmetic, to be
@@ -317,10 +333,10 @@ def loss_follows_lse(num_samples: int, num_classes: int, dim: int, rows: bool, c
 
 
 def chunks(num_rows: int, num_columns: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
-    """(rows, columns) of matrices that hold at most SCRATCH_BYTES (one strip of 128 at the least), cut along the longer
+    """(rows, columns) of matrices that hold at most CHUNK_BYTES (one strip of 128 at the least), cut along the longer
     side: the shorter side's sum is the smaller one to keep between chunks."""
     longer, shorter = max(num_rows, num_columns), min(num_rows, num_columns)
-    length = max(128, SCRATCH_BYTES // (itemsize * shorter) // 128 * 128)
+    length = max(128, CHUNK_BYTES // (itemsize * shorter) // 128 * 128)
     for start in range(0, longer, length):
         part = slice(start, min(start + length, longer))
         yield (part, slice(0, num_columns)) if num_rows > num_columns else (slice(0, num_rows), part)

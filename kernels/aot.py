@@ -24,6 +24,7 @@ from . import (
     pair_forward,
     pair_loss,
     prototype_backward,
+    prototype_columns,
     prototype_forward,
     prototype_loss,
 )
@@ -63,7 +64,6 @@ _BYTES = {"mask_ptr", "row_mask_ptr", "col_mask_ptr"}
 # Pointers that are None unless all flags named are set, or, after a minus, are not.
 _OPTIONAL = {
     "temperature_ptr": "HAS_TEMPERATURE",
-    "sample_columns_ptr": "COLUMNS_OF_SAMPLES",
     "class_columns_ptr": "COLUMNS_OF_CLASSES",
     "range_ptr": "HAS_RANGE",
     "upstream_ptr": "HAS_FACTOR",
@@ -81,11 +81,15 @@ _OPTIONAL = {
     "row_lse_ptr": "HAS_ROWS",
     "grad_row_ptr": "HAS_ROWS",
     "col_lse_ptr": "HAS_COLS BOTH",
+    "columns_ptr": "LEAN",
+    "sides_ptr": "HAS_B HAS_COLS LEAN",
+    "sample_sides_ptr": "HAS_COLS",
+    "class_sides_ptr": "HAS_ROWS",
     "sample_range_ptr": "HAS_RANGE",
     "class_range_ptr": "HAS_RANGE",
     "grad_col_ptr": "HAS_COLS",
     "partials_ptr": "SPLIT",
-    "kept_ptr": "KEPT",
+    "kept_ptr": "KEPT KEEP",
     "positives_ptr": "HAS_POSITIVES KEPT USED",
     "lse_ptr": "USED",
     "grad_lse_ptr": "USED",
@@ -257,7 +261,9 @@ def _forward() -> Iterator[AotConfiguration]:
 
 
 def _forward_keep() -> Iterator[AotConfiguration]:
-    for dtype, (rows, cols, exclude_own) in itertools.product(_launch.KEEP_INV_TEMPERATURE, _RULES):
+    for dtype, (rows, cols, exclude_own), keep in itertools.product(
+        _launch.KEEP_INV_TEMPERATURE, _RULES, (True, False)
+    ):
         crowded = rows and cols
         configs = _pinned(_launch.FORWARD_KEEP_WIDE_CROWDED if crowded else _launch.FORWARD_KEEP_WIDE, dtype)
         compaction = (False, True) if rows and not cols else (False,)
@@ -267,6 +273,7 @@ def _forward_keep() -> Iterator[AotConfiguration]:
                 "HAS_COLS": cols,
                 "EXCLUDE_OWN": exclude_own,
                 "COMPACT": compact,
+                "KEEP": keep,
                 "INPUT_PRECISION": _launch.input_precision(dtype),
                 **config.launch_options(),
             }
@@ -342,6 +349,7 @@ def _backward_wide() -> Iterator[AotConfiguration]:
                 "HAS_RANGE": dtype == torch.float16,
                 "COMPACT": compact,
                 "KEPT": kept,
+                "LEAN": not kept and dtype != torch.float32,
                 "INPUT_PRECISION": _launch.input_precision(dtype),
                 **config.launch_options(),
             }
@@ -458,12 +466,11 @@ def _over_rows() -> Iterator[AotConfiguration]:
                 "class_positives", pair_forward._class_positives_kernel, dtype, {**temperature, **blocks}
             )
             for normalize in (False, True):
-                for of_samples, of_classes in ((True, False), (False, True), (True, True)):
-                    columns = {"COLUMNS_OF_SAMPLES": of_samples, "COLUMNS_OF_CLASSES": of_classes}
-                    columns["LOG2"] = dtype != torch.float32 and normalize and not tensor_temperature
-                    for counts in (False, True)[: 1 + of_samples]:
-                        meta = {**temperature, **columns, "HAS_COUNTS": counts, "NORMALIZE": normalize, **blocks}
-                        yield _configuration("inverse_norms", prototype_forward._inverse_norms_kernel, dtype, meta)
+                log2 = dtype != torch.float32 and normalize and not tensor_temperature
+                for of_classes, counts in ((False, False), (False, True), (True, False)):
+                    flags = {"COLUMNS_OF_CLASSES": of_classes, "HAS_COUNTS": counts, "LOG2": log2}
+                    meta = {**temperature, **flags, "NORMALIZE": normalize, **blocks}
+                    yield _configuration("inverse_norms", prototype_forward._inverse_norms_kernel, dtype, meta)
         for normalize in (False, True):
             yield _configuration("norms", pair_forward._norms_kernel, dtype, {"NORMALIZE": normalize, **blocks})
     for dtype, dim in itertools.product(_TRITON_NAMES, (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)):
@@ -518,7 +525,7 @@ def _loss() -> Iterator[AotConfiguration]:
                 "HAS_ROWS": rows, "HAS_COLS": cols, "HAS_TEMPERATURE": tensor_temperature, "HAS_RANGE": has_range,
                 "COMPACT": compact, **_launch.COLUMN_BLOCKS,
             }  # fmt: skip
-            yield _configuration("columns", prototype_backward._columns_kernel, torch.float32, meta)
+            yield _configuration("columns", prototype_columns._columns_kernel, torch.float32, meta)
     for mean in (False, True):
         meta = {"MEAN": mean, **_launch.TOTALS_BLOCKS}
         yield _configuration("totals", prototype_loss._totals_kernel, torch.float32, meta)

@@ -14,20 +14,7 @@ from ._epilogue import Gradient, finish, fp16_range, load_factor, mm_fp32
 from ._launch import cdiv
 from ._prototype_tiles import Operands, Options, class_logits, load_classes
 from ._tiles import LOG2E, exp, load_inverse_temperature, load_rows, product, split_range
-
-
-@triton.jit
-def _load_side(lse_ptr, grad_ptr, row, inside, USED: tl.constexpr):
-    """Log-sum-exp and its upstream gradient, of one side of a tile.
-
-    Where nothing was summed (-inf), and outside, +inf stands in: exp(s - inf) = 0 for every logit, with no NaN.
-    """
-    if USED:
-        lse = tl.load(lse_ptr + row, mask=inside, other=float("inf"))
-        grad = tl.load(grad_ptr + row, mask=inside, other=0.0)
-        return tl.where(lse == float("-inf"), float("inf"), lse), grad
-    else:
-        return tl.zeros_like(row).to(tl.float32), tl.zeros_like(row).to(tl.float32)
+from .prototype_columns import Columns, column_weights, columns, load_side
 
 
 @triton.jit
@@ -88,98 +75,13 @@ def _with_positives(grads_RC, class_R, class_C, positive_RC, EXCLUDE_OWN: tl.con
     return tl.where((class_R >= 0)[:, None] & (class_C >= 0)[None, :], grads_RC, 0.0)
 
 
-@triton.jit
-def _store_columns(
-    columns_ptr, column, padded, inv, scale, label, positive, lse_ptr, grad_ptr, inside, fp16_range,
-    HAS_LSE: tl.constexpr,
-):  # fmt: skip
-    there = column < padded
-    addend = tl.where(label >= 0, tl.log2(inv), float("-inf"))
-    tl.store(columns_ptr + column, scale, mask=there)
-    tl.store(columns_ptr + padded + column, label.to(tl.float32, bitcast=True), mask=there)
-    tl.store(columns_ptr + 2 * padded + column, positive * inv, mask=there)
-    tl.store(columns_ptr + 3 * padded + column, addend, mask=there)
-    if HAS_LSE:
-        lse, grad = _load_side(lse_ptr, grad_ptr, column, inside, True)
-        tl.store(columns_ptr + 4 * padded + column, grad * fp16_range, mask=there)
-        tl.store(columns_ptr + 5 * padded + column, addend - lse * LOG2E, mask=there)
-
-
-@triton.jit(do_not_specialize=["ignored_class"])
-def _columns_kernel(
-    inv_z_ptr,  # [N] fp32
-    inv_w_ptr,  # [R] fp32, and so are all vectors over (present) classes
-    labels_ptr,
-    row_lse_ptr,
-    col_lse_ptr,
-    grad_row_ptr,
-    grad_col_ptr,
-    grad_pos_ptr,
-    temperature_ptr,
-    present_ptr,
-    num_present_ptr,
-    sample_range_ptr,  # scales of fp16 where samples, or classes, are the columns, when HAS_RANGE
-    class_range_ptr,
-    sample_columns_ptr,  # [6, padded_N] fp32
-    class_columns_ptr,  # [6, padded_R] fp32
-    N,
-    R,
-    padded_N,
-    padded_R,
-    num_classes,
-    ignored_class,
-    inv_temperature,
-    HAS_ROWS: tl.constexpr,
-    HAS_COLS: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_RANGE: tl.constexpr,
-    COMPACT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """What the tiles read of each column, ready for use: every thread of theirs holds few rows of many columns.
-
-    Of column j with inverse norm i, class y, upstream gradient g and log-sum-exp l of its own side:
-    0 what makes its dot products logits in units of log 2; 1 y, int32 bits, negative where it takes no part; 2 i times
-    its positive's gradient (classes: i); 3 log2 i, or -inf where it takes no part; 4 g; 5 the third less l. Weights of
-    the product are G∘i, so that i joins the exponents. What is past the last column is written as of no class.
-    """
-    block = tl.program_id(0)
-    sample_blocks = padded_N // BLOCK
-    fp16_range = 1.0
-    if block < sample_blocks:
-        row = block * BLOCK + tl.arange(0, BLOCK)
-        inside = row < N
-        if HAS_RANGE:
-            fp16_range = tl.load(sample_range_ptr)
-        inv = tl.load(inv_z_ptr + row, mask=inside, other=0.0)
-        label = load_classes(row, N, labels_ptr, None, num_classes, ignored_class, False, False)
-        positive = tl.load(grad_pos_ptr + row, mask=inside, other=0.0) * fp16_range
-        _store_columns(
-            sample_columns_ptr, row, padded_N, inv, inv, label, positive, col_lse_ptr, grad_col_ptr, inside, fp16_range,
-            HAS_COLS,
-        )  # fmt: skip
-    else:
-        row = (block - sample_blocks) * BLOCK + tl.arange(0, BLOCK)
-        if COMPACT:
-            R = tl.load(num_present_ptr)
-        inside = row < R
-        if HAS_RANGE:
-            fp16_range = tl.load(class_range_ptr)
-        inv = tl.load(inv_w_ptr + row, mask=inside, other=0.0)
-        label = load_classes(row, R, labels_ptr, present_ptr, num_classes, ignored_class, True, COMPACT)
-        inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
-        _store_columns(
-            class_columns_ptr, row, padded_R, inv, inv * (inv_temp * LOG2E), label, 1.0, row_lse_ptr, grad_row_ptr,
-            inside, fp16_range, HAS_ROWS,
-        )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=["ignored_class"])
 def _lse_bwd_kernel(
     a_ptr,  # [R, D] operand whose gradient this program sums
     b_ptr,  # [C, D]
     inv_a_ptr,
-    columns_ptr,  # [6, padded C] fp32 of B, see `_columns_kernel`
+    columns_ptr,  # of B, see prototype_columns.py
+    sides_ptr,
     labels_ptr,  # [N] int64
     lse_a_ptr,  # fp32, one a row of A, when HAS_A
     grad_a_ptr,  # upstream gradient of lse_a
@@ -196,7 +98,6 @@ def _lse_bwd_kernel(
     R,
     C,
     D,
-    padded_C,
     num_classes,
     stride_a,
     stride_b,
@@ -236,10 +137,11 @@ def _lse_bwd_kernel(
     fp16_range = 1.0
     if HAS_RANGE:
         fp16_range = tl.load(range_ptr)
-    lse_R, grad_R = _load_side(lse_a_ptr, grad_a_ptr, row_R, inside_R, HAS_A)
+    lse_R, grad_R = load_side(lse_a_ptr, grad_a_ptr, row_R, inside_R, HAS_A)
     lse_R *= LOG2E
     grad_R *= fp16_range
     a_RD = load_rows(a_ptr, row_R, inside_R, stride_a, 0, D, BLOCK_D)
+    positive_R = grad_R
     if not A_IS_CLASSES:
         positive_R = tl.load(grad_pos_ptr + row_R, mask=inside_R, other=0.0) * fp16_range
 
@@ -248,21 +150,11 @@ def _lse_bwd_kernel(
     for start in range(first, last, BLOCK_C):
         row_C = start + tl.arange(0, BLOCK_C)
         b_CD = load_rows(b_ptr, row_C, row_C < C, stride_b, 0, D, BLOCK_D)
-        column_C = columns_ptr + row_C
-        scale_C, own_C = tl.load(column_C), tl.load(column_C + 2 * padded_C)
-        class_C = tl.load(column_C + padded_C).to(tl.int32, bitcast=True)
         dots_RC = tl.dot(a_RD, b_CD.T, input_precision=INPUT_PRECISION)
-        scale_RC = scale_R[:, None] * scale_C[None, :]
-        if HAS_A:
-            addend_C = tl.load(column_C + 3 * padded_C)
-            weights_RC = grad_R[:, None] * tl.exp2(dots_RC * scale_RC + (addend_C[None, :] - lse_R[:, None]))
-        if HAS_B:
-            grad_C, addend_C = tl.load(column_C + 4 * padded_C), tl.load(column_C + 5 * padded_C)
-            of_B_RC = grad_C[None, :] * tl.exp2(dots_RC * scale_RC + addend_C[None, :])
-            weights_RC = weights_RC + of_B_RC if HAS_A else of_B_RC
-        positive_RC = own_C[None, :] if A_IS_CLASSES else positive_R[:, None] * own_C[None, :]
-        own_RC = class_R[:, None] == class_C[None, :]
-        weights_RC = tl.where(own_RC, positive_RC if EXCLUDE_OWN else weights_RC + positive_RC, weights_RC)
+        weights_RC = column_weights(
+            dots_RC, row_C, columns_ptr, sides_ptr, class_R, scale_R, lse_R, grad_R, positive_R,
+            HAS_A, HAS_B, EXCLUDE_OWN, not A_IS_CLASSES, BLOCK_C,
+        )  # fmt: skip
         sum_RD = tl.dot(weights_RC.to(b_CD.dtype), b_CD, sum_RD, input_precision=INPUT_PRECISION)
 
     sum_RD = tl.where((class_R >= 0)[:, None], sum_RD * (inv_a_R / fp16_range)[:, None], 0.0)
@@ -298,6 +190,8 @@ def _lse_bwd_tile_kernel(
     present_ptr,
     num_present_ptr,
     range_ptr,
+    columns_ptr,  # of this chunk of samples, see prototype_columns.py, when LEAN
+    sides_ptr,
     kept_ptr,  # [R, C] exp(s) in the operand's type, when KEPT: then no product is taken
     positives_ptr,  # [C] fp32, when KEPT
     h_ptr,  # [R, C] in the operand's type
@@ -319,6 +213,7 @@ def _lse_bwd_tile_kernel(
     HAS_RANGE: tl.constexpr,
     COMPACT: tl.constexpr,
     KEPT: tl.constexpr,
+    LEAN: tl.constexpr,  # half types, not kept: float32 keeps logits and log-sum-exps in nats, which is more exact
     INPUT_PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -338,7 +233,6 @@ def _lse_bwd_tile_kernel(
     class_R = load_classes(
         row_start + row_R, row_start + members, labels_ptr, present_ptr, num_classes, ignored_class, True, COMPACT
     )
-    class_C = load_classes(row_C, C, labels_ptr, present_ptr, num_classes, ignored_class, False, COMPACT)
     inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
     if not KEPT:
         dots_RC = product(
@@ -346,27 +240,38 @@ def _lse_bwd_tile_kernel(
             BLOCK_R, BLOCK_C, BLOCK_D, INPUT_PRECISION,
         )  # fmt: skip
     inv_w_R = tl.load(inv_w_ptr + row_R, mask=inside_R, other=0.0)
-    inv_z_C = tl.load(inv_z_ptr + row_C, mask=inside_C, other=0.0)
-    lse_R, grad_R = _load_side(row_lse_ptr, grad_row_ptr, row_R, inside_R, HAS_ROWS)
-    lse_C, grad_C = _load_side(col_lse_ptr, grad_col_ptr, row_C, inside_C, HAS_COLS)
-    positive_RC = tl.load(grad_pos_ptr + row_C, mask=inside_C, other=0.0)[None, :]
+    lse_R, grad_R = load_side(row_lse_ptr, grad_row_ptr, row_R, inside_R, HAS_ROWS)
+    fp16_range = 1.0
+    if HAS_RANGE:
+        fp16_range = tl.load(range_ptr)
     # Rows of H and of what is kept are padded: a bound of whole vectors lets memory move in them.
     in_padded_C = row_C < stride_h
-    if KEPT:
-        own_C = tl.load(positives_ptr + row_C, mask=inside_C, other=0.0)
-        kept_ptrs = kept_ptr + row_R.to(tl.int64)[:, None] * stride_kept + row_C[None, :]
-        e_RC = tl.load(kept_ptrs, mask=inside_R[:, None] & in_padded_C[None, :], other=0.0).to(tl.float32)
-        grads_RC = _kept_logit_grads(
-            e_RC, own_C, class_R, class_C, lse_R, grad_R, lse_C, grad_C, positive_RC, HAS_ROWS, HAS_COLS, EXCLUDE_OWN
-        )
+    if LEAN:
+        weights_RC = column_weights(
+            dots_RC, row_C, columns_ptr, sides_ptr, class_R, inv_w_R * (inv_temp * LOG2E), lse_R * LOG2E,
+            grad_R * fp16_range, grad_R, HAS_ROWS, HAS_COLS, EXCLUDE_OWN, False, BLOCK_C,
+        )  # fmt: skip
+        h_RC = tl.where(inside_R[:, None], weights_RC * inv_w_R[:, None], 0.0)
     else:
-        logits_RC = class_logits(dots_RC, inv_w_R, inv_z_C, inv_temp, True)
-        grads_RC = _logit_grads(
-            logits_RC, class_R, class_C, lse_R, grad_R, lse_C, grad_C, positive_RC, HAS_ROWS, HAS_COLS, EXCLUDE_OWN
-        )
-    if HAS_RANGE:
-        inv_w_R *= tl.load(range_ptr)
-    h_RC = grads_RC * inv_w_R[:, None] * inv_z_C[None, :]
+        class_C = load_classes(row_C, C, labels_ptr, present_ptr, num_classes, ignored_class, False, COMPACT)
+        inv_z_C = tl.load(inv_z_ptr + row_C, mask=inside_C, other=0.0)
+        lse_C, grad_C = load_side(col_lse_ptr, grad_col_ptr, row_C, inside_C, HAS_COLS)
+        positive_RC = tl.load(grad_pos_ptr + row_C, mask=inside_C, other=0.0)[None, :]
+        if KEPT:
+            own_C = tl.load(positives_ptr + row_C, mask=inside_C, other=0.0)
+            kept_ptrs = kept_ptr + row_R.to(tl.int64)[:, None] * stride_kept + row_C[None, :]
+            e_RC = tl.load(kept_ptrs, mask=inside_R[:, None] & in_padded_C[None, :], other=0.0).to(tl.float32)
+            grads_RC = _kept_logit_grads(
+                e_RC, own_C, class_R, class_C, lse_R, grad_R, lse_C, grad_C, positive_RC,
+                HAS_ROWS, HAS_COLS, EXCLUDE_OWN,
+            )  # fmt: skip
+        else:
+            logits_RC = class_logits(dots_RC, inv_w_R, inv_z_C, inv_temp, True)
+            grads_RC = _logit_grads(
+                logits_RC, class_R, class_C, lse_R, grad_R, lse_C, grad_C, positive_RC,
+                HAS_ROWS, HAS_COLS, EXCLUDE_OWN,
+            )  # fmt: skip
+        h_RC = grads_RC * (inv_w_R * fp16_range)[:, None] * inv_z_C[None, :]
     h_ptrs = h_ptr + row_R.to(tl.int64)[:, None] * stride_h + row_C[None, :]
     tl.store(h_ptrs, h_RC, mask=(row_R < R)[:, None] & in_padded_C[None, :])
 
@@ -395,50 +300,16 @@ class Kept:
 
 
 def narrow(operands: Operands, options: Options, classes: Side, samples: Side, grad_pos: Tensor) -> None:
-    columns, ranges = _columns(operands, options, classes, samples, grad_pos)
+    upstream = classes.upstream, samples.upstream, grad_pos
+    ranges = tuple(fp16_range(samples.x.dtype, upstream, side.inv) for side in (samples, classes))
+    both = columns(operands, options, classes, samples, grad_pos, ranges, of_classes=True)
     parts = [
         _launch_narrow(operands, options, a, b, grad_pos, of_b, weights_range, a_is_classes=a is classes)
-        for a, b, of_b, weights_range in zip((classes, samples), (samples, classes), columns, ranges, strict=True)
+        for a, b, of_b, weights_range in zip((classes, samples), (samples, classes), both, ranges, strict=True)
     ]
     split = [(side, part) for side, part in zip((classes, samples), parts, strict=True) if part is not None]
     if split:
         finish(options, None, *split)  # the kernel has undone the scale of fp16
-
-
-def _columns(
-    operands: Operands, options: Options, classes: Side, samples: Side, grad_pos: Tensor
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
-    """What the tiles read of samples and of classes as columns, and the scales of fp16 of these two."""
-    upstream = classes.upstream, samples.upstream, grad_pos
-    ranges = tuple(fp16_range(samples.x.dtype, upstream, side.inv) for side in (samples, classes))
-    counts = len(samples.x), len(classes.x)
-    padded = tuple(map(_launch.padded_columns, counts))
-    columns = tuple(grad_pos.new_empty(6, size) for size in padded)
-    _columns_kernel[(sum(padded) // _launch.COLUMN_BLOCKS["BLOCK"],)](
-        inv_z_ptr=samples.inv,
-        inv_w_ptr=classes.inv,
-        labels_ptr=operands.labels,
-        row_lse_ptr=classes.lse,
-        col_lse_ptr=samples.lse,
-        grad_row_ptr=classes.upstream,
-        grad_col_ptr=samples.upstream,
-        grad_pos_ptr=grad_pos,
-        sample_range_ptr=ranges[0],
-        class_range_ptr=ranges[1],
-        sample_columns_ptr=columns[0],
-        class_columns_ptr=columns[1],
-        N=counts[0],
-        R=counts[1],
-        padded_N=padded[0],
-        padded_R=padded[1],
-        HAS_ROWS=classes.lse is not None,
-        HAS_COLS=samples.lse is not None,
-        HAS_RANGE=ranges[0] is not None,
-        **operands.class_arguments(),
-        **options.arguments(),
-        **_launch.COLUMN_BLOCKS,
-    )
-    return columns, ranges
 
 
 def _launch_narrow(
@@ -447,7 +318,7 @@ def _launch_narrow(
     a: Side,
     b: Side,
     grad_pos: Tensor,
-    columns: Tensor,
+    of_b: Columns,
     weights_range: Tensor | None,
     *,
     a_is_classes: bool,
@@ -464,7 +335,7 @@ def _launch_narrow(
         a_ptr=a.x,
         b_ptr=b.x,
         inv_a_ptr=a.inv,
-        columns_ptr=columns,
+        **of_b.arguments(),
         labels_ptr=operands.labels,
         lse_a_ptr=a.lse,
         grad_a_ptr=a.upstream,
@@ -476,7 +347,6 @@ def _launch_narrow(
         R=num_rows,
         C=num_columns,
         D=dim,
-        padded_C=columns.shape[1],
         stride_a=a.x.stride(0),
         stride_b=b.x.stride(0),
         stride_partials=num_rows * dim,
@@ -502,19 +372,26 @@ def wide(
     """Both gradients through H, a bounded chunk at a time along the longer side; the other side's sum stays in fp32."""
     dtype, num_rows, num_samples = samples.x.dtype, len(classes.x), len(samples.x)
     weights_range = fp16_range(dtype, (classes.upstream, samples.upstream, grad_pos), classes.inv, samples.inv)
+    of_samples = None
+    if kept is None and dtype.itemsize == 2:
+        of_samples, _ = columns(
+            operands, options, classes, samples, grad_pos, (weights_range, weights_range), of_classes=False
+        )
     shorter = 1 if num_rows > num_samples else 0  # of (classes, samples): the side that every chunk holds whole
     whole_sum = None
-    for rows, columns in _launch.chunks(num_rows, num_samples, dtype.itemsize):
-        w, z = classes.rows(rows), samples.rows(columns)
-        part = None if kept is None else kept.part(rows, columns)
-        h = _launch_tile(operands, options, w, z, columns, rows.start, grad_pos, weights_range, part)
-        parts = [(w, mm_fp32(h, z.x)[None]), (z, mm_fp32(h.T, w.x)[None])]
-        if whole_sum is not None:
-            parts[shorter] = (parts[shorter][0], whole_sum.add_(parts[shorter][1]))
+    for rows, part in _launch.chunks(num_rows, num_samples, dtype.itemsize):
+        w, z = classes.rows(rows), samples.rows(part)
+        h = _launch_tile(
+            operands, options, w, z, part, rows.start, grad_pos, weights_range,
+            None if kept is None else kept.part(rows, part), None if of_samples is None else of_samples.part(part),
+        )  # fmt: skip
+        into = [None, None]
+        into[shorter] = whole_sum
+        parts = [(w, mm_fp32(h, z.x, into[0])), (z, mm_fp32(h.T, w.x, into[1]))]
         whole_sum = parts[shorter][1]
-        if (rows.stop, columns.stop) != (num_rows, num_samples):
+        if (rows.stop, part.stop) != (num_rows, num_samples):
             del parts[shorter]
-        finish(options, weights_range, *parts)
+        finish(options, weights_range, *((side, total[None]) for side, total in parts))
 
 
 def _launch_tile(
@@ -522,11 +399,12 @@ def _launch_tile(
     options: Options,
     classes: Side,
     samples: Side,
-    columns: slice,
+    part: slice,
     row_start: int,
     grad_pos: Tensor,
     weights_range: Tensor | None,
     kept: Kept | None,
+    of_samples: Columns | None,
 ) -> Tensor:
     """H of a chunk of classes and samples, in the operand's type."""
     num_rows, (num_columns, dim) = len(classes.x), samples.x.shape
@@ -541,13 +419,15 @@ def _launch_tile(
         z_ptr=samples.x,
         inv_w_ptr=classes.inv,
         inv_z_ptr=samples.inv,
-        labels_ptr=operands.labels[columns],
+        labels_ptr=operands.labels[part],
         row_lse_ptr=classes.lse,
         col_lse_ptr=samples.lse,
         grad_row_ptr=classes.upstream,
         grad_col_ptr=samples.upstream,
-        grad_pos_ptr=grad_pos[columns],
+        grad_pos_ptr=grad_pos[part],
         range_ptr=weights_range,
+        columns_ptr=None if of_samples is None else of_samples.columns,
+        sides_ptr=None if of_samples is None else of_samples.sides,
         kept_ptr=None if kept is None else kept.exponentials,
         positives_ptr=None if kept is None else kept.positives,
         h_ptr=h,
@@ -563,6 +443,7 @@ def _launch_tile(
         HAS_COLS=samples.lse is not None,
         HAS_RANGE=weights_range is not None,
         KEPT=kept is not None,
+        LEAN=of_samples is not None,
         INPUT_PRECISION=_launch.input_precision(samples.x.dtype),
         **operands.class_arguments(),
         **options.scalars(),

@@ -12,12 +12,11 @@ from torch import Tensor
 from . import _launch
 from ._epilogue import MAX_FIXED_SHIFT, combine
 from ._launch import cdiv
-from ._prototype_tiles import Operands, Options, class_logits, load_classes
+from ._prototype_tiles import Operands, Options, load_classes
 from ._tiles import (
     LOG2E,
     add_exponentials,
     empty_sum,
-    exp,
     inverse,
     load_inverse_temperature,
     load_rows,
@@ -36,7 +35,7 @@ def _inverse_norms_kernel(
     inv_features_ptr,  # [N] fp32
     inv_prototypes_ptr,  # [K] fp32
     positives_ptr,  # [N] fp32
-    sample_columns_ptr,  # [3, padded N] fp32, see `Columns`, when COLUMNS_OF_SAMPLES
+    sample_columns_ptr,  # [3, padded N] fp32, see `Norms`
     class_columns_ptr,  # [3, padded K] fp32 when COLUMNS_OF_CLASSES
     class_counts_ptr,  # [K] int32, added to, when HAS_COUNTS
     N,
@@ -48,7 +47,6 @@ def _inverse_norms_kernel(
     stride_prototypes,
     ignored_class,
     inv_temperature,
-    COLUMNS_OF_SAMPLES: tl.constexpr,
     COLUMNS_OF_CLASSES: tl.constexpr,
     HAS_COUNTS: tl.constexpr,
     LOG2: tl.constexpr,  # logits of the columns are wanted in units of log 2
@@ -87,8 +85,7 @@ def _inverse_norms_kernel(
             tl.atomic_add(
                 class_counts_ptr + label_R, 1, mask=has_label_R, sem="relaxed"
             )  # whole numbers: any order will do
-        if COLUMNS_OF_SAMPLES:
-            _store_columns(sample_columns_ptr, sample_R, padded_N, inv_R, label_R)
+        _store_columns(sample_columns_ptr, sample_R, padded_N, inv_R, label_R)
     else:
         class_R = (block - feature_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
         inside_R = class_R < K
@@ -114,7 +111,7 @@ def _lse_fwd_kernel(
     a_ptr,  # [R, D] operand whose rows are summed over B
     b_ptr,  # [C, D]
     inv_a_ptr,  # fp32, one a row of A
-    columns_ptr,  # [3, padded C] fp32 of B, see `Columns`
+    columns_ptr,  # [3, padded C] fp32 of B, see `Norms`
     labels_ptr,  # [N] int64
     temperature_ptr,  # [1] fp32 when HAS_TEMPERATURE
     present_ptr,  # [R] int32, the class of each row, present ones first, when COMPACT
@@ -201,38 +198,40 @@ def _lse_fwd_kernel(
 
 
 @triton.jit
-def _keep_exponentials(
+def _tile_sums(
     dots_RC,
     class_R,
     inside_R,
-    inv_w_R,
-    inv_z_ptr,
-    labels_ptr,
+    scale_R,
+    columns_ptr,
     col_lse_ptr,
     kept_R,  # where each row of the kept exponentials begins
     first_C,
     C,
-    num_classes,
+    padded_C,
     stride_kept,
-    ignored_class,
-    inv_temp,
     HAS_COLS: tl.constexpr,
     EXCLUDE_OWN: tl.constexpr,
+    KEEP: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Store exp(s) of these columns and the log of their sums; return the sums along the rows."""
+    """Sums of exp(s) along the rows of these columns; store the logs of those along the columns, and exp(s) if kept."""
     row_C = first_C + tl.arange(0, BLOCK_C)
-    class_C = load_classes(row_C, C, labels_ptr, None, num_classes, ignored_class, False, False)
-    inv_z_C = tl.load(inv_z_ptr + row_C, mask=row_C < C, other=0.0)
-    summed_RC = inside_R[:, None]
+    scale_C = tl.load(columns_ptr + row_C)
+    class_C = tl.load(columns_ptr + padded_C + row_C).to(tl.int32, bitcast=True)
+    logits_RC = dots_RC * (scale_R[:, None] * scale_C[None, :])
+    if not HAS_COLS:
+        logits_RC += tl.load(columns_ptr + 2 * padded_C + row_C)[None, :]
+    e_RC = tl.exp2(logits_RC)
     if EXCLUDE_OWN:
-        summed_RC = summed_RC & (class_R[:, None] != class_C[None, :])
-    e_RC = tl.where(summed_RC, exp(class_logits(dots_RC, inv_w_R, inv_z_C, inv_temp, True)), 0.0)
-    tl.store(kept_R[:, None] + row_C[None, :], e_RC, mask=inside_R[:, None] & (row_C < stride_kept)[None, :])
+        e_RC = tl.where(class_R[:, None] == class_C[None, :], 0.0, e_RC)
+    if KEEP:
+        tl.store(kept_R[:, None] + row_C[None, :], e_RC, mask=inside_R[:, None] & (row_C < stride_kept)[None, :])
     if HAS_COLS:
-        total_C = tl.sum(e_RC, axis=0)
+        total_C = tl.sum(tl.where(inside_R[:, None], e_RC, 0.0), axis=0)
         tl.store(col_lse_ptr + row_C, log_sum(tl.zeros_like(total_C), total_C), mask=row_C < C)
-    return tl.sum(tl.where((class_C >= 0)[None, :], e_RC, 0.0), axis=1)
+        e_RC = tl.where((class_C >= 0)[None, :], e_RC, 0.0)  # ignored samples are in no row's sum
+    return tl.sum(e_RC, axis=1)
 
 
 @triton.jit(do_not_specialize=["ignored_class"])
@@ -240,16 +239,17 @@ def _lse_fwd_tile_kernel(
     w_ptr,  # [R, D]
     z_ptr,  # [C, D]
     inv_w_ptr,
-    inv_z_ptr,
+    columns_ptr,  # [3, padded C] fp32, see `Norms`
     labels_ptr,
     present_ptr,
     num_present_ptr,
     row_lse_ptr,  # [tiles along C, R] fp32, when HAS_ROWS
     col_lse_ptr,  # [tiles along R, C] fp32, when HAS_COLS
-    kept_ptr,  # [R, stride_kept] in the operand's type
+    kept_ptr,  # [R, stride_kept] in the operand's type, when KEEP
     R,
     C,
     D,
+    padded_C,
     num_classes,
     stride_w,
     stride_z,
@@ -260,12 +260,13 @@ def _lse_fwd_tile_kernel(
     HAS_COLS: tl.constexpr,
     EXCLUDE_OWN: tl.constexpr,
     COMPACT: tl.constexpr,
+    KEEP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """exp(s) of one tile, kept for the backward, and its sums along rows and columns. Fixed shift only."""
+    """The sums of exp(s) of one tile along rows and columns, and exp(s) kept for the backward. Fixed shift only."""
     row_blocks = tl.cdiv(R, BLOCK_R)
     first_R = tl.program_id(0) % row_blocks * BLOCK_R
     tile_C = tl.program_id(0) // row_blocks
@@ -283,8 +284,10 @@ def _lse_fwd_tile_kernel(
         BLOCK_R, BLOCK_C, BLOCK_D, INPUT_PRECISION,
     )  # fmt: skip
     class_R = load_classes(row_R, R, labels_ptr, present_ptr, num_classes, ignored_class, True, COMPACT)
-    inv_w_R = tl.load(inv_w_ptr + row_R, mask=inside_R, other=0.0)
-    kept_R = kept_ptr + row_R.to(tl.int64) * stride_kept
+    scale_R = tl.load(inv_w_ptr + row_R, mask=inside_R, other=0.0) * (inv_temperature * LOG2E)
+    kept_R = row_R
+    if KEEP:
+        kept_R = kept_ptr + row_R.to(tl.int64) * stride_kept
     if HAS_COLS:
         col_lse_ptr += (first_R // BLOCK_R).to(tl.int64) * C
 
@@ -292,10 +295,9 @@ def _lse_fwd_tile_kernel(
     left_RC, right_RC = tl.split(tl.permute(tl.reshape(dots_RC, (BLOCK_R, 2, BLOCK_C // 2)), (0, 2, 1)))
     total_R = tl.zeros((BLOCK_R,), tl.float32)
     for half in tl.static_range(2):
-        total_R += _keep_exponentials(
-            left_RC if half == 0 else right_RC, class_R, inside_R, inv_w_R, inv_z_ptr, labels_ptr, col_lse_ptr,
-            kept_R, first_C + half * (BLOCK_C // 2), C, num_classes, stride_kept, ignored_class, inv_temperature,
-            HAS_COLS, EXCLUDE_OWN, BLOCK_C // 2,
+        total_R += _tile_sums(
+            left_RC if half == 0 else right_RC, class_R, inside_R, scale_R, columns_ptr, col_lse_ptr, kept_R,
+            first_C + half * (BLOCK_C // 2), C, padded_C, stride_kept, HAS_COLS, EXCLUDE_OWN, KEEP, BLOCK_C // 2,
         )  # fmt: skip
     if HAS_ROWS:
         row_lse = row_lse_ptr + tile_C.to(tl.int64) * rows + row_R
@@ -313,13 +315,15 @@ class Norms(NamedTuple):
     # What the tiles read of each column: scale (what makes its dot products logits, in units of log 2 where the shift
     # is fixed), class (int32 bits, negative where it takes no part) and 0, or -inf where it takes no part. Columns up
     # to a multiple of every tile are there.
-    sample_columns: Tensor | None  # [3, padded N] fp32
+    sample_columns: Tensor  # [3, padded N] fp32
     class_columns: Tensor | None  # [3, padded K] fp32
     counts: Tensor | None  # [K] int32, samples of each class
 
 
-def inverse_norms(operands: Operands, options: Options, *, rows: bool, cols: bool, count: bool = False) -> Norms:
-    """Inverse norms, positives and the columns that sums along rows, or along columns, stream."""
+def inverse_norms(operands: Operands, options: Options, *, cols: bool, count: bool = False) -> Norms:
+    """Inverse norms, positives and the columns that sums along rows, or along columns, stream: samples in any case,
+    for a tile of its own takes them as columns.
+    """
     features, prototypes = operands.features, operands.prototypes
     (num_samples, dim), num_classes = features.shape, len(prototypes)
     positives = torch.empty(num_samples, dtype=torch.float32, device=features.device)
@@ -327,7 +331,7 @@ def inverse_norms(operands: Operands, options: Options, *, rows: bool, cols: boo
     inv_prototypes = positives.new_empty(num_classes)
     padded = _launch.padded_columns(num_samples), _launch.padded_columns(num_classes)
     sample_columns, class_columns = (
-        positives.new_empty(3, size) if used else None for used, size in zip((rows, cols), padded, strict=True)
+        positives.new_empty(3, size) if used else None for used, size in zip((True, cols), padded, strict=True)
     )
     counts = positives.new_zeros(num_classes, dtype=torch.int32) if count else None
     blocks = _launch.row_blocks(dim)
@@ -351,7 +355,6 @@ def inverse_norms(operands: Operands, options: Options, *, rows: bool, cols: boo
         stride_prototypes=prototypes.stride(0),
         ignored_class=operands.ignored_class,
         inv_temperature=options.inv_temperature,
-        COLUMNS_OF_SAMPLES=rows,
         COLUMNS_OF_CLASSES=cols,
         HAS_COUNTS=count,
         LOG2=options.fixed_shift(features.dtype, MAX_FIXED_SHIFT),
@@ -369,8 +372,11 @@ def partials(
     parts of what is not asked for. Fills `kept` with exp(s), if there is room in it. Where col_lse is not asked for
     `of_ignored` samples, one pass serves rows and columns.
     """
-    if kept.numel():
-        return _partials_keeping(operands, options, norms, kept, rows=rows, cols=cols)
+    if kept.numel() or _launch.sums_by_tiles(
+        operands.features, len(operands.prototypes if operands.present is None else operands.present.classes),
+        options.fixed_shift(operands.features.dtype, MAX_FIXED_SHIFT),
+    ):  # fmt: skip
+        return _partials_of_tiles(operands, options, norms, kept, rows=rows, cols=cols)
     if rows and cols and of_ignored:
         return tuple(_partials(operands, options, norms, a_is_classes=side, both=False)[0] for side in (True, False))
     of_a, of_columns = _partials(operands, options, norms, a_is_classes=rows, both=rows and cols)
@@ -432,10 +438,10 @@ def _partials(
     return partials, col_partials
 
 
-def _partials_keeping(
+def _partials_of_tiles(
     operands: Operands, options: Options, norms: Norms, kept: Tensor, *, rows: bool, cols: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same, and exp(s) written to `kept`: one product serves all three."""
+    """The same by tiles that each have a program: one product serves rows, columns and what is kept."""
     present, features = operands.present, operands.features
     prototypes, inv_prototypes = operands.prototypes, norms.inv_prototypes
     if present is not None:
@@ -452,14 +458,15 @@ def _partials_keeping(
         w_ptr=prototypes,
         z_ptr=features,
         inv_w_ptr=inv_prototypes,
-        inv_z_ptr=norms.inv_features,
+        columns_ptr=norms.sample_columns,
         labels_ptr=operands.labels,
         row_lse_ptr=row_partials if rows else None,
         col_lse_ptr=col_partials if cols else None,
-        kept_ptr=kept,
+        kept_ptr=kept if kept.numel() else None,
         R=num_rows,
         C=num_samples,
         D=dim,
+        padded_C=norms.sample_columns.shape[1],
         stride_w=prototypes.stride(0),
         stride_z=features.stride(0),
         stride_kept=kept.stride(0),
@@ -467,6 +474,7 @@ def _partials_keeping(
         HAS_ROWS=rows,
         HAS_COLS=cols,
         EXCLUDE_OWN=options.exclude_own,
+        KEEP=kept.numel() > 0,
         INPUT_PRECISION=_launch.input_precision(features.dtype),
         **operands.class_arguments(),
         **config.launch_options(),

@@ -239,7 +239,7 @@ def launch_fwd(
     kept = operands.features.new_empty(shape)
     with _launch.on_device(features):
         counted = rows and not cols and num_samples * num_classes > _launch.MAX_COMPARISONS
-        norms = prototype_forward.inverse_norms(operands, options, rows=rows, cols=cols, count=counted)
+        norms = prototype_forward.inverse_norms(operands, options, cols=cols, count=counted)
         positives = norms.positives
         parts = prototype_forward.partials(operands, options, norms, kept, rows=rows, cols=cols, of_ignored=False)
         joins = _launch.joins_in_loss(num_samples, *map(len, parts))

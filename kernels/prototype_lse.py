@@ -89,7 +89,7 @@ def launch_fwd(
     )  # fmt: skip
     kept = operands.features.new_empty(shape)
     with _launch.on_device(features):
-        norms = prototype_forward.inverse_norms(operands, options, rows=rows, cols=cols)
+        norms = prototype_forward.inverse_norms(operands, options, cols=cols)
         parts = prototype_forward.partials(operands, options, norms, kept, rows=rows, cols=cols, of_ignored=True)
         row_lse, col_lse = map(prototype_forward.joined, parts)
         if rows and operands.present is not None:

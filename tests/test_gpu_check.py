@@ -19,12 +19,14 @@ from hypercontrast.kernels import (
     pair_backward,
     pair_forward,
     prototype_backward,
+    prototype_columns,
     prototype_forward,
     prototype_loss,
 )
 
 MODULES = (
-    _epilogue, class_sums, pair_backward, pair_forward, prototype_backward, prototype_forward, prototype_loss
+    _epilogue, class_sums, pair_backward, pair_forward, prototype_backward, prototype_columns, prototype_forward,
+    prototype_loss,
 )  # fmt: skip
 
 
@@ -43,7 +45,7 @@ def test_the_sanitizer_meets_every_kernel(monkeypatch):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             kernels.add(getattr(module, name).fn.__name__)
             monkeypatch.setattr(module, name, Nothing(getattr(module, name)))
-    monkeypatch.setattr(prototype_backward, "mm_fp32", lambda a, b: torch.empty(len(a), b.shape[1]))
+    monkeypatch.setattr(prototype_backward, "mm_fp32", lambda a, b, into=None: torch.empty(len(a), b.shape[1]))
     monkeypatch.setattr(_launch, "kernel_dtype", lambda x: x.dtype)
     with record_launches(monkeypatch) as launched:
         for call in gpu_check.every_kernel():

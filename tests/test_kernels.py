@@ -31,6 +31,7 @@ from hypercontrast.kernels import (  # noqa: E402
     pair_forward,
     pair_loss,
     prototype_backward,
+    prototype_columns,
     prototype_forward,
     prototype_loss,
     prototype_lse,
@@ -271,7 +272,8 @@ def check_draw(seed: int, monkeypatch) -> None:
         monkeypatch.setattr(_launch, "is_narrow", lambda tables, x: x.shape[1] <= 128)
     if seed % 3 == 1:
         monkeypatch.setattr(_launch, "is_narrow", lambda tables, x: False)
-        monkeypatch.setattr(_launch, "SCRATCH_BYTES", 1)  # several chunks
+        monkeypatch.setattr(_launch, "SCRATCH_BYTES", 1)
+        monkeypatch.setattr(_launch, "CHUNK_BYTES", 1)  # several chunks
         if seed % 2 == 1:
             monkeypatch.setattr(_launch, "KEEP_WIDTH", 1)
     check(case, random_upstream(case, generator))
@@ -546,6 +548,7 @@ def record_launches(monkeypatch) -> Iterator[set]:
             pair_forward,
             pair_loss,
             prototype_backward,
+            prototype_columns,
             prototype_forward,
             prototype_loss,
         ):

@@ -22,11 +22,21 @@ from hypercontrast.kernels import (
     pair_fixed,
     pair_loss,
     prototype_backward,
+    prototype_columns,
     prototype_forward,
     prototype_loss,
 )
 
-MODULES = (_epilogue, class_sums, pair_fixed, pair_loss, prototype_backward, prototype_forward, prototype_loss)
+MODULES = (
+    _epilogue,
+    class_sums,
+    pair_fixed,
+    pair_loss,
+    prototype_backward,
+    prototype_columns,
+    prototype_forward,
+    prototype_loss,
+)
 OURS, PRODUCT = "a kernel of ours", "a library product"
 # Operators that make or reshape a tensor, or return the very one they were given.
 FREE = {

@@ -86,9 +86,9 @@ def prototype_loss(backend):
     z, w, tau = leaf(7, 4, backend=backend), leaf(5, 4, backend=backend), temperature(backend)
     y, weight = torch.tensor([0, 1, 1, 3, -100, 0, 3], device=z.device), torch.rand(5, device=z.device)
     return [
-        (z, w, y, weight, None, 5.0, -100, True, False, True, True, False, True),
-        (z, w, y, None, tau, 1.0, -100, False, True, True, True, True, False),
-        (z, w, y, weight, tau, 1.0, -100, True, True, False, False, False, True),
+        (z, w, y, weight, None, 5.0, -100, True, False, True, True, False, True, 1 << 20),
+        (z, w, y, None, tau, 1.0, -100, False, True, True, True, True, False, 0),
+        (z, w, y, weight, tau, 1.0, -100, True, True, False, False, False, True, 0),
     ]
 
 
@@ -98,7 +98,7 @@ def prototype_loss_backward(backend):
     for z, w, y, weight, *options in prototype_loss(backend):
         z, w, *options = (x.detach() if isinstance(x, torch.Tensor) else x for x in (z, w, *options))
         loss, *saved, divisor, _ = _ops.prototype_loss(z, w, y, weight, *options)
-        calls.append((torch.rand_like(loss), divisor, z, w, y, *saved, *options[:-2]))
+        calls.append((torch.rand_like(loss), divisor, z, w, y, *saved, *options[:-3]))
     return calls
 
 
