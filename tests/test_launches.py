@@ -28,9 +28,15 @@ from hypercontrast.kernels import (
 )
 
 MODULES = (
-    _epilogue, class_sums, pair_fixed, pair_loss, prototype_backward, prototype_columns, prototype_forward,
+    _epilogue,
+    class_sums,
+    pair_fixed,
+    pair_loss,
+    prototype_backward,
+    prototype_columns,
+    prototype_forward,
     prototype_loss,
-)  # fmt: skip
+)
 OURS, PRODUCT = "a kernel of ours", "a library product"
 # Operators that make or reshape a tensor, or return the very one they were given.
 FREE = {
