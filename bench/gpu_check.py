@@ -162,6 +162,7 @@ def every_kernel() -> Iterator[Callable[[], Any]]:
         samples, classes = forms.inputs("supcon", n, k, d, device=device(), dtype=dtype)
         yield partial(forms.step, partial(hc.supcon_loss, backend="triton"), samples, classes)
         yield partial(forms.step, partial(hc.supcon_loss, variant="in", backend="triton"), samples, classes)
+        yield partial(forms.step, partial(hc.supcon_loss, temperature=0.01, backend="triton"), samples, classes)
     leaves, y = forms.inputs("nonl", n, k, 40, device=device())
 
     def terms(*inputs: Tensor) -> Tensor:

@@ -73,8 +73,8 @@ def supcon_loss(
     """The loss of features [N, D] and how many anchors had no positive."""
     learned, inv_temperature = _checks.split_temperature(temperature)
     scale = 1.0 if base_temperature is None else _checks.number(temperature) / base_temperature
-    alone = mask is None and refs is None and queue is None and group is None
-    if backend == "triton" and alone and learned is None and reduction != "none":
+    alone = refs is None and queue is None and group is None
+    if backend == "triton" and labels is not None and alone and learned is None and reduction != "none":
         loss, single_count, *_ = _pair_ops.pair_loss(
             features, labels.long(), inv_temperature, scale, normalize, variant == "in", singletons == "exclude",
             reduction == "mean",
@@ -174,7 +174,7 @@ class _GlobalPairs(torch.autograd.Function):
         return grad, grad_learned, *[None] * 7
 
 
-def _classes(labels: Tensor, column_labels: Tensor | None, backend: str) -> tuple[Any, Tensor]:
+def _classes(labels: Any, column_labels: Tensor | None, backend: str) -> tuple[Any, Tensor]:
     """Classes of the rows, and of the columns where those are others; and how many columns are of each row's class."""
     if backend == "triton":
         joint = labels if column_labels is None else torch.cat([labels, column_labels])

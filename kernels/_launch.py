@@ -88,7 +88,7 @@ FORWARD_WIDE = {80: _WIDE, 90: {**_WIDE, (2, False): Config(128, 128, 64, 8, 3)}
 _FORWARD_KEEP: Wide = {(2, False): Config(256, 64, 64, 8, 3), (2, True): Config(64, 64, 64, 4, 4)}
 FORWARD_KEEP_WIDE = {
     80: _FORWARD_KEEP,
-    90: {**_FORWARD_KEEP, (2, False): Config(256, 128, 64, 8, 4)},
+    90: {**_FORWARD_KEEP, (2, False): Config(128, 256, 64, 8, 3)},
     100: _FORWARD_KEEP,
 }
 FORWARD_KEEP_WIDE_CROWDED = dict.fromkeys(ARCHITECTURES, _FORWARD_KEEP)
@@ -121,7 +121,7 @@ _BACKWARD_WIDE: Wide = {
 }
 # On Hopper measured: two programs of few warps share a multiprocessor, so that one computes exponentials while the
 # other waits for its products.
-_BACKWARD_NARROW_90: Narrow = {**_NARROW, 128: Config(64, 128, 128, 4, 2)}
+_BACKWARD_NARROW_90: Narrow = {**_NARROW, 128: Config(64, 64, 128, 4, 3)}
 BACKWARD_NARROW = {
     80: _BACKWARD_NARROW,
     90: _BACKWARD_NARROW_90,
@@ -129,7 +129,7 @@ BACKWARD_NARROW = {
 }
 BACKWARD_WIDE = {
     80: _BACKWARD_WIDE,
-    90: {**_BACKWARD_WIDE, (2, False): Config(128, 128, 64, 8, 3)},
+    90: {**_BACKWARD_WIDE, (2, False): Config(128, 128, 64, 4, 3)},
     100: _BACKWARD_WIDE,
 }
 # Column sums bring two more vectors of each sample, listed classes their rows' addresses.
@@ -313,6 +313,11 @@ def sums_by_tiles(features: Tensor, num_classes: int, fixed_shift: bool) -> bool
     """
     wide = features.dtype.itemsize == 2 and not is_narrow(FORWARD_NARROW, features)
     return wide and fixed_shift and 4 * num_classes * cdiv(features.shape[0], 64) <= SCRATCH_BYTES
+
+
+def prepares_columns(features: Tensor, num_classes: int) -> bool:
+    """Whether the tiles of a wide backward are many enough to repay the launch that makes columns ready for them."""
+    return features.dtype.itemsize == 2 and 2 * features.numel() * num_classes >= KEEP_FLOP
 
 
 def _keeping_pays(num_samples: int, num_classes: int, dim: int, rows: bool, cols: bool) -> bool:

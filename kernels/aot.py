@@ -38,7 +38,8 @@ _GRADIENTS = {"grad_ptr", "a_grad_ptr"}
 _PADDED = {
     "factor_ptr", "bias_ptr", "row_factor_ptr", "row_bias_ptr", "col_factor_ptr", "col_bias_ptr",
     "row_terms_ptr", "col_terms_ptr", "classes_ptr", "row_classes_ptr", "col_classes_ptr",
-    "row_sums_ptr", "col_sums_ptr", "padded_N", "padded_R",
+    "row_sums_ptr", "col_sums_ptr", "padded_N", "padded_R", "padded_C", "padded_K",
+    "columns_ptr", "sides_ptr", "sample_columns_ptr", "sample_sides_ptr", "class_columns_ptr", "class_sides_ptr",
 }  # fmt: skip
 _ALWAYS_ALIGNED = (
     _OPERANDS | _GRADIENTS | _PADDED | {"b_grad_ptr", "partials_ptr", "a_partials_ptr", "b_partials_ptr", "D"}
@@ -335,10 +336,12 @@ def _backward_narrow() -> Iterator[AotConfiguration]:
 def _backward_wide() -> Iterator[AotConfiguration]:
     for dtype, (rows, cols, exclude_own) in itertools.product(_TRITON_NAMES, _RULES):
         configs = _pinned(_launch.BACKWARD_WIDE_CROWDED if cols else _launch.BACKWARD_WIDE, dtype)
-        choices = [(config, archs, False) for config, archs in configs]
-        if dtype in _launch.KEEP_INV_TEMPERATURE:
-            choices.append((_launch.BACKWARD_KEPT, ARCHITECTURES, True))
-        for (config, archs, kept), (tensor_temperature, compact) in itertools.product(choices, _flags(rows, cols)):
+        half = dtype in _launch.KEEP_INV_TEMPERATURE
+        choices = [(config, archs, False, lean) for config, archs in configs for lean in (False, True)[: 1 + half]]
+        choices += [(_launch.BACKWARD_KEPT, ARCHITECTURES, True, False)] * half
+        for (config, archs, kept, lean), (tensor_temperature, compact) in itertools.product(
+            choices, _flags(rows, cols)
+        ):
             if kept and tensor_temperature:
                 continue
             meta = {
@@ -349,7 +352,7 @@ def _backward_wide() -> Iterator[AotConfiguration]:
                 "HAS_RANGE": dtype == torch.float16,
                 "COMPACT": compact,
                 "KEPT": kept,
-                "LEAN": not kept and dtype != torch.float32,
+                "LEAN": lean,
                 "INPUT_PRECISION": _launch.input_precision(dtype),
                 **config.launch_options(),
             }

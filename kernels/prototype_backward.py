@@ -160,17 +160,20 @@ def _lse_bwd_kernel(
     sum_RD = tl.where((class_R >= 0)[:, None], sum_RD * (inv_a_R / fp16_range)[:, None], 0.0)
     depth = tl.arange(0, BLOCK_D)
     inside_RD = inside_R[:, None] & (depth < D)[None, :]
-    start_R = row_R.to(tl.int64) * D
+    # One address in int64; those of a tile's entries relative to it need fewer registers.
+    first = tl.program_id(0).to(tl.int64) * BLOCK_R * D
+    offset_RD = tl.arange(0, BLOCK_R)[:, None] * D + depth[None, :]
     if SPLIT:
-        partials_ptr += tl.program_id(1).to(tl.int64) * stride_partials
-        tl.store(partials_ptr + start_R[:, None] + depth[None, :], sum_RD, mask=inside_RD)
+        partials_ptr += tl.program_id(1).to(tl.int64) * stride_partials + first
+        tl.store(partials_ptr + offset_RD, sum_RD, mask=inside_RD)
     else:
-        x_RD = a_RD.to(tl.float32)
+        # Read again, from cache: kept for this, the rows would hold registers all through the loop.
+        x_RD = load_rows(a_ptr, row_R, inside_R, stride_a, 0, D, BLOCK_D).to(tl.float32)
         radial_R = tl.sum(x_RD * sum_RD, axis=1)
         if NORMALIZE:
             sum_RD -= x_RD * (radial_R * inv_a_R * inv_a_R)[:, None]
         factor = load_factor(upstream_ptr, divisor_ptr, HAS_FACTOR)
-        tl.store(grad_ptr + start_R[:, None] + depth[None, :], sum_RD * (inv_temp * factor), mask=inside_RD)
+        tl.store(grad_ptr + first + offset_RD, sum_RD * (inv_temp * factor), mask=inside_RD)
         tl.store(radial_ptr + row_R, radial_R * factor, mask=inside_R)
 
 
@@ -213,7 +216,7 @@ def _lse_bwd_tile_kernel(
     HAS_RANGE: tl.constexpr,
     COMPACT: tl.constexpr,
     KEPT: tl.constexpr,
-    LEAN: tl.constexpr,  # half types, not kept: float32 keeps logits and log-sum-exps in nats, which is more exact
+    LEAN: tl.constexpr,  # columns are ready; never for float32: its logits stay in nats, which is more exact
     INPUT_PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -373,7 +376,7 @@ def wide(
     dtype, num_rows, num_samples = samples.x.dtype, len(classes.x), len(samples.x)
     weights_range = fp16_range(dtype, (classes.upstream, samples.upstream, grad_pos), classes.inv, samples.inv)
     of_samples = None
-    if kept is None and dtype.itemsize == 2:
+    if kept is None and _launch.prepares_columns(samples.x, num_rows):
         of_samples, _ = columns(
             operands, options, classes, samples, grad_pos, (weights_range, weights_range), of_classes=False
         )

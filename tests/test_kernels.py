@@ -164,6 +164,11 @@ def unit_rows(x: Tensor) -> Tensor:
     return torch.where(norms > 1e-12, torch.nn.functional.normalize(torch.where(norms > 1e-12, x, 1.0), dim=1), 0.0)
 
 
+def rounding_of(dtype: torch.dtype) -> float:
+    """Of the terms of a product. A GPU multiplies float32 as three TF32 products, without that of the low parts."""
+    return 2.0**-22 if DEVICE == "cuda" and dtype == torch.float32 else torch.finfo(dtype).eps
+
+
 def check(case: Case, upstream: Upstream) -> dict[str, Tensor]:
     """Kernels within twice eager's error and a rounding floor; the same infinities; the right types."""
     actual = run_kernels(case, upstream)
@@ -178,7 +183,7 @@ def check(case: Case, upstream: Upstream) -> dict[str, Tensor]:
         [n.clamp_min(1e-12).min().item() if n.numel() else 1.0 for n in norms] if case.normalize else [1 / largest] * 2
     )
     strength = max([0.0, *(g.abs().max().item() for g in vars(upstream).values() if g.numel())])
-    rounding = torch.finfo(case.features.dtype).eps
+    rounding = rounding_of(case.features.dtype)
     floor = {
         "row": 8e-7 * reach + 1e-6,
         "col": 8e-7 * reach + 1e-6,
@@ -268,7 +273,8 @@ def check_draw(seed: int, monkeypatch) -> None:
     case, generator = make_case(seed)
     monkeypatch.setattr(_launch, "TARGET_PROGRAMS", 1 + seed % 4)
     monkeypatch.setattr(_launch, "COMPACT_FLOP", 0)
-    if seed % 3 == 0:  # float32 takes the narrow path only here: half types alone show its errors too coarsely
+    # float32 takes the narrow path only here: half types alone show its errors too coarsely. Its tiles fit no GPU.
+    if seed % 3 == 0 and DEVICE == "cpu":
         monkeypatch.setattr(_launch, "is_narrow", lambda tables, x: x.shape[1] <= 128)
     if seed % 3 == 1:
         monkeypatch.setattr(_launch, "is_narrow", lambda tables, x: False)
@@ -382,7 +388,7 @@ def test_absent_classes_are_skipped(rule, width, dtype, few_programs, monkeypatc
             continue
         scale = full[name].float()[full[name].isfinite()].abs().max()
         difference = (value.float() - full[name].float())[kept].abs().max()
-        assert difference <= 4 * torch.finfo(dtype).eps * scale, name
+        assert difference <= 4 * rounding_of(dtype) * scale, name
 
 
 @pytest.mark.parametrize("width", [24, 136])
