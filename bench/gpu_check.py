@@ -335,7 +335,7 @@ def environment() -> str:
     return "".join(f"{key}: {value}\n" for key, value in lines.items())
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="NAME", help="default: all"
@@ -344,7 +344,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="folder of the results (default: bench/results/DATE-DEVICE)")
     parser.add_argument("--inside", choices=STAGES, help=argparse.SUPPRESS)  # one stage, in this process
     parser.add_argument("--once", nargs=2, type=int, help=argparse.SUPPRESS)  # a part of what the sanitizer runs
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.once:
         part, parts = args.once
         for call in itertools.islice(every_kernel(), part, None, parts):
