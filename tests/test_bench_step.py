@@ -118,7 +118,7 @@ def test_shares_add_up_to_the_whole_step(loss):
     assert sum(shares.parts.values()) + shares.communication + shares.rest == pytest.approx(shares.step_ms, abs=1e-3)
     assert shares.communication == 0  # there is nobody to speak with
     assert shares.n == (32 if loss == "scl" else 16)
-    assert (shares.k, shares.d) == (10, 128 if loss == "scl" else 32)
+    assert (shares.k, shares.d) == (10, 128 if loss == "scl" else 64)
     assert shares.steps == 4
     assert shares.pictures_per_s == pytest.approx(16e3 / shares.step_ms, rel=1e-3)
     assert shares.epoch_s == pytest.approx(3125 * shares.step_ms / 1e3, rel=1e-3)
