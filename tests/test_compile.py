@@ -6,6 +6,7 @@ own, which compiles on as many processes as there are cores and prints one line 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -99,11 +100,17 @@ def select(selection: str, kernel: str, architecture: int) -> list[tuple[str, in
     return [(c.name, architecture, aligned) for c in hardest.values() for aligned in (True, False)]
 
 
-def compile_one(job: tuple[str, int, bool]) -> dict:
+@functools.cache
+def configurations_by_name() -> dict:
+    """Once a process: there are thousands of them."""
     from hypercontrast.kernels.aot import aot_configurations
 
+    return {c.name: c for c in aot_configurations()}
+
+
+def compile_one(job: tuple[str, int, bool]) -> dict:
     name, architecture, aligned = job
-    compiled = next(c for c in aot_configurations() if c.name == name).compiled(architecture, aligned)
+    compiled = configurations_by_name()[name].compiled(architecture, aligned)
     return {
         "name": f"{name}-{'aligned' if aligned else 'unaligned'}-sm_{architecture}",
         "architecture": architecture,
