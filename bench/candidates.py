@@ -1,7 +1,7 @@
 """What could be pinned in each cell of the tables of kernels/_launch.py, and what the compiler makes of it.
 
 No GPU is needed. The evidence is of the kernel's hardest flags, so it bounds what a usual launch takes; what is pinned
-in the end is compiled with all flags by tests/test_compile.py.
+in the end is compiled with all flags by tests/test_compile.py. The tables of pair_fixed.py are not among the cells yet.
 """
 
 from __future__ import annotations
