@@ -104,7 +104,8 @@ def test_ranks_equal_one_process(dtype, tmp_path, figure):
                 errors[case] = max(error, errors.get(case, 0))
     for (sizes, case), error in errors.items():
         tau = case[-1]
-        limit = target if dtype == torch.float64 else 2 * torch.finfo(dtype).eps / tau
+        roundings = 3 if case[0] == "buffer" else 2  # of logits: the rows that a buffer sends have one more
+        limit = target if dtype == torch.float64 else roundings * torch.finfo(dtype).eps / tau
         assert error <= limit, f"{case} over {sizes}: off by {error:.3g}"
     within = sum(error <= target for error in errors.values())
     worst = max(errors, key=errors.get)
