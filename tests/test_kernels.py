@@ -578,6 +578,7 @@ def test_every_launch_is_a_configuration_compiled_ahead_of_time(monkeypatch):
             run_loss(case, weighted=seed % 2 == 0, mean=seed % 5 > 0)
     kernels = {
         "_columns_kernel",
+        "_lse_fwd_tile_kernel",
         "_lse_fwd_kernel",
         "_inverse_norms_kernel",
         "_lse_bwd_kernel",
