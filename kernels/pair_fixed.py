@@ -34,7 +34,7 @@ from torch import Tensor
 from . import _launch
 from ._epilogue import MAX_FIXED_SHIFT, Gradient, Scaling, finish, fp16_range
 from ._launch import cdiv
-from ._tiles import exp, inverse, load_rows
+from ._tiles import LN2, LOG2E, exp, inverse, load_rows
 
 if TYPE_CHECKING:
     from .pair_backward import Backward, Side
@@ -43,8 +43,6 @@ PADDING = 256  # of vectors over samples: a multiple of every tile's sides
 # |s| below this: exp(s), exp(-lse) and their products with upstream gradients all stay in fp32's range.
 MAX_BACKWARD_SHIFT = 32.0
 
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
 _SMALLEST_FACTOR = tl.constexpr(1e-30)
 
 
@@ -182,7 +180,7 @@ def _triangle_fixed_kernel(
         beside = (strip + 1) * WIDTH
         first = tl.maximum(first, strip * WIDTH)
         row_R = strip * BLOCK_R + tl.arange(0, BLOCK_R)
-        factor_R = tl.load(factor_ptr + row_R) * (inv_temperature * _LOG2E)
+        factor_R = tl.load(factor_ptr + row_R) * (inv_temperature * LOG2E)
         bias_R = tl.load(bias_ptr + row_R)
         x_RD = _load_tile(
             x_ptr, strip * BLOCK_R, C, stride_x, D, _tile_offsets(stride_x, BLOCK_R, BLOCK_D), BLOCK_R, BLOCK_D
@@ -255,7 +253,7 @@ def _rectangle_fixed_kernel(
     """Row sums of a block of rows over a split of the columns."""
     block = tl.program_id(0) * BLOCK_R
     row_R = block + tl.arange(0, BLOCK_R)
-    factor_R = tl.load(row_factor_ptr + row_R) * (inv_temperature * _LOG2E)
+    factor_R = tl.load(row_factor_ptr + row_R) * (inv_temperature * LOG2E)
     bias_R = tl.load(row_bias_ptr + row_R)
     if POSITIVES:
         class_R = tl.load(row_classes_ptr + row_R)
@@ -341,7 +339,7 @@ def _join_kernel(
     if not INSIDE:
         # -inf: absent samples among themselves.
         result_R = tl.where(kind == 0, result_R, tl.where(total_R == float("-inf"), 0.0, total_R))
-    tl.store(result_ptr + row_R, tl.where(row_R < R, result_R * _LN2, total_R), mask=inside_R)
+    tl.store(result_ptr + row_R, tl.where(row_R < R, result_R * LN2, total_R), mask=inside_R)
 
 
 @triton.jit
@@ -452,7 +450,7 @@ def _bwd_fixed_kernel(
     class_R = tl.load(row_terms_ptr + 3 * padded_R + row_R).to(tl.int32, bitcast=True)
     of_lse_R = tl.load(row_terms_ptr + padded_R + row_R)
     of_positives_R = tl.load(row_terms_ptr + 2 * padded_R + row_R)
-    factor_R = inv_R * (inv_temperature * _LOG2E)
+    factor_R = inv_R * (inv_temperature * LOG2E)
     a_RD = _load_tile(a_ptr, block, R, stride_a, D, _tile_offsets(stride_a, BLOCK_R, BLOCK_D), BLOCK_R, BLOCK_D)
     offset_CD = _tile_offsets(stride_b, BLOCK_C, BLOCK_D)
     sum_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
