@@ -25,6 +25,7 @@ MAX_LOSS_COMPARISONS = 2**26
 MAX_COMPARISONS = 2**22  # to count the samples of classes by: past it a histogram, which is one launch more
 COMBINE_BLOCKS = {"BLOCK_S": 32, "BLOCK_R": 64, "num_warps": 4}
 RANGE_BLOCKS = {"BLOCK": 4096, "num_warps": 8}
+PADDING = 256  # of vectors that tiles read without a bound: a multiple of every tile's sides
 COLUMN_BLOCKS = {"BLOCK": 256, "num_warps": 4}
 PAIR_LOSS_BLOCKS = {"BLOCK": 4096, "num_warps": 16}
 TOTALS_BLOCKS = {"BLOCK_B": 256, "num_warps": 4}
@@ -231,8 +232,7 @@ def wide_config(tables: dict[int, Wide], x: Tensor, num_columns: int) -> Config:
 
 
 def padded_columns(count: int) -> int:
-    """A multiple of every tile's columns."""
-    return cdiv(count, 256) * 256
+    return cdiv(count, PADDING) * PADDING
 
 
 def row_blocks(dim: int) -> dict[str, int]:

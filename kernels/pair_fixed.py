@@ -17,7 +17,7 @@ Backward. With g' = g exp(-lse) the weight of x_j in the gradient of x_k is, tim
 with i = 1/|x|, zero for the absent. g' i and q i are prepared for the columns, so that either bracket is one FMA. What
 a tile takes of a column lies side by side: every thread needs it of many columns, one load each.
 
-Shapes: R rows, C columns, D width; S splits. Vectors over samples are padded to a multiple of PADDING.
+Shapes: R rows, C columns, D width; S splits. Vectors over samples are padded to a multiple of _launch.PADDING.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from ._tiles import LN2, LOG2E, exp, inverse, load_rows
 if TYPE_CHECKING:
     from .pair_backward import Backward, Side
 
-PADDING = 256  # of vectors over samples: a multiple of every tile's sides
 # |s| below this: exp(s), exp(-lse) and their products with upstream gradients all stay in fp32's range.
 MAX_BACKWARD_SHIFT = 32.0
 
@@ -507,18 +506,14 @@ class Samples:
         return {f"{side}factor_ptr": self.factor, f"{side}bias_ptr": self.bias}
 
 
-def padded_size(size: int) -> int:
-    return cdiv(size, PADDING) * PADDING
-
-
 def near(x: Tensor) -> Tensor:
     """x itself unless its rows lie so far apart that a tile does not fit 2^31 elements."""
-    return x if x.stride(0) * PADDING < 2**31 else x.contiguous()
+    return x if x.stride(0) * _launch.PADDING < 2**31 else x.contiguous()
 
 
 def prepare(x: Tensor, ids: Tensor) -> Samples:
     num_rows, dim = x.shape
-    padded = padded_size(num_rows)
+    padded = _launch.padded_columns(num_rows)
     inv = torch.empty(num_rows, device=x.device)
     factor, bias = torch.empty(2, padded, device=x.device)
     classes = torch.empty(padded, dtype=torch.int32, device=x.device)
@@ -583,7 +578,7 @@ def _strip_groups(num_rows: int, block: int) -> Iterator[tuple[int, int]]:
     """Rows [first, last) of strips whose column sums fit the scratch memory together: two at least."""
     first = 0
     while first < num_rows:
-        strips = max(2, _launch.SCRATCH_BYTES // (4 * padded_size(num_rows - first)))
+        strips = max(2, _launch.SCRATCH_BYTES // (4 * _launch.padded_columns(num_rows - first)))
         last = min(first + strips * block, num_rows)
         yield first, last
         first = last
@@ -700,7 +695,7 @@ def backward(scaling: Scaling, given: Backward, gradient: Gradient) -> None:
 def _prepare_side(
     side: Side | None, inv: Tensor, ids: Tensor, weights_range: Tensor | None, inside: bool
 ) -> tuple[Tensor, Tensor]:
-    padded = padded_size(len(inv))
+    padded = _launch.padded_columns(len(inv))
     row_terms, col_terms = inv.new_empty(4, padded), inv.new_empty(padded, 4)
     _prepare_side_kernel[(cdiv(padded, _launch.SIDE_BLOCKS["BLOCK_R"]),)](
         lse_ptr=None if side is None else side.lse,

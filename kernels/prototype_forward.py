@@ -82,9 +82,8 @@ def _inverse_norms_kernel(
         tl.store(inv_features_ptr + sample_R, inv_R, mask=inside_R)
         tl.store(positives_ptr + sample_R, tl.where(has_label_R, positives_R, 0.0), mask=inside_R)
         if HAS_COUNTS:
-            tl.atomic_add(
-                class_counts_ptr + label_R, 1, mask=has_label_R, sem="relaxed"
-            )  # whole numbers: any order will do
+            # Whole numbers: any order will do.
+            tl.atomic_add(class_counts_ptr + label_R, 1, mask=has_label_R, sem="relaxed")
         _store_columns(sample_columns_ptr, sample_R, padded_N, inv_R, label_R)
     else:
         class_R = (block - feature_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
