@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 
@@ -22,5 +20,5 @@ class _Teller:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if "PYTEST_XDIST_WORKER" not in os.environ:  # the one process that hears of all
+    if not hasattr(config, "workerinput"):  # of pytest-xdist: the one process that hears of all
         config.pluginmanager.register(_Teller(config))
