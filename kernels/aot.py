@@ -146,29 +146,27 @@ class AotConfiguration:
         attributes = {(index(name),): [["tt.divisibility", 16]] for name in self.aligned_arguments(aligned)}
         source = ASTSource(self.kernel, self.signature, self.constexprs, attributes)
         binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=self.options)
-        usage, sass = _disassembled(binary.asm["cubin"])
-        stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("STACK", "LOCAL"))
+        usage = _disassembled(binary.asm["cubin"], "-res-usage")
+        registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+        # What is spilled lies on the stack. To disassemble takes as long as to compile: done where there is one.
+        sass = _disassembled(binary.asm["cubin"], "-sass") if stack + local else ""
         return Compiled(
-            registers=int(re.search(r"REG:(\d+)", usage)[1]),
+            registers=registers,
             spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
             stack=stack + local,
             shared=binary.metadata.shared,
             tensor_columns=binary.metadata.tmem_size,
-            wgmma=len(re.findall("HGMMA", sass)),
+            wgmma=binary.asm["ptx"].count("wgmma.mma_async"),
         )
 
 
-def _disassembled(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and SASS, by the disassembler that comes with Triton."""
+def _disassembled(cubin: bytes, what: str) -> str:
+    """Resource usage or SASS, by the disassembler that comes with Triton."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        usage, sass = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    return usage, sass
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def aot_configurations() -> list[AotConfiguration]:
