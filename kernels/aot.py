@@ -30,6 +30,11 @@ from . import (
 )
 from ._launch import ARCHITECTURES
 
+# All that launch kernels.
+MODULES = (
+    _epilogue, class_sums, pair_backward, pair_fixed, pair_forward, pair_loss, prototype_backward, prototype_columns,
+    prototype_forward, prototype_loss,
+)  # fmt: skip
 _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _OPERANDS = {"a_ptr", "b_ptr", "w_ptr", "z_ptr", "h_ptr", "kept_ptr", "x_ptr", "features_ptr", "prototypes_ptr"}
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")

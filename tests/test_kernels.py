@@ -21,21 +21,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 pytest.importorskip("triton")
 
-from hypercontrast.kernels import (  # noqa: E402
-    _epilogue,
-    _launch,
-    aot,
-    class_sums,
-    pair_backward,
-    pair_fixed,
-    pair_forward,
-    pair_loss,
-    prototype_backward,
-    prototype_columns,
-    prototype_forward,
-    prototype_loss,
-    prototype_lse,
-)
+from hypercontrast.kernels import _launch, aot, prototype_loss, prototype_lse  # noqa: E402
 
 pytestmark = [
     # The interpreter computes with NumPy, which warns of the infinities that the kernels rely on.
@@ -546,18 +532,7 @@ def record_launches(monkeypatch) -> Iterator[set]:
     """(name of the kernel, what is fixed when it is compiled) of every launch."""
     launched: set = set()
     with monkeypatch.context() as patch:
-        for module in (
-            _epilogue,
-            class_sums,
-            pair_backward,
-            pair_fixed,
-            pair_forward,
-            pair_loss,
-            prototype_backward,
-            prototype_columns,
-            prototype_forward,
-            prototype_loss,
-        ):
+        for module in aot.MODULES:
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 patch.setattr(module, name, Recorder(getattr(module, name), launched))
         yield launched

@@ -15,28 +15,8 @@ from test_triton import NAMES, call
 
 import hypercontrast as hc
 from hypercontrast import _checks
-from hypercontrast.kernels import (
-    _epilogue,
-    _launch,
-    class_sums,
-    pair_fixed,
-    pair_loss,
-    prototype_backward,
-    prototype_columns,
-    prototype_forward,
-    prototype_loss,
-)
+from hypercontrast.kernels import _launch, aot, prototype_backward
 
-MODULES = (
-    _epilogue,
-    class_sums,
-    pair_fixed,
-    pair_loss,
-    prototype_backward,
-    prototype_columns,
-    prototype_forward,
-    prototype_loss,
-)
 OURS, PRODUCT = "a kernel of ours", "a library product"
 # Operators that make or reshape a tensor, or return the very one they were given.
 FREE = {
@@ -69,7 +49,7 @@ def marked(name, function):
 
 @pytest.fixture
 def _marks(monkeypatch):
-    for module in MODULES:
+    for module in aot.MODULES:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Marked(getattr(module, name)))
     if DEVICE == "cpu":  # a CPU has no product of half types with an fp32 result, and reads what a GPU does not
@@ -87,7 +67,7 @@ def count_launches(work) -> tuple[int, list[str]]:
             work()
             torch.cuda.synchronize()
         names = [e.name for e in profiled.events() if e.device_type == DeviceType.CUDA and e.name != OURS]
-        kernels = {name for module in MODULES for name in vars(module)}
+        kernels = {name for module in aot.MODULES for name in vars(module)}
         others = [name for name in names if name not in kernels and not name.startswith(("Memcpy", "Memset"))]
         return sum(name in kernels for name in names), others
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
