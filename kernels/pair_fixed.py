@@ -91,22 +91,33 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _fixed_tile(
-    a_RD, factor_R, bias_R, b_ptr, factor_ptr, bias_ptr, start, C, D, stride_b, offset_CD,
-    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+def _tile(
+    a_RD, factor_R, bias_R, class_R, own_R, b_ptr, factor_ptr, bias_ptr, classes_ptr, start, C, D, stride_b, offset_CD,
+    OWN: tl.constexpr, POSITIVES: tl.constexpr, INSIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """s of the columns from `start` on, in units of log 2; of a sample with itself as well."""
+    """exp(s) of the columns from `start` on, and what positives add: their s in units of log 2 or, `inside`, exp(s).
+
+    A sample with itself is left out where the tile may hold it (OWN). Without POSITIVES the second is the first. Absent
+    samples are a class, with -inf among themselves.
+    """
     b_CD = _load_tile(b_ptr, start, C, stride_b, D, offset_CD, BLOCK_C, BLOCK_D)
     dots_RC = tl.dot(a_RD, b_CD.T)
     row_C = start + tl.arange(0, BLOCK_C)
     factor_C, bias_C = tl.load(factor_ptr + row_C), tl.load(bias_ptr + row_C)
-    return (dots_RC * factor_R[:, None] + bias_R[:, None]) * factor_C[None, :] + bias_C[None, :]
-
-
-@triton.jit
-def _without_own(logits_RC, own_R, start, BLOCK_C: tl.constexpr):
-    row_C = start + tl.arange(0, BLOCK_C)
-    return tl.where(own_R[:, None] == row_C[None, :], float("-inf"), logits_RC)
+    logits_RC = (dots_RC * factor_R[:, None] + bias_R[:, None]) * factor_C[None, :] + bias_C[None, :]
+    if OWN:
+        logits_RC = tl.where(own_R[:, None] == row_C[None, :], float("-inf"), logits_RC)
+    exp_RC = tl.exp2(logits_RC)
+    positive_RC = exp_RC
+    if POSITIVES:
+        same_RC = class_R[:, None] == tl.load(classes_ptr + row_C)[None, :]
+        if INSIDE:
+            positive_RC = tl.where(same_RC, exp_RC, 0.0)
+        else:
+            if OWN:
+                same_RC = same_RC & (logits_RC > float("-inf"))
+            positive_RC = tl.where(same_RC, logits_RC, 0.0)
+    return exp_RC, positive_RC
 
 
 @triton.jit
@@ -115,20 +126,6 @@ def _tiles_of_split(C, BLOCK_C: tl.constexpr):
     step = tl.cdiv(tiles, tl.num_programs(1))
     first = tl.minimum(tl.program_id(1) * step, tiles)
     return first, tl.minimum(first + step, tiles)
-
-
-@triton.jit
-def _of_positives(
-    logits_RC, exp_RC, class_R, classes_ptr, start, OWN: tl.constexpr, INSIDE: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """What positives add: s or, `inside`, exp(s). Absent samples are a class, with -inf among themselves."""
-    class_C = tl.load(classes_ptr + start + tl.arange(0, BLOCK_C))
-    same_RC = class_R[:, None] == class_C[None, :]
-    if INSIDE:
-        return tl.where(same_RC, exp_RC, 0.0)
-    if OWN:
-        same_RC = same_RC & (logits_RC > float("-inf"))
-    return tl.where(same_RC, logits_RC, 0.0)
 
 
 @triton.jit
@@ -185,35 +182,24 @@ def _triangle_fixed_kernel(
             x_ptr, strip * BLOCK_R, C, stride_x, D, _tile_offsets(stride_x, BLOCK_R, BLOCK_D), BLOCK_R, BLOCK_D
         )
         total_R = tl.zeros((BLOCK_R,), tl.float32)
-        if POSITIVES:
-            class_R = tl.load(classes_ptr + row_R)
-            positive_R = tl.zeros((BLOCK_R,), tl.float32)
+        class_R, positive_R = tl.load(classes_ptr + row_R), tl.zeros((BLOCK_R,), tl.float32)
         for tile in tl.range(first, tl.minimum(last, beside), num_stages=1):
-            logits_RC = _fixed_tile(
-                x_RD, factor_R, bias_R, x_ptr, factor_ptr, bias_ptr, tile * BLOCK_C, C, D, stride_x, offset_CD,
-                BLOCK_C, BLOCK_D,
+            exp_RC, positive_RC = _tile(
+                x_RD, factor_R, bias_R, class_R, row_R, x_ptr, factor_ptr, bias_ptr, classes_ptr, tile * BLOCK_C, C, D,
+                stride_x, offset_CD, True, POSITIVES, False, BLOCK_C, BLOCK_D,
             )  # fmt: skip
-            logits_RC = _without_own(logits_RC, row_R, tile * BLOCK_C, BLOCK_C)
-            exp_RC = tl.exp2(logits_RC)
             total_R += tl.sum(exp_RC, axis=1)
             if POSITIVES:
-                positive_RC = _of_positives(
-                    logits_RC, exp_RC, class_R, classes_ptr, tile * BLOCK_C, True, False, BLOCK_C
-                )
                 positive_R += tl.sum(positive_RC, axis=1)
         for tile in range(tl.maximum(first, beside), last):
-            logits_RC = _fixed_tile(
-                x_RD, factor_R, bias_R, x_ptr, factor_ptr, bias_ptr, tile * BLOCK_C, C, D, stride_x, offset_CD,
-                BLOCK_C, BLOCK_D,
+            exp_RC, positive_RC = _tile(
+                x_RD, factor_R, bias_R, class_R, row_R, x_ptr, factor_ptr, bias_ptr, classes_ptr, tile * BLOCK_C, C, D,
+                stride_x, offset_CD, False, POSITIVES, False, BLOCK_C, BLOCK_D,
             )  # fmt: skip
-            exp_RC = tl.exp2(logits_RC)
             total_R += tl.sum(exp_RC, axis=1)
             col_sums = col_sums_ptr + tl.cast(strip, tl.int64) * stride_sums + tile * BLOCK_C
             tl.store(col_sums + tl.arange(0, BLOCK_C), tl.sum(exp_RC, axis=0))
             if POSITIVES:
-                positive_RC = _of_positives(
-                    logits_RC, exp_RC, class_R, classes_ptr, tile * BLOCK_C, False, False, BLOCK_C
-                )
                 positive_R += tl.sum(positive_RC, axis=1)
                 col_sums += tl.cast(strips, tl.int64) * stride_sums
                 tl.store(col_sums + tl.arange(0, BLOCK_C), tl.sum(positive_RC, axis=0))
@@ -254,38 +240,28 @@ def _rectangle_fixed_kernel(
     row_R = block + tl.arange(0, BLOCK_R)
     factor_R = tl.load(row_factor_ptr + row_R) * (inv_temperature * LOG2E)
     bias_R = tl.load(row_bias_ptr + row_R)
-    if POSITIVES:
-        class_R = tl.load(row_classes_ptr + row_R)
+    class_R = tl.load(row_classes_ptr + row_R)
     a_RD = _load_tile(a_ptr, block, R, stride_a, D, _tile_offsets(stride_a, BLOCK_R, BLOCK_D), BLOCK_R, BLOCK_D)
     offset_CD = _tile_offsets(stride_b, BLOCK_C, BLOCK_D)
     total_R, positive_total_R = tl.zeros((BLOCK_R,), tl.float32), tl.zeros((BLOCK_R,), tl.float32)
     first, last = _tiles_of_split(C, BLOCK_C)
     own, beside = _own_tiles(block + offset, block + offset + BLOCK_R, first, last, BLOCK_C)
     for tile in tl.range(own, beside, num_stages=1):
-        logits_RC = _fixed_tile(
-            a_RD, factor_R, bias_R, b_ptr, col_factor_ptr, col_bias_ptr, tile * BLOCK_C, C, D, stride_b, offset_CD,
-            BLOCK_C, BLOCK_D,
+        exp_RC, positive_RC = _tile(
+            a_RD, factor_R, bias_R, class_R, row_R + offset, b_ptr, col_factor_ptr, col_bias_ptr, col_classes_ptr,
+            tile * BLOCK_C, C, D, stride_b, offset_CD, True, POSITIVES, INSIDE, BLOCK_C, BLOCK_D,
         )  # fmt: skip
-        logits_RC = _without_own(logits_RC, row_R + offset, tile * BLOCK_C, BLOCK_C)
-        exp_RC = tl.exp2(logits_RC)
         total_R += tl.sum(exp_RC, axis=1)
         if POSITIVES:
-            positive_RC = _of_positives(
-                logits_RC, exp_RC, class_R, col_classes_ptr, tile * BLOCK_C, True, INSIDE, BLOCK_C
-            )
             positive_total_R += tl.sum(positive_RC, axis=1)
     for position in range(first, last - (beside - own)):
         tile = position + tl.where(position >= own, beside - own, 0)
-        logits_RC = _fixed_tile(
-            a_RD, factor_R, bias_R, b_ptr, col_factor_ptr, col_bias_ptr, tile * BLOCK_C, C, D, stride_b, offset_CD,
-            BLOCK_C, BLOCK_D,
+        exp_RC, positive_RC = _tile(
+            a_RD, factor_R, bias_R, class_R, row_R + offset, b_ptr, col_factor_ptr, col_bias_ptr, col_classes_ptr,
+            tile * BLOCK_C, C, D, stride_b, offset_CD, False, POSITIVES, INSIDE, BLOCK_C, BLOCK_D,
         )  # fmt: skip
-        exp_RC = tl.exp2(logits_RC)
         total_R += tl.sum(exp_RC, axis=1)
         if POSITIVES:
-            positive_RC = _of_positives(
-                logits_RC, exp_RC, class_R, col_classes_ptr, tile * BLOCK_C, False, INSIDE, BLOCK_C
-            )
             positive_total_R += tl.sum(positive_RC, axis=1)
     row_sums = row_sums_ptr + tl.program_id(1).to(tl.int64) * stride_sums + row_R
     tl.store(row_sums, total_R)
