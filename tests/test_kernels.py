@@ -509,17 +509,13 @@ def test_class_sums(n, k, d, dtype):
 
 
 class Recorder:
-    """A kernel that notes what it is launched with."""
+    """A kernel that notes what it would be launched with."""
 
     def __init__(self, kernel, launched: set) -> None:
-        self.kernel, self.launched = kernel, launched
+        self.name, self.launched = kernel.fn.__name__, launched
 
     def __getitem__(self, grid):
-        def launch(**arguments):
-            self.launched.add((self.kernel.fn.__name__, fixed_arguments(arguments)))
-            return self.kernel[grid](**arguments)
-
-        return launch
+        return lambda **arguments: self.launched.add((self.name, fixed_arguments(arguments)))
 
 
 def fixed_arguments(arguments: dict) -> frozenset:
@@ -529,9 +525,10 @@ def fixed_arguments(arguments: dict) -> frozenset:
 
 @contextlib.contextmanager
 def record_launches(monkeypatch) -> Iterator[set]:
-    """(name of the kernel, what is fixed when it is compiled) of every launch."""
+    """(name of the kernel, what is fixed when it is compiled) of every launch. None runs: launchers see shapes alone."""
     launched: set = set()
     with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", torch.zeros_like)  # class numbers that nobody writes are indices
         for module in aot.MODULES:
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 patch.setattr(module, name, Recorder(getattr(module, name), launched))
@@ -546,7 +543,7 @@ def test_every_launch_is_a_configuration_compiled_ahead_of_time(monkeypatch):
     """What the launchers ask for is what tests/test_compile.py compiles."""
     monkeypatch.setattr(_launch, "COMPACT_FLOP", 0)
     with record_launches(monkeypatch) as launched:
-        for seed in range(30):
+        for seed in range(150):
             monkeypatch.setattr(_launch, "TARGET_PROGRAMS", 1 + seed % 4)
             case, generator = make_case(seed, (65, 70, (16, 48, 136, 264)[seed // 4 % 4]))
             run_kernels(case, random_upstream(case, generator))
