@@ -159,6 +159,7 @@ def test_probes_see_the_backbone_and_prototypes_the_head(runs):
     assert results["normalized-probe"]["nc"]["nc1"] == pytest.approx(expected["nc1"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_probe_trained_on_new_views_learns_as_well(runs):
     options = {"methods": ("linear-probe", "normalized-probe"), "nc": False, **ONE_RANK}
     record = evaluate(Options(str(runs["ce"]), epochs=15, **options))

@@ -313,6 +313,7 @@ def outcome(folder):
     return lines, (folder / "embeddings.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
 def test_restarts_end_where_an_uninterrupted_run_does(tmp_path, figure):
     flags = ["--epochs", "6", "--queue", "64", "--loss", "scl"]
