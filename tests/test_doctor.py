@@ -52,17 +52,17 @@ NMS = "raise RuntimeError('operator torchvision::nms does not exist')"
     ("before", "environment", "part", "state", "says", "fix"),
     [
         (missing("triton"), {}, "Triton", "OPTIONAL", "kernels on a GPU would need it: No module", "pip install triton"),
-        (stands_in("triton", "raise ImportError('libtriton.so: bad')"), {}, "Triton", "OPTIONAL", "libtriton.so: bad", "pip install triton"),
+        pytest.param(stands_in("triton", "raise ImportError('libtriton.so: bad')"), {}, "Triton", "OPTIONAL", "libtriton.so: bad", "pip install triton", marks=pytest.mark.slow),
         (stands_in("torchvision", NMS), {}, "torchvision", "MISSING", "does not fit this torch: operator torchvision::nms", "pip install 'torchvision==0."),
-        (missing("torchvision"), {}, "torchvision", "MISSING", "ResNets, ViTs and CIFAR's archives need it", "pip install 'torchvision==0."),
+        pytest.param(missing("torchvision"), {}, "torchvision", "MISSING", "ResNets, ViTs and CIFAR's archives need it", "pip install 'torchvision==0.", marks=pytest.mark.slow),
         (missing(EXTENSION), {}, "extension", "OPTIONAL", "the same results, slower on a CPU: No module", "setup.py build_ext --inplace"),
         (stands_in(EXTENSION, "module.TORCH, module.REVISION = '2.0.1', 2"), {}, "extension", "OPTIONAL", "built for torch 2.0.1", "setup.py build_ext --inplace"),
-        (missing(EXTENSION), {"PATH": ""}, "extension", "OPTIONAL", "slower", "install a C++ compiler (such as g++), then cd "),
+        pytest.param(missing(EXTENSION), {"PATH": ""}, "extension", "OPTIONAL", "slower", "install a C++ compiler (such as g++), then cd ", marks=pytest.mark.slow),
         ("", {"HYPERCONTRAST_NO_EXT": "1"}, "extension", "OPTIONAL", "left out, as HYPERCONTRAST_NO_EXT=1 asks", "unset HYPERCONTRAST_NO_EXT"),
         (missing("tyro"), {}, "driver", "MISSING", "without tyro (flags)", f"pip install -e '{ROOT}[train]'"),
-        (missing("yaml") + missing("safetensors"), {}, "driver", "MISSING", "without PyYAML (recipes and config.yaml), safetensors", "[train]'"),
+        pytest.param(missing("yaml") + missing("safetensors"), {}, "driver", "MISSING", "without PyYAML (recipes and config.yaml), safetensors", "[train]'", marks=pytest.mark.slow),
         ("", {"HYPERCONTRAST_BACKEND": "triton"}, "losses", "MISSING", "backend='triton' needs features on a GPU", "HYPERCONTRAST_BACKEND=blockwise"),
-        ("", {"HYPERCONTRAST_BACKEND": "fast"}, "losses", "MISSING", "HYPERCONTRAST_BACKEND must be", "HYPERCONTRAST_BACKEND=blockwise"),
+        pytest.param("", {"HYPERCONTRAST_BACKEND": "fast"}, "losses", "MISSING", "HYPERCONTRAST_BACKEND must be", "HYPERCONTRAST_BACKEND=blockwise", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_what_is_missing_and_how_to_mend_it(before, environment, part, state, says, fix):

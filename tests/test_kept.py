@@ -285,7 +285,12 @@ def test_public_losses_keep_within_the_budget(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "cols", "exclude_own"), [(True, False, True), (False, True, False), (True, True, True)]
+    ("rows", "cols", "exclude_own"),
+    [
+        pytest.param(True, False, True, marks=pytest.mark.slow),
+        pytest.param(False, True, False, marks=pytest.mark.slow),
+        (True, True, True),
+    ],
 )
 def test_opcheck(rows, cols, exclude_own, monkeypatch):
     monkeypatch.setattr(_launch, "KEEP_FLOP", 0)

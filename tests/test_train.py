@@ -292,7 +292,7 @@ def test_compiled_training_takes_the_same_steps(options, tmp_path):
 # A queue of past features, and batches in chunks
 
 
-@pytest.mark.parametrize("loss", ["ntce", "nonl", "scl"])
+@pytest.mark.parametrize("loss", [pytest.param("ntce", marks=pytest.mark.slow), "nonl", "scl"])
 def test_a_queue_adds_negatives_and_survives_a_restart(loss, tmp_path):
     options = {"loss": loss, "queue": 120, "accumulate": 2}
     whole = train(small(tmp_path / "whole", **options))
@@ -323,7 +323,7 @@ def train_simply(rank, world, port, config):
         train(config)
 
 
-@pytest.mark.parametrize(("loss", "queue"), [("ce", 0), ("nonl", 40), ("scl", 80)])
+@pytest.mark.parametrize(("loss", "queue"), [pytest.param("ce", 0, marks=pytest.mark.slow), ("nonl", 40), ("scl", 80)])
 def test_ranks_and_chunks_take_the_steps_of_one_batch(loss, queue, tmp_path):
     def config(name, **options):
         fixed = {"loss": loss, "queue": queue, "limit": 80, "batch_size": 40, "lr": 0.1}
