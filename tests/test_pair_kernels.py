@@ -202,16 +202,15 @@ def check(case: Case, upstream: Upstream) -> dict[str, Tensor]:
     most_positives = max([1, *case.pairs[1].sum(1).tolist()])
     # The radial part of a sum over positives is taken away in float32.
     cancelled = single * most_positives
-    exponent = single * reach  # by so much of itself is exp(s - lse) off: both are as large as 1/τ and in float32
     floor = {
         "lse": 8e-7 * reach + 1e-6,
         "positives": 8e-7 * reach * (1 if case.inside else most_positives) + 1e-6,
-        "grad": (2 * (rounding + cancelled) + exponent) * strength / (case.tau * shortest[0]),
-        "grad_columns": (2 * (rounding + cancelled) + exponent) * strength / (case.tau * shortest[1]),
+        "grad": 2 * (rounding + cancelled) * strength / (case.tau * shortest[0]),
+        "grad_columns": 2 * (rounding + cancelled) * strength / (case.tau * shortest[1]),
         # The factors of float32 that all weights share; a weight rounded for every positive; and log-sum-exps kept in
         # float32, whose rounding scales a whole row of exp(s - lse).
         "logit_grad_sum": 8 * single * truth["logit_grad_sum"].abs().item()
-        + strength * rows**0.5 * (4 * rounding * reach * most_positives**0.5 + 0.29 * exponent * reach),
+        + strength * rows**0.5 * (4 * rounding * reach * most_positives**0.5 + 0.29 * single * reach**2),
     }
     assert actual.keys() == truth.keys()
     for name, value in actual.items():
