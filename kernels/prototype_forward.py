@@ -165,11 +165,18 @@ def _lse_fwd_kernel(
         if NARROW:
             b_CD = load_rows(b_ptr, row_C, inside_C, stride_b, 0, D, BLOCK_D)
             dots_RC = tl.dot(a_RD, b_CD.T, input_precision=INPUT_PRECISION)
-        else:
+        elif A_IS_CLASSES or b_ptr.dtype.element_ty != tl.float32:
             dots_RC = product(
                 a_ptr, b_ptr, row_R, row_C, inside_R, inside_C, stride_a, stride_b, D,
                 BLOCK_R, BLOCK_C, BLOCK_D, INPUT_PRECISION,
             )  # fmt: skip
+        else:
+            # Classes first, as in the backward: products of float32 depend, in their last bit, on which operand is.
+            dots_CR = product(
+                b_ptr, a_ptr, row_C, row_R, inside_C, inside_R, stride_b, stride_a, D,
+                BLOCK_C, BLOCK_R, BLOCK_D, INPUT_PRECISION,
+            )  # fmt: skip
+            dots_RC = tl.trans(dots_CR)
         # The factors meet before the product: a logit then has the same bits whichever operand owns the rows.
         logits_RC = dots_RC * (scale_R[:, None] * scale_C[None, :]) + nothing_C[None, :]
         if FIXED_SHIFT:

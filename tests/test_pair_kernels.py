@@ -198,6 +198,10 @@ def check(case: Case, upstream: Upstream) -> dict[str, Tensor]:
     if case.setting != "others":
         strength *= 2  # either side
     rounding, single = (torch.finfo(dtype).eps for dtype in (case.anchors.dtype, torch.float32))
+    if case.anchors.dtype == torch.float32 and _launch.is_narrow(_launch.PAIR_BACKWARD_NARROW, case.anchors):
+        # Which no caller can reach, see `check_draw`. A pair's two products, in either order of its samples, are each
+        # half a unit off, and logits as large as 1/τ with them. The rounding of half types hides that.
+        rounding *= 1 + reach
     rows = max(1, len(case.anchors))
     most_positives = max([1, *case.pairs[1].sum(1).tolist()])
     # The radial part of a sum over positives is taken away in float32.
