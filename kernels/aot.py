@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,8 +31,7 @@ from . import (
 )
 from ._launch import ARCHITECTURES
 
-# All that launch kernels.
-MODULES = (
+_MODULES = (
     _epilogue, class_sums, pair_backward, pair_fixed, pair_forward, pair_loss, prototype_backward, prototype_columns,
     prototype_forward, prototype_loss,
 )  # fmt: skip
@@ -172,6 +172,11 @@ def _disassembled(cubin: bytes, what: str) -> str:
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
         return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def kernels() -> list[tuple[ModuleType, str]]:
+    """Every kernel, as the module that launches it and its name there."""
+    return [(module, name) for module in _MODULES for name in vars(module) if name.endswith("_kernel")]
 
 
 def aot_configurations() -> list[AotConfiguration]:

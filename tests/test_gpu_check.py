@@ -17,13 +17,7 @@ from hypercontrast.kernels import _launch, aot, prototype_backward
 
 def test_the_sanitizer_meets_every_kernel(monkeypatch):
     """In name: without a GPU the launches are only counted, with types as they are on one."""
-
-    kernels = {
-        kernel.fn.__name__
-        for module in aot.MODULES
-        for name, kernel in vars(module).items()
-        if name.endswith("_kernel")
-    }
+    kernels = {getattr(module, name).fn.__name__ for module, name in aot.kernels()}
     monkeypatch.setattr(prototype_backward, "mm_fp32", lambda a, b, into=None: torch.empty(len(a), b.shape[1]))
     monkeypatch.setattr(_launch, "kernel_dtype", lambda x: x.dtype)
     with record_launches(monkeypatch) as launched:

@@ -538,9 +538,8 @@ def record_launches(monkeypatch) -> Iterator[set]:
     launched: set = set()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty_like", torch.zeros_like)  # class numbers that nobody writes are indices
-        for module in aot.MODULES:
-            for name in [name for name in vars(module) if name.endswith("_kernel")]:
-                patch.setattr(module, name, Recorder(getattr(module, name), launched))
+        for module, name in aot.kernels():
+            patch.setattr(module, name, Recorder(getattr(module, name), launched))
         yield launched
 
 

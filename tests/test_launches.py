@@ -49,9 +49,8 @@ def marked(name, function):
 
 @pytest.fixture
 def _marks(monkeypatch):
-    for module in aot.MODULES:
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Marked(getattr(module, name)))
+    for module, name in aot.kernels():
+        monkeypatch.setattr(module, name, Marked(getattr(module, name)))
     if DEVICE == "cpu":  # a CPU has no product of half types with an fp32 result, and reads what a GPU does not
         monkeypatch.setattr(prototype_backward, "mm_fp32", marked(PRODUCT, prototype_backward.mm_fp32))
         for reader in ("check_label_range", "check_temperature_value", "check_weight"):
@@ -67,7 +66,7 @@ def count_launches(work) -> tuple[int, list[str]]:
             work()
             torch.cuda.synchronize()
         names = [e.name for e in profiled.events() if e.device_type == DeviceType.CUDA and e.name != OURS]
-        kernels = {name for module in aot.MODULES for name in vars(module)}
+        kernels = {name for _, name in aot.kernels()}
         others = [name for name in names if name not in kernels and not name.startswith(("Memcpy", "Memset"))]
         return sum(name in kernels for name in names), others
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
