@@ -123,41 +123,37 @@ _BACKWARD_WIDE: Wide = {
 # On Hopper measured: two programs of few warps share a multiprocessor, so that one computes exponentials while the
 # other waits for its products.
 _BACKWARD_NARROW_90: Narrow = {**_NARROW, 128: Config(64, 64, 128, 4, 3)}
-BACKWARD_NARROW = {
-    80: _BACKWARD_NARROW,
-    90: _BACKWARD_NARROW_90,
-    100: {**_BACKWARD_NARROW, 32: Config(128, 64, 32, 8, 3, max_registers=255)},
+# On Blackwell both products of a tile come back into registers from a memory of their own.
+_BACKWARD_NARROW_TIGHT: Narrow = {
+    **{width: Config(128, 32, width, 8, 3, max_registers=255) for width in (16, 32, 64)},
+    128: Config(64, 64, 128, 8, 3, max_registers=255),
 }
+BACKWARD_NARROW = {80: _BACKWARD_NARROW, 90: _BACKWARD_NARROW_90, 100: _BACKWARD_NARROW_TIGHT}
 BACKWARD_WIDE = {
     80: _BACKWARD_WIDE,
     90: {**_BACKWARD_WIDE, (2, False): Config(128, 128, 64, 4, 3)},
     100: _BACKWARD_WIDE,
 }
-# Column sums bring two more vectors of each sample, listed classes their rows' addresses.
+# Column sums bring two more vectors of each sample, listed classes their rows' addresses, and columns that are not made
+# ready all that is done to them.
 BACKWARD_NARROW_CROWDED = {
     80: _BACKWARD_NARROW,
     90: {**_BACKWARD_NARROW, 128: Config(64, 64, 128, 4, 3)},
-    100: {**_BACKWARD_NARROW, 64: Config(128, 32, 64, 8, 3, max_registers=255)},
+    100: _BACKWARD_NARROW_TIGHT,
 }
 BACKWARD_WIDE_CROWDED = dict.fromkeys(ARCHITECTURES, _BACKWARD_WIDE)
 
-_PAIR_BACKWARD_NARROW: Narrow = {
-    16: Config(128, 32, 16, 8, 3, max_registers=255),
-    32: Config(128, 32, 32, 8, 3, max_registers=255),
-    64: Config(128, 32, 64, 8, 3, max_registers=255),
-    128: Config(64, 64, 128, 8, 3, max_registers=255),
-}
 _PAIR_BACKWARD_WIDE: Wide = {
     (2, False): Config(128, 64, 64, 8, 3),
     (2, True): Config(64, 64, 64, 8, 4, max_registers=255),
     (4, False): Config(64, 64, 16, 8, 3, max_registers=255),
     (4, True): Config(64, 64, 16, 8, 3, max_registers=255),
 }
-PAIR_BACKWARD_NARROW = {80: _PAIR_BACKWARD_NARROW, 90: _NARROW, 100: _PAIR_BACKWARD_NARROW}
+PAIR_BACKWARD_NARROW = {80: _BACKWARD_NARROW_TIGHT, 90: _NARROW, 100: _BACKWARD_NARROW_TIGHT}
 PAIR_BACKWARD_WIDE = dict.fromkeys(ARCHITECTURES, _PAIR_BACKWARD_WIDE)
 # Log-sum-exps of positives bring two more exponentials of each pair, masks two pointers.
 _PAIR_BACKWARD_WIDE_CROWDED: Wide = {**_PAIR_BACKWARD_WIDE, (2, False): _PAIR_BACKWARD_WIDE[2, True]}
-PAIR_BACKWARD_NARROW_CROWDED = dict.fromkeys(ARCHITECTURES, _PAIR_BACKWARD_NARROW)
+PAIR_BACKWARD_NARROW_CROWDED = dict.fromkeys(ARCHITECTURES, _BACKWARD_NARROW_TIGHT)
 PAIR_BACKWARD_WIDE_CROWDED = dict.fromkeys(ARCHITECTURES, _PAIR_BACKWARD_WIDE_CROWDED)
 
 # With a fixed shift (pair_fixed.py). The more rows of a tile a thread holds, the fewer shuffles a column
@@ -180,7 +176,11 @@ _TRIANGLE_FIXED_CROWDED: Narrow = {
     256: Config(128, 32, 256, 8, 2, max_registers=255),
 }
 PAIR_TRIANGLE_FIXED_CROWDED = {80: _TRIANGLE_FIXED_CROWDED, 90: _FORWARD_FIXED, 100: _TRIANGLE_FIXED_CROWDED}
-PAIR_RECTANGLE_FIXED = dict.fromkeys(ARCHITECTURES, _FORWARD_FIXED)
+PAIR_RECTANGLE_FIXED = {
+    80: _FORWARD_FIXED,
+    90: _FORWARD_FIXED,
+    100: {**_FORWARD_FIXED, 256: Config(128, 64, 256, 8, 2, max_registers=255)},
+}
 _BACKWARD_FIXED: Narrow = {
     16: Config(64, 64, 16, 4, 3),
     32: Config(64, 64, 32, 4, 3),
@@ -248,7 +248,7 @@ def finish_blocks(dim: int, splits: int) -> dict[str, int | bool]:
     """2048 numbers a program; of split sums eight parts at once."""
     depth, parts = min(padded_width(dim), 2048), 1 if splits == 1 else 8
     blocks = {"BLOCK_S": parts, "BLOCK_R": max(1, 2048 // parts // depth), "BLOCK_D": depth}
-    return {"ONCE": dim <= depth, **blocks, "num_warps": 4}
+    return {"ONCE": dim <= depth, **blocks, "num_warps": 4, "maxnreg": 128}  # see `row_blocks`
 
 
 def segment_blocks(num_classes: int) -> dict[str, int]:

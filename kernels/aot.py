@@ -343,9 +343,11 @@ def _backward_narrow() -> Iterator[AotConfiguration]:
 
 def _backward_wide() -> Iterator[AotConfiguration]:
     for dtype, (rows, cols, exclude_own) in itertools.product(_TRITON_NAMES, _RULES):
-        configs = _pinned(_launch.BACKWARD_WIDE_CROWDED if cols else _launch.BACKWARD_WIDE, dtype)
         half = dtype in _launch.KEEP_INV_TEMPERATURE
-        choices = [(config, archs, False, lean) for config, archs in configs for lean in (False, True)[: 1 + half]]
+        choices = []
+        for lean in (False, True)[: 1 + half]:
+            tables = _launch.BACKWARD_WIDE_CROWDED if cols or (half and not lean) else _launch.BACKWARD_WIDE
+            choices += [(config, archs, False, lean) for config, archs in _pinned(tables, dtype)]
         choices += [(_launch.BACKWARD_KEPT, ARCHITECTURES, True, False)] * half
         for (config, archs, kept, lean), (tensor_temperature, compact) in itertools.product(
             choices, _flags(rows, cols)
@@ -365,7 +367,12 @@ def _backward_wide() -> Iterator[AotConfiguration]:
                 **config.launch_options(),
             }
             yield _configuration(
-                "lse_bwd_tile", prototype_backward._lse_bwd_tile_kernel, dtype, meta, archs=archs, crowded=cols
+                "lse_bwd_tile",
+                prototype_backward._lse_bwd_tile_kernel,
+                dtype,
+                meta,
+                archs=archs,
+                crowded=cols or (half and not lean),
             )
 
 

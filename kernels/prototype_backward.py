@@ -412,7 +412,8 @@ def _launch_tile(
     """H of a chunk of classes and samples, in the operand's type."""
     num_rows, (num_columns, dim) = len(classes.x), samples.x.shape
     if kept is None:
-        tables = _launch.BACKWARD_WIDE if samples.lse is None else _launch.BACKWARD_WIDE_CROWDED
+        crowded = samples.lse is not None or (of_samples is None and samples.x.dtype.itemsize == 2)
+        tables = _launch.BACKWARD_WIDE_CROWDED if crowded else _launch.BACKWARD_WIDE
         config = _launch.wide_config(tables, classes.x, num_columns)
     else:
         config = _launch.BACKWARD_KEPT
