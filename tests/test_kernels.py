@@ -175,18 +175,17 @@ def check(case: Case, upstream: Upstream) -> dict[str, Tensor]:
     )
     strength = max([0.0, *(g.abs().max().item() for g in vars(upstream).values() if g.numel())])
     rounding = rounding_of(case.features.dtype)
-    if case.is_narrow_float32:
-        # Exponents in units of log 2 have the column's norm and the log-sum-exp joined to them: four roundings, half a
-        # unit each, of numbers as large as 1/τ. The rounding of half types hides them.
-        rounding *= 1 + 2 * reach
+    # Exponents in units of log 2 have the column's norm and the log-sum-exp joined to them, numbers as large as 1/τ: so far
+    # off is every weight, of itself. The rounding of half types hides it.
+    exponent = rounding * reach if case.is_narrow_float32 else 0.0
     floor = {
         "row": 8e-7 * reach + 1e-6,
         "col": 8e-7 * reach + 1e-6,
         "pos": 8e-7 * reach + 1e-6,
-        "grad_features": 2 * rounding * strength / (case.tau * shortest[0]),
-        "grad_prototypes": 2 * rounding * strength / (case.tau * shortest[1]),
+        "grad_features": (2 * rounding + exponent) * strength / (case.tau * shortest[0]),
+        "grad_prototypes": (2 * rounding + exponent) * strength / (case.tau * shortest[1]),
         # The last term: log-sum-exps are kept in float32, whose rounding (rms .29 units) scales a whole row of exp(s - lse).
-        "logit_grad_sum": 4 * rounding * strength * reach * max(1.0, math.sqrt(len(case.features)))
+        "logit_grad_sum": (4 * rounding + exponent) * strength * reach * max(1.0, math.sqrt(len(case.features)))
         + 0.29 * torch.finfo(torch.float32).eps * strength * reach**2,
     }
     for name, value in actual.items():

@@ -198,10 +198,10 @@ def check(case: Case, upstream: Upstream) -> dict[str, Tensor]:
     if case.setting != "others":
         strength *= 2  # either side
     rounding, single = (torch.finfo(dtype).eps for dtype in (case.anchors.dtype, torch.float32))
-    if case.anchors.dtype == torch.float32 and _launch.is_narrow(_launch.PAIR_BACKWARD_NARROW, case.anchors):
-        # Which no caller can reach, see `check_draw`. A pair's two products, in either order of its samples, are each
-        # half a unit off, and logits as large as 1/τ with them. The rounding of half types hides that.
-        rounding *= 1 + reach
+    # Narrow float32 no caller can reach, see `check_draw`. A pair's two products, in either order of its samples, are each
+    # half a unit off, and logits as large as 1/τ with them. The rounding of half types hides that.
+    narrow = case.anchors.dtype == torch.float32 and _launch.is_narrow(_launch.PAIR_BACKWARD_NARROW, case.anchors)
+    exponent = rounding * reach if narrow else 0.0
     rows = max(1, len(case.anchors))
     most_positives = max([1, *case.pairs[1].sum(1).tolist()])
     # The radial part of a sum over positives is taken away in float32.
@@ -209,8 +209,8 @@ def check(case: Case, upstream: Upstream) -> dict[str, Tensor]:
     floor = {
         "lse": 8e-7 * reach + 1e-6,
         "positives": 8e-7 * reach * (1 if case.inside else most_positives) + 1e-6,
-        "grad": 2 * (rounding + cancelled) * strength / (case.tau * shortest[0]),
-        "grad_columns": 2 * (rounding + cancelled) * strength / (case.tau * shortest[1]),
+        "grad": (2 * (rounding + cancelled) + exponent) * strength / (case.tau * shortest[0]),
+        "grad_columns": (2 * (rounding + cancelled) + exponent) * strength / (case.tau * shortest[1]),
         # The factors of float32 that all weights share; a weight rounded for every positive; and log-sum-exps kept in
         # float32, whose rounding scales a whole row of exp(s - lse).
         "logit_grad_sum": 8 * single * truth["logit_grad_sum"].abs().item()
