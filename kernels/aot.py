@@ -346,10 +346,11 @@ def _backward_wide() -> Iterator[AotConfiguration]:
         half = dtype in _launch.KEEP_INV_TEMPERATURE
         choices = []
         for lean in (False, True)[: 1 + half]:
-            tables = _launch.BACKWARD_WIDE_CROWDED if cols or (half and not lean) else _launch.BACKWARD_WIDE
-            choices += [(config, archs, False, lean) for config, archs in _pinned(tables, dtype)]
-        choices += [(_launch.BACKWARD_KEPT, ARCHITECTURES, True, False)] * half
-        for (config, archs, kept, lean), (tensor_temperature, compact) in itertools.product(
+            crowded = cols or (half and not lean)
+            tables = _launch.BACKWARD_WIDE_CROWDED if crowded else _launch.BACKWARD_WIDE
+            choices += [(config, archs, crowded, False, lean) for config, archs in _pinned(tables, dtype)]
+        choices += [(_launch.BACKWARD_KEPT, ARCHITECTURES, True, True, False)] * half
+        for (config, archs, crowded, kept, lean), (tensor_temperature, compact) in itertools.product(
             choices, _flags(rows, cols)
         ):
             if kept and tensor_temperature:
@@ -372,7 +373,7 @@ def _backward_wide() -> Iterator[AotConfiguration]:
                 dtype,
                 meta,
                 archs=archs,
-                crowded=cols or (half and not lean),
+                crowded=crowded,
             )
 
 
