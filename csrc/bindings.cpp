@@ -4,6 +4,7 @@
 #include <torch/version.h>
 
 #include "negative_buffer.h"
+#include "prototype_loss.h"
 #include "tiles.h"
 
 PYBIND11_MODULE(_C, module) {
@@ -11,6 +12,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("pack", &hypercontrast::pack, without_gil());
   module.def("gather", &hypercontrast::gather, without_gil());
   module.def("push", &hypercontrast::push, without_gil());
+  pybind11::class_<hypercontrast::PrototypeLoss>(module, "PrototypeLoss")
+      .def(pybind11::init<double, int64_t, bool, bool, bool, int64_t, int64_t, int64_t>());
+  module.def("prototype_loss", &hypercontrast::prototype_loss, without_gil());
+  module.def("prototype_loss_backward", &hypercontrast::prototype_loss_backward, without_gil());
   module.def("exponentiate", &hypercontrast::exponentiate, without_gil());
   module.def("weigh", &hypercontrast::weigh, without_gil());
   module.def("reusable", &hypercontrast::reusable, without_gil());

@@ -26,8 +26,14 @@ void weigh(const at::Tensor& tile, const std::optional<at::Tensor>& factors, boo
 double through_norm(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& inv, const at::Tensor& outer,
                     bool project);
 
-// [elements] float32, not initialised. Its memory serves the next call once the tensor is gone: a training step asks for
-// the same size every time, and pages fresh from the system cost more than what is written to them.
+// 1/|x| of each row [n], zero where |x| <= 1e-12. Throws std::invalid_argument, which names `name`, where one is not finite.
+at::Tensor inverse_norms(const char* name, const at::Tensor& x);
+
+// out [n, D] <- the rows of x times their factors [n].
+void scale_rows(const at::Tensor& x, const at::Tensor& factors, const at::Tensor& out);
+
+// [elements] float32, not initialised. Its memory serves a later call once the tensor is gone: a training step asks for
+// the same sizes every time, and pages fresh from the system cost more than what is written to them.
 at::Tensor reusable(int64_t elements);
 
 // Give back to the system the memory that waits for the next `reusable`.

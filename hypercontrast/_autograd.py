@@ -6,8 +6,8 @@ With s_j the positive of sample j, a its class's weight, n_c the samples of clas
     sample anchor:     L = (1/M) Σ_j a_j (ℓ_j - s_j).
 
 Over R ranks the value is the global one on every rank, and local gradients carry a factor R, which DDP's average
-removes. On a GPU of its own, a batch small enough has its loss from one operator instead (`_ops.prototype_loss`): there
-the launches of this arithmetic would cost more than the work.
+removes. In one process most batches have their loss from one operator instead (`_ops.prototype_loss`): there the
+launches, or on a CPU the calls, of this arithmetic would cost more than the work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hypercontrast import _checks, _ops, blockwise
+from hypercontrast import _checks, _ops, blockwise, compiled
 from hypercontrast.distributed import ABSENT, all_sum, global_lse, world_size
 from hypercontrast.kernels import _launch  # needs no Triton
 
@@ -71,14 +71,15 @@ def prototype_loss(
     learned, inv_temperature = _checks.split_temperature(temperature)
     num_classes = len(prototypes)
     alone = queue is None and group is None
-    if (
-        backend == "triton" and alone and reduction != "none" and rule.empty != "error"
-        and _launch.loss_follows_lse(len(features), num_classes, features.shape[1], rule.rows, rule.cols)
-    ):  # fmt: skip
+    if backend == "triton":
+        takes = _launch.loss_follows_lse(len(features), num_classes, features.shape[1], rule.rows, rule.cols)
+    else:
+        takes = compiled.takes(features, prototypes, learned, inv_temperature, normalize)
+    if takes and alone and reduction != "none" and rule.empty != "error":
         loss, _, _, _, inv_norms, *_, extremes = _ops.prototype_loss(
             features, prototypes, labels, weight, learned, inv_temperature, ignore_index, rule.rows, rule.cols,
             rule.exclude_own, normalize, rule.empty == "zero", reduction == "mean",
-            _keep_bytes(features, prototypes, temperature),
+            _keep_bytes(features, prototypes, temperature), backend,
         )  # fmt: skip
         _checks.watch_labels(labels, num_classes, ignore_index, extremes)
         if class_means is not None:

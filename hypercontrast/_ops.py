@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypercontrast import _checks, blockwise
+from hypercontrast import _checks, blockwise, compiled
 from hypercontrast._operator import operator
 from hypercontrast.kernels import _launch  # needs no Triton
 
@@ -184,31 +184,52 @@ def lse_backward(
     exclude_own: bool,
     normalize: bool,
     backend: str,
+    wants_features: bool,
+    wants_prototypes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `lse`: of the features, of the prototypes, and Σ G∘s, from which d/dτ = -Σ G∘s / τ."""
+    """Gradients of `lse`: of the features, of the prototypes, and Σ G∘s, from which d/dτ = -Σ G∘s / τ.
+
+    The first two only where they are wanted, else empty: a third of the products each. The last comes with the first.
+    """
     with in_full_precision(features):
         options = _options(
             features, counts, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize
         )
+        wanted = wants_features, wants_prototypes
         statistics = (features, prototypes, labels, row_lse, col_lse)
         rest = (
             inv_norm_features, inv_norm_prototypes, kept,
             grad_row.contiguous(), grad_col.contiguous(), grad_pos.contiguous(),
         )  # fmt: skip
         if backend == "triton":
-            *grads, radial = _kernels().launch_bwd(*statistics, positives, *rest, **options)
+            *grads, radial = _kernels().launch_bwd(*statistics, positives, *rest, **options, wanted=wanted)
             logit_grad_sum = radial.sum() * inv_temperature if temperature is None else radial.sum() / temperature
             return *grads, logit_grad_sum.to(radial.dtype).reshape(())
-        return blockwise.lse_backward(*statistics, *rest, **options)
+        return blockwise.lse_backward(*statistics, *rest, **options, wanted=wanted)
 
 
 @lse_backward.register_fake
 def _lse_backward_fake(features, prototypes, *args):
-    return (
-        torch.empty_like(features, memory_format=torch.contiguous_format),
-        torch.empty_like(prototypes, memory_format=torch.contiguous_format),
-        features.new_empty((), dtype=_checks.accumulator(features)),
-    )
+    grads = _fake_grads(features, prototypes, *args[-2:])
+    return *grads, features.new_empty((), dtype=_checks.accumulator(features))
+
+
+def _fake_grads(features, prototypes, wants_features: bool, wants_prototypes: bool) -> tuple[Tensor, Tensor]:
+    def grad(x: Tensor, wanted: bool) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else features.new_empty(0)
+
+    return grad(features, wants_features), grad(prototypes, wants_prototypes)
+
+
+def _wanted(ctx, temperature: Tensor | None) -> tuple[bool, bool]:
+    """Whose gradients a backward has to compute: of the features, of the prototypes. τ's is read off the first."""
+    of_temperature = temperature is not None and ctx.needs_input_grad[4]
+    return ctx.needs_input_grad[0] or of_temperature, ctx.needs_input_grad[1]
+
+
+def _asked_for(grads: tuple[Tensor, Tensor], ctx) -> tuple[Tensor | None, Tensor | None]:
+    features, prototypes = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
+    return features, prototypes
 
 
 def _lse_setup_context(ctx, inputs, output) -> None:
@@ -240,14 +261,14 @@ def _lse_autograd(ctx, grad_row, grad_col, grad_pos, *_unused):
     if grad_pos is None:
         grad_pos = row_lse.new_zeros(len(tensors[0]))
     inv_temperature, ignore_index, rows, cols, exclude_own, normalize, _, backend = ctx.options
-    grad_features, grad_prototypes, logit_grad_sum = lse_backward(
+    *grads, logit_grad_sum = lse_backward(
         *tensors, grad_row, grad_col, grad_pos, counts, temperature, inv_temperature, ignore_index, rows, cols,
-        exclude_own, normalize, backend,
+        exclude_own, normalize, backend, *_wanted(ctx, temperature),
     )  # fmt: skip
     grad_temperature = None
-    if temperature is not None:
+    if temperature is not None and ctx.needs_input_grad[4]:
         grad_temperature = (-logit_grad_sum / temperature).to(temperature.dtype).reshape(temperature.shape)
-    return grad_features, grad_prototypes, None, None, grad_temperature, *[None] * len(ctx.options)
+    return *_asked_for(grads, ctx), None, None, grad_temperature, *[None] * len(ctx.options)
 
 
 lse.register_autograd(_lse_autograd, setup_context=_lse_setup_context)
@@ -269,8 +290,10 @@ def prototype_loss(
     zero_empty: bool,
     mean: bool,
     keep_bytes: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss itself, by Triton: `lse` and what _autograd.py makes of it over one process, in three launches.
+    """The loss itself: `lse` and what _autograd.py makes of it over one process, in three launches of Triton or in one
+    call of the C++ extension (what that takes says `compiled.takes`).
 
     Args: as of `lse`, and
         weight: [K] class weights.
@@ -280,8 +303,14 @@ def prototype_loss(
     Returns:
         The loss; what the backward needs, see `kernels.prototype_loss.Forward`: log-sum-exps, positives, inverse norms
         of features and prototypes, kept exponentials, upstream gradients of row_lse, col_lse and positives, the divisor
-        (all fp32 but what is kept); and the smallest and the largest label, ignored ones taken for zero.
+        (all fp32 but what is kept); and the smallest and the largest label, ignored ones taken for zero. On a CPU
+        log-sum-exps, positives, upstream gradients and divisor are float64, and the last, checked there, is empty.
     """
+    if backend == "blockwise":
+        return compiled.forward(
+            features, prototypes, labels, weight, inv_temperature=inv_temperature, ignore_index=ignore_index,
+            rows=rows, cols=cols, exclude_own=exclude_own, zero_empty=zero_empty, mean=mean, keep_bytes=keep_bytes,
+        )  # fmt: skip
     with in_full_precision(features):
         _check_values(features, prototypes, labels, temperature, ignore_index)
         return tuple(
@@ -296,22 +325,25 @@ def prototype_loss(
 @prototype_loss.register_fake
 def _prototype_loss_fake(
     features, prototypes, labels, weight, temperature, inv_temperature, ignore_index, rows, cols, exclude_own,
-    normalize, zero_empty, mean, keep_bytes,
+    normalize, zero_empty, mean, keep_bytes, backend,
 ):  # fmt: skip
     n, k = len(features), len(prototypes)
-    row_lse, col_lse = (features.new_empty(size, dtype=torch.float32) for size in (k if rows else 0, n if cols else 0))
-    per_sample, per_class, scalar = (features.new_empty(shape, dtype=torch.float32) for shape in (n, k, ()))
-    like = torch.empty_like
+    wide = torch.float32 if backend == "triton" else torch.float64
+    row_lse, col_lse = (features.new_empty(size, dtype=wide) for size in (k if rows else 0, n if cols else 0))
+    positives, divisor = (features.new_empty(shape, dtype=wide) for shape in (n, ()))
+    loss, inv_features, inv_prototypes = (features.new_empty(shape, dtype=torch.float32) for shape in ((), n, k))
+    upstream = [torch.empty_like(x) for x in (row_lse, col_lse, positives)]
+    if backend == "blockwise":
+        kept = features.new_empty(n * k if blockwise.keeps(n, k, features.dtype, keep_bytes) else 0)
+        statistics = row_lse, col_lse, positives, inv_features, inv_prototypes
+        return loss, *statistics, kept, *upstream, divisor, labels.new_empty(0)
     shape = _launch.kept_shape(
         features, prototypes, counts=None, temperature=temperature, inv_temperature=inv_temperature, rows=rows,
         cols=cols, normalize=normalize, keep_bytes=keep_bytes,
     )  # fmt: skip
     kept = features.new_empty(shape, dtype=_launch.kernel_dtype(features))
-    return (
-        scalar, row_lse, col_lse, like(per_sample), per_sample, per_class, kept,
-        like(row_lse), like(col_lse), like(per_sample), like(scalar),
-        labels.new_empty(2),
-    )  # fmt: skip
+    statistics = row_lse, col_lse, positives, inv_features, inv_prototypes
+    return loss, *statistics, kept, *upstream, divisor, labels.new_empty(2)
 
 
 @operator("hypercontrast::prototype_loss_backward")
@@ -337,25 +369,37 @@ def prototype_loss_backward(
     cols: bool,
     exclude_own: bool,
     normalize: bool,
+    backend: str,
+    wants_features: bool,
+    wants_prototypes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `prototype_loss`: of the features, of the prototypes, and τ Σ_c G∘s of every sample [N]."""
+    """Gradients of `prototype_loss`: of the features, of the prototypes, and, by Triton, τ Σ_c G∘s of every sample [N].
+
+    The first two only where they are wanted, else empty. The last comes with the first.
+    """
+    wanted = wants_features, wants_prototypes
+    if backend == "blockwise":
+        grads = compiled.backward(
+            grad_loss, divisor, features, prototypes, labels, row_lse, col_lse, inv_norm_features, inv_norm_prototypes,
+            kept, grad_row, grad_col, grad_pos, inv_temperature=inv_temperature, ignore_index=ignore_index, rows=rows,
+            cols=cols, exclude_own=exclude_own, wanted=wanted,
+        )  # fmt: skip
+        return *grads, features.new_empty(0)
     with in_full_precision(features):
         options = _options(
             features, None, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize
         )
         return _kernels().launch_bwd(
             features, prototypes, labels, row_lse, col_lse, positives, inv_norm_features, inv_norm_prototypes, kept,
-            grad_row, grad_col, grad_pos, **options, factor=(grad_loss, divisor),
+            grad_row, grad_col, grad_pos, **options, factor=(grad_loss, divisor), wanted=wanted,
         )  # fmt: skip
 
 
 @prototype_loss_backward.register_fake
 def _prototype_loss_backward_fake(grad_loss, divisor, features, prototypes, *args):
-    return (
-        torch.empty_like(features, memory_format=torch.contiguous_format),
-        torch.empty_like(prototypes, memory_format=torch.contiguous_format),
-        features.new_empty(len(features), dtype=torch.float32),
-    )
+    *_, backend, wants_features, wants_prototypes = args
+    radial = features.new_empty(len(features) if backend == "triton" and wants_features else 0, dtype=torch.float32)
+    return *_fake_grads(features, prototypes, wants_features, wants_prototypes), radial
 
 
 def _prototype_loss_setup_context(ctx, inputs, output) -> None:
@@ -369,14 +413,15 @@ def _prototype_loss_setup_context(ctx, inputs, output) -> None:
 
 def _prototype_loss_autograd(ctx, grad_loss, *_unused):
     *tensors, temperature = ctx.saved_tensors
-    grad_features, grad_prototypes, radial = prototype_loss_backward(
-        grad_loss, *tensors, temperature, *ctx.options[:-3]
+    *options, _, _, _, backend = ctx.options
+    *grads, radial = prototype_loss_backward(
+        grad_loss, *tensors, temperature, *options, backend, *_wanted(ctx, temperature)
     )  # fmt: skip
     grad_temperature = None
-    if temperature is not None:
+    if temperature is not None and ctx.needs_input_grad[4]:
         grad_temperature = -radial.sum() / temperature.to(radial.dtype).square()
         grad_temperature = grad_temperature.to(temperature.dtype).reshape(temperature.shape)
-    return grad_features, grad_prototypes, None, None, grad_temperature, *[None] * len(ctx.options)
+    return *_asked_for(grads, ctx), None, None, grad_temperature, *[None] * len(ctx.options)
 
 
 prototype_loss.register_autograd(_prototype_loss_autograd, setup_context=_prototype_loss_setup_context)

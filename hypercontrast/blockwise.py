@@ -222,8 +222,8 @@ def spread(x: Tensor, index: Tensor | None, length: int, fill: float) -> Tensor:
 
 
 def lse_backward(
-    features, prototypes, labels, row_lse, col_lse, inv_features, inv_prototypes, kept, grad_row, grad_col, grad_pos,
-    **options,
+    features, prototypes, labels, row_lse, col_lse, inv_features, inv_prototypes, kept, grad_row, grad_col, grad_pos, *,
+    wanted, **options,
 ):  # fmt: skip
     """See `hypercontrast._ops.lse_backward`."""
     t = _Tiling(features, prototypes, labels, inv_features, inv_prototypes, **options)
@@ -234,15 +234,15 @@ def lse_backward(
     folded = class_factor is not None or sample_factor is not None
     kept = kept.data  # positives are written into it and taken out again, which autograd's version count need not see
 
-    grad_u = inv_features.new_empty(t.n, features.shape[1])
-    grad_w = inv_features.new_zeros(t.k, features.shape[1])
+    wants_features, wants_prototypes = wanted
+    grad_u = inv_features.new_empty(t.n if wants_features else 0, features.shape[1])
+    grad_w = inv_features.new_zeros(t.k if wants_prototypes else 0, features.shape[1])
     inv_u = t.inv_features if sample_factor is None else t.inv_features * sample_factor
     buffer = t.buffer()
     units = inv_features.new_empty(t.height, features.shape[1])
     for panel, w_PD in t.panels(class_factor):
         for block, own_B in t.tiles(panel):
             x_BD = t.features[block].to(t.dtype)
-            u_BD = torch.mul(x_BD, inv_u[block, None], out=units[: len(own_B)])
             shape = (len(own_B), len(w_PD))
             e_BP = _tile(kept, t.start(panel, block), *shape) if kept.numel() else None
             g_BP = _tile(buffer, 0, *shape) if e_BP is None or not folded else e_BP
@@ -252,22 +252,26 @@ def lse_backward(
             places = tiles.entries(own_B)
             before = g_BP[places]
             g_BP[places] = pos[block][places[0]] if t.exclude_own else before + pos[block][places[0]]
-            if panel.start == 0:
+            if wants_features and panel.start == 0:
                 torch.mm(g_BP, w_PD, out=grad_u[block])
-            else:
+            elif wants_features:
                 grad_u[block].addmm_(g_BP, w_PD)
-            grad_w[panel].addmm_(g_BP.T, u_BD)
+            if wants_prototypes:
+                u_BD = torch.mul(x_BD, inv_u[block, None], out=units[: len(own_B)])
+                grad_w[panel].addmm_(g_BP.T, u_BD)
             if folded:
                 g_BP[places] = before  # as it was: a graph may be walked again
 
-    logit_grad_sum = through_norm_(grad_u, t.features, t.inv_features, sample_factor, options["normalize"])
-    class_scale = t.scale * (torch.ones_like(t.inv_prototypes) if class_factor is None else class_factor)
-    through_norm_(grad_w, t.prototypes, t.inv_prototypes, class_scale, options["normalize"])
-    return (
-        spread(grad_u, t.samples, len(features), 0.0).to(features.dtype),
-        spread(grad_w, t.classes, len(prototypes), 0.0).to(prototypes.dtype),
-        logit_grad_sum,
-    )
+    grad_features = grad_prototypes = features.new_empty(0)
+    logit_grad_sum = grad_u.new_zeros(())
+    if wants_features:
+        logit_grad_sum = through_norm_(grad_u, t.features, t.inv_features, sample_factor, options["normalize"])
+        grad_features = spread(grad_u, t.samples, len(features), 0.0).to(features.dtype)
+    if wants_prototypes:
+        class_scale = t.scale * (torch.ones_like(t.inv_prototypes) if class_factor is None else class_factor)
+        through_norm_(grad_w, t.prototypes, t.inv_prototypes, class_scale, options["normalize"])
+        grad_prototypes = spread(grad_w, t.classes, len(prototypes), 0.0).to(prototypes.dtype)
+    return grad_features, grad_prototypes, logit_grad_sum
 
 
 def _folded(t: _Tiling, row, col, pos: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:

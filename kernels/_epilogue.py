@@ -68,8 +68,8 @@ class Gradient:
 
     x: Tensor  # [R, D]
     inv: Tensor  # [R]
-    grad: Tensor  # [R, D], written
-    radial: Tensor  # [R], written: x·P
+    grad: Tensor | None  # [R, D], written, or None where nobody asks for it
+    radial: Tensor | None  # [R], written with it: x·P
 
     def rows(self, part: slice) -> Gradient:
         return type(self)(*(None if tensor is None else tensor[part] for tensor in vars(self).values()))

@@ -307,10 +307,11 @@ def narrow(operands: Operands, options: Options, classes: Side, samples: Side, g
     ranges = tuple(fp16_range(samples.x.dtype, upstream, side.inv) for side in (samples, classes))
     both = columns(operands, options, classes, samples, grad_pos, ranges, of_classes=True)
     parts = [
-        _launch_narrow(operands, options, a, b, grad_pos, of_b, weights_range, a_is_classes=a is classes)
+        (a, _launch_narrow(operands, options, a, b, grad_pos, of_b, weights_range, a_is_classes=a is classes))
         for a, b, of_b, weights_range in zip((classes, samples), (samples, classes), both, ranges, strict=True)
+        if a.grad is not None
     ]
-    split = [(side, part) for side, part in zip((classes, samples), parts, strict=True) if part is not None]
+    split = [(side, part) for side, part in parts if part is not None]
     if split:
         finish(options, None, *split)  # the kernel has undone the scale of fp16
 
@@ -388,13 +389,18 @@ def wide(
             operands, options, w, z, part, rows.start, grad_pos, weights_range,
             None if kept is None else kept.part(rows, part), None if of_samples is None else of_samples.part(part),
         )  # fmt: skip
-        into = [None, None]
-        into[shorter] = whole_sum
-        parts = [(w, mm_fp32(h, z.x, into[0])), (z, mm_fp32(h.T, w.x, into[1]))]
-        whole_sum = parts[shorter][1]
-        if (rows.stop, part.stop) != (num_rows, num_samples):
-            del parts[shorter]
-        finish(options, weights_range, *((side, total[None]) for side, total in parts))
+        is_last = (rows.stop, part.stop) == (num_rows, num_samples)
+        whole = []
+        for i, (side, a, b) in enumerate(((w, h, z.x), (z, h.T, w.x))):
+            if side.grad is None:
+                continue
+            total = mm_fp32(a, b, whole_sum if i == shorter else None)
+            if i == shorter:
+                whole_sum = total
+            if i != shorter or is_last:
+                whole.append((side, total[None]))
+        if whole:
+            finish(options, weights_range, *whole)
 
 
 def _launch_tile(

@@ -120,6 +120,7 @@ def launch_bwd(
     exclude_own: bool,
     normalize: bool,
     factor: tuple[Tensor, Tensor] | None = None,
+    wanted: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient for upstream gradients of row_lse, col_lse and positives (contiguous fp32; unused sides are not read).
 
@@ -127,7 +128,8 @@ def launch_bwd(
     exponentials were kept.
 
     Returns: grad_features [N, D] and grad_prototypes [K, D], summed in fp32, in the types of their inputs; and of every
-        sample τ Σ_c (G∘s)[c, j], fp32 [N]: dL/dτ is minus their sum over τ².
+        sample τ Σ_c (G∘s)[c, j], fp32 [N]: dL/dτ is minus their sum over τ². The gradients of features and of
+        prototypes are computed where `wanted`, else empty, and without the first so is the last.
     """
     operands = prepare(features, prototypes, labels, counts, ignore_index, rows_only=rows and not cols)
     options = Options(temperature, inv_temperature, normalize, exclude_own, factor=factor)
@@ -137,27 +139,35 @@ def launch_bwd(
         of_classes = tuple(present.take(tensor) for tensor in of_classes)
     # Rows of absent classes are not visited, and without samples none is: they keep the zeros they start from.
     new = torch.empty if present is None and len(features) else torch.zeros
-    classes = _side(prototypes, *of_classes, new)
+    classes = _side(prototypes, *of_classes, new if wanted[1] else None)
     samples = _side(
-        features, operands.features, inv_norm_features, col_lse if cols else None, grad_col if cols else None, new
-    )
-    if len(features):
+        features, operands.features, inv_norm_features, col_lse if cols else None, grad_col if cols else None,
+        new if wanted[0] else None,
+    )  # fmt: skip
+    if len(features) and any(wanted):
         shared = (operands, options, classes, samples, grad_pos)
         with _launch.on_device(features):
             if _launch.is_narrow(_launch.BACKWARD_NARROW, operands.features):
                 prototype_backward.narrow(*shared)
             else:
                 prototype_backward.wide(*shared, Kept(kept, positives) if kept is not None and kept.numel() else None)
-    grad_prototypes = classes.grad
-    if present is not None:
-        grad_prototypes = present.spread(grad_prototypes, len(prototypes), 0.0)
-    return unpadded(samples.grad, features), unpadded(grad_prototypes, prototypes), samples.radial
+    grad_features = grad_prototypes = features.new_empty(0)
+    radial = inv_norm_features.new_empty(0)
+    if samples.grad is not None and samples.radial is not None:
+        grad_features, radial = unpadded(samples.grad, features), samples.radial
+    if classes.grad is not None:
+        of_all = classes.grad if present is None else present.spread(classes.grad, len(prototypes), 0.0)
+        grad_prototypes = unpadded(of_all, prototypes)
+    return grad_features, grad_prototypes, radial
 
 
 def _side(
-    x: Tensor, operand: Tensor, inv: Tensor, lse: Tensor | None, upstream: Tensor | None, new: Callable[..., Tensor]
-) -> Side:
-    """One side, with room for the gradient of x in x's type and the operand's (padded) shape."""
+    x: Tensor, operand: Tensor, inv: Tensor, lse: Tensor | None, upstream: Tensor | None,
+    new: Callable[..., Tensor] | None,
+) -> Side:  # fmt: skip
+    """One side, with room for the gradient of x in x's type and the operand's (padded) shape, if it is wanted."""
+    if new is None:
+        return Side(operand, inv, None, None, lse, upstream)
     grad = new(operand.shape, dtype=_launch.kernel_dtype(x), device=x.device)
     return Side(operand, inv, grad, new(len(operand), dtype=torch.float32, device=x.device), lse, upstream)
 
