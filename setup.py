@@ -18,8 +18,14 @@ import sys
 
 from setuptools import setup
 
-HEADERS = ["csrc/negative_buffer.h", "csrc/pack.h", "csrc/prototype_loss.h", "csrc/tiles.h"]
-SOURCES = ["csrc/bindings.cpp", "csrc/negative_buffer.cpp", "csrc/prototype_loss.cpp", "csrc/tiles.cpp"]
+HEADERS = ["csrc/negative_buffer.h", "csrc/pack.h", "csrc/pair_loss.h", "csrc/prototype_loss.h", "csrc/tiles.h"]
+SOURCES = [
+    "csrc/bindings.cpp",
+    "csrc/negative_buffer.cpp",
+    "csrc/pair_loss.cpp",
+    "csrc/prototype_loss.cpp",
+    "csrc/tiles.cpp",
+]
 CUDA_SOURCES = ["csrc/pack.cu"]
 
 

@@ -4,6 +4,7 @@
 #include <torch/version.h>
 
 #include "negative_buffer.h"
+#include "pair_loss.h"
 #include "prototype_loss.h"
 #include "tiles.h"
 
@@ -16,6 +17,8 @@ PYBIND11_MODULE(_C, module) {
       .def(pybind11::init<double, int64_t, bool, bool, bool, int64_t, int64_t, int64_t>());
   module.def("prototype_loss", &hypercontrast::prototype_loss, without_gil());
   module.def("prototype_loss_backward", &hypercontrast::prototype_loss_backward, without_gil());
+  module.def("pair_loss", &hypercontrast::pair_loss, without_gil());
+  module.def("pair_loss_backward", &hypercontrast::pair_loss_backward, without_gil());
   module.def("exponentiate", &hypercontrast::exponentiate, without_gil());
   module.def("weigh", &hypercontrast::weigh, without_gil());
   module.def("reusable", &hypercontrast::reusable, without_gil());

@@ -113,17 +113,6 @@ at::Tensor times(const at::Tensor& x, double scale, const std::optional<at::Tens
   return factors ? scaled.mul_(*factors) : scaled;
 }
 
-// grad exp(-lse) in float32: what the exponentials of a sum weigh. A sum over nothing has no gradient.
-at::Tensor weights(const at::Tensor& lse, const at::Tensor& grad, double factor) {
-  at::Tensor found = at::empty({lse.numel()}, at::kFloat);
-  const double *const sums = lse.data_ptr<double>(), *const gradients = grad.data_ptr<double>();
-  float* const weight = found.data_ptr<float>();
-  for (int64_t i = 0; i < lse.numel(); ++i) {
-    weight[i] = std::isinf(sums[i]) ? 0 : static_cast<float>(factor * gradients[i] * std::exp(-sums[i]));
-  }
-  return found;
-}
-
 // Whether the weights of exp(s) can scale the operands of the products in place of the exponentials, as `_folded` of
 // blockwise.py says; what positives add is then divided by them.
 bool fold(const Walk& t, bool rows, const at::Tensor& weights, const at::Tensor& inv, const at::Tensor& positives) {
@@ -227,14 +216,15 @@ LossAndSaved prototype_loss(const at::Tensor& features, const at::Tensor& protot
     const double a = weight ? class_weights.data_ptr<double>()[c] : 1.0, positive = positives.data_ptr<float>()[i];
     const double in_row = o.rows ? row_sum[own[i]] : 0, in_col = o.cols ? col_sum[i] : 0;
     const bool empty = in_row + in_col == 0;
+    const double lse = o.cols ? std::log(in_row + in_col) : lse_of_class[own[i]];
     all_positives.data_ptr<double>()[j] = positive;
     total_weight += a;
-    if (o.cols) col_lse.data_ptr<double>()[j] = std::log(in_col);
+    if (o.cols) col_lse.data_ptr<double>()[j] = o.rows ? std::log(in_col) : lse;
     if (empty && zero_empty) continue;
     total -= a * positive;
     grad_pos.data_ptr<double>()[j] = -a;
     if (empty) continue;
-    total += a * (o.cols ? std::log(in_row + in_col) : lse_of_class[own[i]]);
+    total += a * lse;
     if (o.cols) grad_col.data_ptr<double>()[j] = a * in_col / (in_row + in_col);
     if (o.rows) grad_row.data_ptr<double>()[c] += a * in_row / (in_row + in_col);
   }

@@ -265,6 +265,16 @@ at::Tensor inverse_norms(const char* name, const at::Tensor& x) {
   return inverse;
 }
 
+at::Tensor weights(const at::Tensor& lse, const at::Tensor& grad, double factor) {
+  at::Tensor found = at::empty({lse.numel()}, at::kFloat);
+  const double *const sums = lse.data_ptr<double>(), *const gradients = grad.data_ptr<double>();
+  float* const weight = found.data_ptr<float>();
+  for (int64_t i = 0; i < lse.numel(); ++i) {
+    weight[i] = std::isinf(sums[i]) ? 0 : static_cast<float>(factor * gradients[i] * std::exp(-sums[i]));
+  }
+  return found;
+}
+
 void scale_rows(const at::Tensor& x, const at::Tensor& factors, const at::Tensor& out) {
   const int64_t rows = x.size(0), width = x.size(1);
   const float *const vectors = x.data_ptr<float>(), *const factor = factors.data_ptr<float>();

@@ -32,6 +32,10 @@ at::Tensor inverse_norms(const char* name, const at::Tensor& x);
 // out [n, D] <- the rows of x times their factors [n].
 void scale_rows(const at::Tensor& x, const at::Tensor& factors, const at::Tensor& out);
 
+// factor grad exp(-lse) [n] in float32, of float64: what the exponentials of a sum weigh in its gradient. A sum over
+// nothing has none.
+at::Tensor weights(const at::Tensor& lse, const at::Tensor& grad, double factor);
+
 // [elements] float32, not initialised. Its memory serves a later call once the tensor is gone: a training step asks for
 // the same sizes every time, and pages fresh from the system cost more than what is written to them.
 at::Tensor reusable(int64_t elements);

@@ -74,7 +74,7 @@ def prototype_loss(
     if backend == "triton":
         takes = _launch.loss_follows_lse(len(features), num_classes, features.shape[1], rule.rows, rule.cols)
     else:
-        takes = compiled.takes(features, prototypes, learned, inv_temperature, normalize)
+        takes = compiled.takes(learned, inv_temperature, normalize, features, prototypes)
     if takes and alone and reduction != "none" and rule.empty != "error":
         loss, _, _, _, inv_norms, *_, extremes = _ops.prototype_loss(
             features, prototypes, labels, weight, learned, inv_temperature, ignore_index, rule.rows, rule.cols,

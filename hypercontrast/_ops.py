@@ -292,8 +292,8 @@ def prototype_loss(
     keep_bytes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss itself: `lse` and what _autograd.py makes of it over one process, in three launches of Triton or in one
-    call of the C++ extension (what that takes says `compiled.takes`).
+    """The loss itself: `lse` and what _autograd.py makes of it over one process. In three launches of Triton, or in one
+    call of the C++ extension: what that takes says `compiled.takes`.
 
     Args: as of `lse`, and
         weight: [K] class weights.
@@ -307,7 +307,7 @@ def prototype_loss(
         log-sum-exps, positives, upstream gradients and divisor are float64, and the last, checked there, is empty.
     """
     if backend == "blockwise":
-        return compiled.forward(
+        return compiled.prototype_loss(
             features, prototypes, labels, weight, inv_temperature=inv_temperature, ignore_index=ignore_index,
             rows=rows, cols=cols, exclude_own=exclude_own, zero_empty=zero_empty, mean=mean, keep_bytes=keep_bytes,
         )  # fmt: skip
@@ -379,7 +379,7 @@ def prototype_loss_backward(
     """
     wanted = wants_features, wants_prototypes
     if backend == "blockwise":
-        grads = compiled.backward(
+        grads = compiled.prototype_loss_backward(
             grad_loss, divisor, features, prototypes, labels, row_lse, col_lse, inv_norm_features, inv_norm_prototypes,
             kept, grad_row, grad_col, grad_pos, inv_temperature=inv_temperature, ignore_index=ignore_index, rows=rows,
             cols=cols, exclude_own=exclude_own, wanted=wanted,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hypercontrast import _checks, blockwise, blockwise_pairs
+from hypercontrast import _checks, blockwise, blockwise_pairs, compiled
 from hypercontrast._operator import operator
 from hypercontrast._ops import in_full_precision, widened
 from hypercontrast.distributed import ABSENT
@@ -199,8 +199,10 @@ def pair_loss(
     inside: bool,
     exclude: bool,
     mean: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """SupCon itself, by Triton: `label_classes`, `pair_lse` and what _supcon.py makes of them over one process.
+    """SupCon itself: `label_classes`, `pair_lse` and what _supcon.py makes of them over one process. By Triton, or in
+    one call of the C++ extension: what that takes says `compiled.takes`, and not `inside`.
 
     Args:
         features [N, D], contrasted with themselves; labels [N] int64, of any values.
@@ -210,8 +212,13 @@ def pair_loss(
 
     Returns:
         The loss; how many anchors have no positive; and what the backward needs, see `kernels.pair_loss.Forward`: the
-        divisor, class numbers, log-sum-exps, positives, inverse norms, upstream gradients of lse and positives.
+        divisor, class numbers, log-sum-exps, positives, inverse norms, upstream gradients of lse and positives. On a
+        CPU all of these but the inverse norms are float64.
     """
+    if backend == "blockwise":
+        return compiled.pair_loss(
+            features, labels, inv_temperature=inv_temperature, scale=scale, exclude=exclude, mean=mean
+        )
     with in_full_precision(features):
         return tuple(
             _loss_kernels().launch_fwd(
@@ -222,13 +229,13 @@ def pair_loss(
 
 
 @pair_loss.register_fake
-def _pair_loss_fake(features, labels, inv_temperature, scale, normalize, inside, exclude, mean):
-    def numbers(*shape):
-        return features.new_empty(shape, dtype=torch.float32)
-
-    n = len(features)
-    scalars = numbers(), labels.new_empty(()), numbers()
-    return *scalars, labels.new_empty(n), *(numbers(n) for _ in range(5))
+def _pair_loss_fake(features, labels, inv_temperature, scale, normalize, inside, exclude, mean, backend):
+    n, wide = len(features), torch.float32 if backend == "triton" else torch.float64
+    loss, inv_norms = (features.new_empty(shape, dtype=torch.float32) for shape in ((), n))
+    divisor = features.new_empty((), dtype=wide)
+    lse, positives, grad_lse, grad_positives = (features.new_empty(n, dtype=wide) for _ in range(4))
+    statistics = lse, positives, inv_norms, grad_lse, grad_positives
+    return loss, labels.new_empty(()), divisor, labels.new_empty(n), *statistics
 
 
 @operator("hypercontrast::pair_loss_backward")
@@ -245,8 +252,13 @@ def pair_loss_backward(
     inv_temperature: float,
     normalize: bool,
     inside: bool,
+    backend: str,
 ) -> Tensor:
     """Gradient of `pair_loss`."""
+    if backend == "blockwise":
+        return compiled.pair_loss_backward(
+            grad_loss, divisor, features, ids, lse, inv_norms, grad_lse, grad_positives, inv_temperature=inv_temperature
+        )
     with in_full_precision(features):
         return _loss_kernels().launch_bwd(
             features, ids, lse, positives, inv_norms, grad_lse, grad_positives, factor=(grad_loss, divisor),
@@ -260,16 +272,16 @@ def _pair_loss_backward_fake(grad_loss, divisor, features, *args):
 
 
 def _pair_loss_setup_context(ctx, inputs, output) -> None:
-    features, _, inv_temperature, _, normalize, inside, *_ = inputs
+    features, _, inv_temperature, _, normalize, inside, _, _, backend = inputs
     _, _, divisor, *statistics = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(divisor, features, *statistics)
-    ctx.options = inv_temperature, normalize, inside
+    ctx.options = inv_temperature, normalize, inside, backend
 
 
 def _pair_loss_autograd(ctx, grad_loss, *_unused):
-    return pair_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.options), *[None] * 7
+    return pair_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.options), *[None] * 8
 
 
 pair_loss.register_autograd(_pair_loss_autograd, setup_context=_pair_loss_setup_context)

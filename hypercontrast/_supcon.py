@@ -9,8 +9,8 @@ rank's rows receive their whole gradient, as anchors and as everyone else's colu
 columns, once the ranks have told each other their anchors' log-sum-exps and upstream gradients: a few numbers a row,
 and no exchange of gradients. Columns of a reference set or a queue are contrasted in a pass of their own.
 
-With Triton one process's samples against themselves have their loss from one operator, `_pair_ops.pair_loss`, unless
-the temperature is learned or every anchor's loss is asked for.
+One process's samples against themselves have their loss from one operator, `_pair_ops.pair_loss`, where Triton or the
+extension can, unless the temperature is learned or every anchor's loss is asked for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hypercontrast import _autograd, _checks, _pair_ops
+from hypercontrast import _autograd, _checks, _pair_ops, compiled
 from hypercontrast._agreement import agree
 from hypercontrast.distributed import ABSENT, gather_rows, row_counts
 
@@ -74,10 +74,14 @@ def supcon_loss(
     learned, inv_temperature = _checks.split_temperature(temperature)
     scale = 1.0 if base_temperature is None else _checks.number(temperature) / base_temperature
     alone = refs is None and queue is None and group is None
-    if backend == "triton" and labels is not None and alone and learned is None and reduction != "none":
+    if backend == "triton":
+        takes = learned is None
+    else:
+        takes = variant == "out" and compiled.takes(learned, inv_temperature, normalize, features)
+    if takes and labels is not None and alone and reduction != "none":
         loss, single_count, *_ = _pair_ops.pair_loss(
             features, labels.long(), inv_temperature, scale, normalize, variant == "in", singletons == "exclude",
-            reduction == "mean",
+            reduction == "mean", backend,
         )  # fmt: skip
         return loss, single_count
     logits = _Logits(learned, inv_temperature, normalize, variant == "in", backend)

@@ -54,6 +54,25 @@ def test_simplex_etf(name, backend, tau):
     assert loss.item() == pytest.approx(closed_form(name, k, n, tau), abs=1e-10)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gradient_that_nobody_asks_for(regime, name, reduction):
+    """Is left out, and the others, with that of a learned temperature, are what they are together."""
+    g = torch.Generator().manual_seed(0)
+    inputs = torch.randn(40, 6, generator=g), torch.randn(7, 6, generator=g), torch.tensor(0.2)
+    labels = torch.arange(40) % 5
+
+    def gradients(*wanted):
+        leaves = [x.clone().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
+        loss = call(name, *leaves[:2], labels, temperature=leaves[2], reduction=reduction, backend="blockwise")
+        return dict(zip(wanted, torch.autograd.grad(loss.sum(), [leaves[i] for i in wanted]), strict=True))
+
+    together = gradients(0, 1, 2)
+    for wanted in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2)):
+        for i, grad in gradients(*wanted).items():
+            assert torch.equal(grad, together[i])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_all_vectors_equal(name, backend):

@@ -37,8 +37,9 @@ def test_opcheck_lse(rows, cols, exclude_own, keep_bytes, inv_temperature):
 
 # What tests call every operator with: (backend) -> tuples of arguments, those to differentiate requiring a gradient.
 CASES = {}
-TRITON_ALONE = ("label_classes", "pair_loss", "pair_loss_backward")
-COMPILED = ("prototype_loss", "prototype_loss_backward")  # on a CPU by the extension, in float32 alone
+TRITON_ALONE = ("label_classes",)
+# On a CPU by the extension, in float32 alone.
+COMPILED = ("prototype_loss", "prototype_loss_backward", "pair_loss", "pair_loss_backward")
 
 
 def cases(make):
@@ -154,9 +155,13 @@ def label_classes(backend):
 
 @cases
 def pair_loss(backend):
-    z = leaf(9, 4, backend=backend)
+    z = torch.randn(9, 4, device=DEVICE[backend], requires_grad=True)
     y = torch.arange(9, device=z.device) % 4 * 100 - 7
-    return [(z, y, 5.0, 1.0, True, False, True, True), (z, y, 1.0, 0.5, False, True, False, False)]
+    by_triton = backend == "triton"
+    return [
+        (z, y, 5.0, 1.0, True, False, True, True, backend),
+        (z, y, 1.0, 0.5, not by_triton, by_triton, False, False, backend),
+    ]
 
 
 @cases
@@ -166,7 +171,7 @@ def pair_loss_backward(backend):
         z = z.detach()
         loss, _, *saved = _pair_ops.pair_loss(z, y, inv_temperature, scale, normalize, inside, *reduction)
         divisor, *statistics = saved
-        calls.append((torch.rand_like(loss), divisor, z, *statistics, inv_temperature, normalize, inside))
+        calls.append((torch.rand_like(loss), divisor, z, *statistics, inv_temperature, normalize, inside, backend))
     return calls
 
 

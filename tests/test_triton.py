@@ -98,6 +98,30 @@ def test_learned_temperature_of_any_float_type(dtype):
     torch.testing.assert_close(taus[0].grad.float(), taus[1].grad, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float16, 33), (torch.float32, 33)], ids=["narrow", "wide"])
+@pytest.mark.parametrize("name", ["normface", "ntce", "nonl-both"])
+def test_a_gradient_that_nobody_asks_for(name, dtype, dim, reduction, monkeypatch):
+    """Is left out, and the others, with that of a learned temperature, are what they are together."""
+    monkeypatch.setattr(_launch, "CHUNK_BYTES", 4 * 64 * 32)  # several chunks of the wide path
+    g = torch.Generator().manual_seed(0)
+    shapes = (150, dim), (70, dim), ()
+    inputs = [torch.rand(shape, generator=g).sub(0.3).to(DEVICE) for shape in shapes[:2]] + [
+        torch.tensor(0.2).to(DEVICE)
+    ]
+    labels = (torch.arange(150) % 67).to(DEVICE)
+
+    def gradients(*wanted):
+        leaves = [x.to(dtype if i < 2 else x.dtype).requires_grad_(i in wanted) for i, x in enumerate(inputs)]
+        loss = call(name, *leaves[:2], labels, temperature=leaves[2], reduction=reduction).sum()
+        return dict(zip(wanted, torch.autograd.grad(loss, [leaves[i] for i in wanted]), strict=True))
+
+    together = gradients(0, 1, 2)
+    for wanted in ((0,), (1,), (2,)):
+        for i, grad in gradients(*wanted).items():
+            torch.testing.assert_close(grad, together[i], rtol=1e-6, atol=0)  # parts may be added in another order
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_repeats_bitwise(name):
     features = torch.randn(300, 40, device=DEVICE, requires_grad=True)

@@ -1,0 +1,153 @@
+"""Losses in one call of the extension: what takes that way, what it leaves out, and the memory it uses again.
+
+How exact they are is judged where all ways through the blockwise backend are: `oracle.REGIMES`.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+from oracle import LOSSES
+
+import hypercontrast as hc
+from hypercontrast import _extension, compiled, functional
+
+pytestmark = pytest.mark.skipif(_extension.quietly() is None, reason="the C++ extension is not built")
+
+CALLS = {name: partial(getattr(functional, function), **options) for name, (function, options) in LOSSES.items()}
+
+
+def problem(n=300, k=37, d=48):
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0, k // 2, (n,), generator=g)  # half the classes are absent
+    y[::9] = -100
+    return torch.randn(n, d, generator=g), torch.randn(k, d, generator=g), y
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Names of the calls that went to the extension."""
+    names = []
+    for name in ("prototype_loss", "pair_loss"):
+        original = getattr(compiled, name)
+
+        def spy(*args, name=name, original=original, **options):
+            names.append(name)
+            return original(*args, **options)
+
+        monkeypatch.setattr(compiled, name, spy)
+    return names
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_computed_there(name, taken):
+    z, w, y = problem()
+    CALLS[name](z, w, y)
+    CALLS[name](z, w, y, reduction="sum", temperature=1 / 64, weight=torch.rand(len(w)))
+    CALLS[name](z.T.contiguous().T, w, y)
+    assert taken == ["prototype_loss"] * 3
+    for inputs, options in [
+        ((z, w, y), {"reduction": "none"}),
+        ((z, w, y), {"temperature": 0.01}),
+        ((z, w, y), {"temperature": torch.tensor(0.1)}),
+        ((z, w, y), {"normalize": False}),
+        ((z.double(), w.double(), y), {}),
+        ((z.bfloat16(), w, y), {}),
+        ((z, w.bfloat16(), y), {}),
+    ]:
+        CALLS[name](*inputs, **options)
+    assert len(taken) == 3
+
+
+def test_what_is_computed_there_of_pairs(taken):
+    z, _, y = problem()
+    hc.supcon_loss(z, y)
+    hc.supcon_loss(z, y, base_temperature=0.07, singletons="zero", reduction="sum")
+    assert taken == ["pair_loss"] * 2
+    for options in ({"variant": "in"}, {"reduction": "none"}, {"temperature": 0.01}, {"queue": (z[:9], y[:9])}):
+        hc.supcon_loss(z, y, **options)
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("budget", [0, 1 << 20])
+def test_a_gradient_alone_is_that_of_both(name, budget, monkeypatch):
+    monkeypatch.setattr("hypercontrast.blockwise._budget_bytes", budget)
+    z, w, y = problem()
+    both = [x.clone().requires_grad_() for x in (z, w)]
+    together = torch.autograd.grad(CALLS[name](*both, y), both)
+    for i in range(2):
+        leaves = [z.clone(), w.clone()]
+        leaves[i].requires_grad_()
+        (alone,) = torch.autograd.grad(CALLS[name](*leaves, y), leaves[i])
+        assert torch.equal(alone, together[i])
+
+
+@pytest.mark.parametrize("name", [*CALLS, "supcon"])
+def test_a_graph_walked_again(name):
+    z, w, y = problem()
+    leaves = [x.clone().requires_grad_() for x in ((z, w) if name in CALLS else (z,))]
+    loss = CALLS.get(name, hc.supcon_loss)(*leaves, y)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for again in (torch.autograd.grad(loss, leaves, retain_graph=True), torch.autograd.grad(loss, leaves)):
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    # The loss's own gradient is a factor, here a power of two.
+    loss = 4 * CALLS.get(name, hc.supcon_loss)(*leaves, y)
+    assert all(torch.equal(4 * a, b) for a, b in zip(first, torch.autograd.grad(loss, leaves), strict=True))
+
+
+@pytest.mark.parametrize("name", [*CALLS, "supcon"])
+def test_results_in_use_are_nobody_elses_memory(name):
+    """Memory waits for the next step: not that of a gradient somebody holds, nor of a graph not walked yet."""
+    z, w, y = problem()
+
+    def step(scale):
+        leaves = [(scale * x).requires_grad_() for x in ((z, w) if name in CALLS else (z,))]
+        return leaves, CALLS.get(name, hc.supcon_loss)(*leaves, y)
+
+    leaves, loss = step(1)
+    want = [x.clone() for x in torch.autograd.grad(loss, leaves)]
+    leaves, loss = step(1)
+    held = None
+    for _ in range(4):
+        others, other_loss = step(3)  # other numbers
+        if held is None:
+            held = torch.autograd.grad(loss, leaves)
+        torch.autograd.grad(other_loss, others)
+        assert all(torch.equal(a, b) for a, b in zip(held, want, strict=True))
+
+
+def test_threads_do_not_share():
+    z, w, y = problem()
+
+    def gradients(seed):
+        g = torch.Generator().manual_seed(seed)
+        leaves = [x[torch.randperm(len(x), generator=g)].clone().requires_grad_() for x in (z, w)]
+        return torch.autograd.grad(hc.ntce_loss(*leaves, y), leaves)
+
+    want = [gradients(seed) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for got, expected in zip(pool.map(gradients, range(8)), want, strict=True):
+                for a, b in zip(got, expected, strict=True):
+                    torch.testing.assert_close(
+                        a, b, rtol=1e-4, atol=1e-7
+                    )  # in a thread of its own sums may have one part
+
+
+def test_bad_values_are_named():
+    z, w, y = problem()
+    y[5] = 37
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 37\), got 37"):
+        hc.ntce_loss(z, w, y)
+    y[5] = 0
+    for bad, text in ((torch.nan, "nan"), (torch.inf, "inf"), (2e19, "inf")):
+        for which, name in enumerate(("features", "prototypes")):
+            leaves = [z.clone(), w.clone()]
+            leaves[which][3, 7] = bad
+            with pytest.raises(ValueError, match=f"{name} must have finite norms, got {text} in row 3"):
+                hc.nonl_loss(*leaves, y)
+    z[3, 7] = torch.nan
+    with pytest.raises(ValueError, match="features must have finite norms, got nan in row 3"):
+        hc.supcon_loss(z, y)
