@@ -17,10 +17,7 @@ from torch import Tensor
 from hypercontrast import _extension, blockwise, blockwise_pairs
 from hypercontrast.distributed import ABSENT
 
-
-@torch.compiler.assume_constant_result
-def _is_built() -> bool:
-    return _extension.quietly() is not None
+IS_BUILT = _extension.quietly() is not None  # once, since torch.compile cannot trace an import
 
 
 def _extension_there() -> ModuleType:
@@ -34,7 +31,7 @@ def takes(temperature: Tensor | None, inv_temperature: float, normalize: bool, *
     return (
         all(x.device.type == "cpu" and x.dtype == torch.float32 for x in operands)
         and blockwise.is_bounded(temperature, inv_temperature, normalize)
-        and _is_built()
+        and IS_BUILT
     )
 
 
