@@ -99,17 +99,15 @@ def test_learned_temperature_of_any_float_type(dtype):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize(("dtype", "dim"), [(torch.float16, 33), (torch.float32, 33)], ids=["narrow", "wide"])
-@pytest.mark.parametrize("name", ["normface", "ntce", "nonl-both"])
-def test_a_gradient_that_nobody_asks_for(name, dtype, dim, reduction, monkeypatch):
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float16, 40), (torch.float32, 150)], ids=["narrow", "wide"])
+@pytest.mark.parametrize("name", ["ntce", "nonl-both"])
+def test_a_gradient_that_nobody_asks_for(name, dtype, count, reduction, monkeypatch):
     """Is left out, and the others, with that of a learned temperature, are what they are together."""
     monkeypatch.setattr(_launch, "CHUNK_BYTES", 4 * 64 * 32)  # several chunks of the wide path
     g = torch.Generator().manual_seed(0)
-    shapes = (150, dim), (70, dim), ()
-    inputs = [torch.rand(shape, generator=g).sub(0.3).to(DEVICE) for shape in shapes[:2]] + [
-        torch.tensor(0.2).to(DEVICE)
-    ]
-    labels = (torch.arange(150) % 67).to(DEVICE)
+    inputs = [torch.rand(rows, 20, generator=g).sub(0.3).to(DEVICE) for rows in (count, 20)]
+    inputs.append(torch.tensor(0.2).to(DEVICE))
+    labels = (torch.arange(count) % 17).to(DEVICE)
 
     def gradients(*wanted):
         leaves = [x.to(dtype if i < 2 else x.dtype).requires_grad_(i in wanted) for i, x in enumerate(inputs)]
