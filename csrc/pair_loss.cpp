@@ -44,7 +44,7 @@ struct Sorted {
 
   // u/√τ, so that products of two are logits.
   at::Tensor units(const at::Tensor& features, const at::Tensor& inv_norms, double root_scale) const {
-    at::Tensor rows = reusable(n * features.size(1)).view({n, features.size(1)});
+    at::Tensor rows = reusable_matrix(n, features.size(1));
     at::index_select_out(rows, features, 0, order);
     scale_rows(rows, inv_norms.index_select(0, order).mul_(root_scale), rows);
     return rows;
@@ -58,10 +58,6 @@ struct Sorted {
     }
   }
 };
-
-at::Tensor tile(const at::Tensor& memory, int64_t rows, int64_t cols) {
-  return memory.narrow(0, 0, rows * cols).view({rows, cols});
-}
 
 // Each row's logits with the others of its class, added up: u·(C - u), C the sum of the class. In float64, since at
 // collapse a class is the same number again and again, which float32 rounds the same way every time.
@@ -97,7 +93,7 @@ PairLossAndSaved pair_loss(const at::Tensor& features, const at::Tensor& labels,
   const at::Tensor sums = at::zeros({sorted.n}, at::kDouble), memory = reusable(edge * edge);
   const at::Tensor diagonal = at::arange(edge, at::kLong), unread = at::empty({edge}, at::kFloat);
   sorted.tiles(edge, [&](int64_t r, int64_t rows, int64_t c, int64_t cols) {
-    at::Tensor s = tile(memory, rows, cols);
+    at::Tensor s = matrix_at(memory, 0, rows, cols);
     at::mm_out(s, units.narrow(0, r, rows), units.narrow(0, c, cols).t());
     if (r == c) {
       exponentiate(s, {}, diagonal.narrow(0, 0, rows), unread.narrow(0, 0, rows), true, sums.narrow(0, r, rows), {});
@@ -144,10 +140,10 @@ at::Tensor pair_loss_backward(double factor, const at::Tensor& features, const a
   const at::Tensor weight = weights(sort(lse), sort(grad_lse), factor);
   const at::Tensor positive = sort(grad_positives).mul_(factor).to(at::kFloat);
   const float* const of_positive = positive.data_ptr<float>();
-  at::Tensor grad = reusable(units.numel()).view_as(units).zero_();
+  at::Tensor grad = reusable_matrix(sorted.n, features.size(1)).zero_();
   const at::Tensor memory = reusable(edge * edge);
   sorted.tiles(edge, [&](int64_t r, int64_t rows, int64_t c, int64_t cols) {
-    at::Tensor g = tile(memory, rows, cols);
+    at::Tensor g = matrix_at(memory, 0, rows, cols);
     const at::Tensor of_rows = units.narrow(0, r, rows), of_cols = units.narrow(0, c, cols);
     at::mm_out(g, of_rows, of_cols.t());
     weigh(g, {}, false, weight.narrow(0, r, rows), weight.narrow(0, c, cols), g);

@@ -97,16 +97,9 @@ struct Walk {
 
   // A tile where all are kept, one after the other.
   at::Tensor kept_tile(const at::Tensor& kept, int64_t c, int64_t cols, int64_t j, int64_t rows) const {
-    return kept.narrow(0, n * c + j * cols, rows * cols).view({rows, cols});
+    return matrix_at(kept, n * c + j * cols, rows, cols);
   }
 };
-
-at::Tensor matrix(int64_t rows, int64_t cols) { return reusable(rows * cols).view({rows, cols}); }
-
-// [rows, cols], at the start of memory for more.
-at::Tensor tile(const at::Tensor& memory, int64_t rows, int64_t cols) {
-  return memory.view({-1}).narrow(0, 0, rows * cols).view({rows, cols});
-}
 
 at::Tensor times(const at::Tensor& x, double scale, const std::optional<at::Tensor>& factors) {
   at::Tensor scaled = x.mul(scale);
@@ -179,13 +172,13 @@ LossAndSaved prototype_loss(const at::Tensor& features, const at::Tensor& protot
   const at::Tensor row_sums = at::zeros({t.k}, at::kDouble), col_sums = at::zeros({t.n}, at::kDouble);
   const at::Tensor kept = reusable(keep ? all_samples * all_classes : 0);
   if (keep) kept.narrow(0, t.n * t.k, kept.numel() - t.n * t.k).zero_();  // of ignored samples and absent classes
-  const at::Tensor memory = keep ? kept : reusable(t.height * t.width), unit = matrix(t.width, dim);
+  const at::Tensor memory = keep ? kept : reusable(t.height * t.width), unit = reusable(t.width * dim);
   t.panels([&](int64_t c, int64_t cols) {
-    const at::Tensor w = tile(unit, cols, dim);
+    const at::Tensor w = matrix_at(unit, 0, cols, dim);
     scale_rows(t.classes ? prototypes.index_select(0, t.classes->narrow(0, c, cols)) : prototypes.narrow(0, c, cols),
                factors.narrow(0, c, cols), w);
     t.blocks([&](int64_t j, int64_t rows) {
-      at::Tensor s = keep ? t.kept_tile(kept, c, cols, j, rows) : tile(memory, rows, cols);
+      at::Tensor s = keep ? t.kept_tile(kept, c, cols, j, rows) : matrix_at(memory, 0, rows, cols);
       at::mm_out(s, x.narrow(0, j, rows), w.t());
       std::optional<at::Tensor> of_rows, of_cols;  // of the tile, which are samples and classes
       if (o.cols) of_rows = col_sums.narrow(0, j, rows);
@@ -254,21 +247,21 @@ std::tuple<at::Tensor, at::Tensor> prototype_loss_backward(
   const at::Tensor outer_x = times(inv_x, 1.0, folded_sample);
   const at::Tensor outer_w = times(inv_w, o.inv_temperature, folded_class);
   const at::Tensor none = at::empty({0}, at::kFloat);
-  const at::Tensor grad_x = wants_features ? matrix(t.n, dim) : none;
-  const at::Tensor grad_prototypes = wants_prototypes ? matrix(prototypes.size(0), dim) : none;
+  const at::Tensor grad_x = wants_features ? reusable_matrix(t.n, dim) : none;
+  const at::Tensor grad_prototypes = wants_prototypes ? reusable_matrix(prototypes.size(0), dim) : none;
   if (wants_prototypes && (t.classes || t.n == 0)) grad_prototypes.zero_();
-  const at::Tensor memory = reusable(folded ? 0 : t.height * t.width), unit = matrix(t.width, dim);
-  const at::Tensor units = matrix(wants_prototypes ? t.height : 0, dim);
+  const at::Tensor memory = reusable(folded ? 0 : t.height * t.width), unit = reusable(t.width * dim);
+  const at::Tensor units = reusable_matrix(wants_prototypes ? t.height : 0, dim);
   t.panels([&](int64_t c, int64_t cols) {
     const std::optional<at::Tensor> index = t.classes ? std::optional(t.classes->narrow(0, c, cols)) : std::nullopt;
     const at::Tensor y = index ? prototypes.index_select(0, *index) : prototypes.narrow(0, c, cols);
-    const at::Tensor w = tile(unit, cols, dim);
+    const at::Tensor w = matrix_at(unit, 0, cols, dim);
     scale_rows(y, outer_w.narrow(0, c, cols), w);
     at::Tensor grad_w;
     if (wants_prototypes) grad_w = index ? at::empty({cols, dim}, at::kFloat) : grad_prototypes.narrow(0, c, cols);
     t.blocks([&](int64_t j, int64_t rows) {
       const at::Tensor x_block = x.narrow(0, j, rows), own = t.own(c, cols, j, rows);
-      at::Tensor g = folded ? t.kept_tile(kept, c, cols, j, rows) : tile(memory, rows, cols);
+      at::Tensor g = folded ? t.kept_tile(kept, c, cols, j, rows) : matrix_at(memory, 0, rows, cols);
       if (!folded) {
         const at::Tensor e = keeps ? t.kept_tile(kept, c, cols, j, rows) : g;
         if (!keeps) at::mm_out(g, x_block, w.t());

@@ -40,6 +40,13 @@ at::Tensor weights(const at::Tensor& lse, const at::Tensor& grad, double factor)
 // the same sizes every time, and pages fresh from the system cost more than what is written to them.
 at::Tensor reusable(int64_t elements);
 
+inline at::Tensor reusable_matrix(int64_t rows, int64_t cols) { return reusable(rows * cols).view({rows, cols}); }
+
+// [rows, cols] out of a vector, from `start` on.
+inline at::Tensor matrix_at(const at::Tensor& memory, int64_t start, int64_t rows, int64_t cols) {
+  return memory.narrow(0, start, rows * cols).view({rows, cols});
+}
+
 // Give back to the system the memory that waits for the next `reusable`.
 void release();
 
