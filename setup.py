@@ -80,7 +80,10 @@ def extension() -> dict:
         SOURCES if toolkit is None else SOURCES + CUDA_SOURCES,
         depends=HEADERS,
         define_macros=[] if toolkit is None else [("HYPERCONTRAST_CUDA", None)],
-        extra_compile_args={"cxx": ["-O2", "-g0", "-std=c++20", "-fvisibility=hidden", *threads], "nvcc": ["-O3", "-std=c++17"]},
+        extra_compile_args={
+            "cxx": ["-O2", "-g0", "-std=c++20", "-fvisibility=hidden", *threads],
+            "nvcc": ["-O3", "-std=c++17"],
+        },
         extra_link_args=threads,
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": optional(cpp_extension.BuildExtension)}}
