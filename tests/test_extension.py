@@ -159,6 +159,41 @@ print(module.TORCH, module.REVISION)
     assert run.stdout.split() == [VERSION, str(_extension.REVISION)]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_sanitizers_find_nothing(tmp_path, figure):
+    """Addresses and undefined behaviour, in the tests of what the extension computes."""
+    found = (
+        subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True).stdout
+        for name in ("asan", "ubsan")
+    )
+    runtimes = [path.strip() for path in found]
+    if not all(map(os.path.isabs, runtimes)):
+        pytest.skip("this g++ has no sanitizers")
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "hypercontrast", "kernels", "tests", "bench"):
+        left_out = shutil.ignore_patterns("*.so", "__pycache__", "results")
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=left_out)
+    flags = "-fsanitize=address,undefined"
+    run = set_up(
+        tmp_path, "build_ext", "--inplace", CXX="g++", CFLAGS=f"{flags} -fno-omit-frame-pointer", LDFLAGS=flags
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    environment = {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(tmp_path)}
+    tests = [f"tests/test_{name}.py" for name in ("compiled", "tiles", "fuzz", "buffer")]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=tmp_path, capture_output=True,
+        env={**os.environ, **environment}, text=True, timeout=1200,
+    )  # fmt: skip
+    said = run.stdout + run.stderr
+    assert run.returncode == 0, said[-4000:]
+    assert "AddressSanitizer" not in said
+    assert "runtime error" not in said
+    assert "extension is not built" not in said, "nothing was tested"
+    figure("R13", f"C++ on a CPU under address and undefined-behaviour sanitizers: {said.strip().splitlines()[-1]}")
+
+
 def nvcc_knows(architecture):
     listed = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
     return f"compute_{architecture}" in listed
