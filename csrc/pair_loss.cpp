@@ -9,7 +9,6 @@
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <cmath>
@@ -85,7 +84,7 @@ std::vector<double> sums_of_positives(const Sorted& sorted, const at::Tensor& un
 
 PairLossAndSaved pair_loss(const at::Tensor& features, const at::Tensor& labels, int64_t absent, double inv_temperature,
                            double scale, bool exclude, bool mean, int64_t edge) {
-  const c10::impl::ExcludeDispatchKeyGuard no_graph(c10::autograd_dispatch_keyset_with_ADInplaceOrView);
+  const Plainly plainly;
   const int64_t total = features.size(0);
   const Sorted sorted(labels, absent);
   const at::Tensor inv_norms = inverse_norms("features", features);
@@ -132,7 +131,7 @@ PairLossAndSaved pair_loss(const at::Tensor& features, const at::Tensor& labels,
 at::Tensor pair_loss_backward(double factor, const at::Tensor& features, const at::Tensor& ids, const at::Tensor& lse,
                               const at::Tensor& inv_norms, const at::Tensor& grad_lse, const at::Tensor& grad_positives,
                               double inv_temperature, int64_t edge) {
-  const c10::impl::ExcludeDispatchKeyGuard no_graph(c10::autograd_dispatch_keyset_with_ADInplaceOrView);
+  const Plainly plainly;
   const double root_scale = std::sqrt(inv_temperature);
   const Sorted sorted(ids, -1);
   const at::Tensor units = sorted.units(features, inv_norms, root_scale);

@@ -5,7 +5,6 @@
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <cmath>
@@ -160,7 +159,7 @@ void multiply(const at::Tensor& a, const at::Tensor& b, at::Tensor out, bool add
 LossAndSaved prototype_loss(const at::Tensor& features, const at::Tensor& prototypes, const at::Tensor& labels,
                             const std::optional<at::Tensor>& weight, const PrototypeLoss& o, bool zero_empty, bool mean,
                             bool keep) {
-  const c10::impl::ExcludeDispatchKeyGuard no_graph(c10::autograd_dispatch_keyset_with_ADInplaceOrView);
+  const Plainly plainly;
   const int64_t all_samples = features.size(0), all_classes = prototypes.size(0), dim = features.size(1);
   const Walk t(labels, all_classes, o);
   const at::Tensor inv_features = inverse_norms("features", features);
@@ -231,7 +230,7 @@ std::tuple<at::Tensor, at::Tensor> prototype_loss_backward(
     const at::Tensor& row_lse, const at::Tensor& col_lse, const at::Tensor& inv_features,
     const at::Tensor& inv_prototypes, const at::Tensor& kept, const at::Tensor& grad_row, const at::Tensor& grad_col,
     const at::Tensor& grad_pos, const PrototypeLoss& o, bool wants_features, bool wants_prototypes) {
-  const c10::impl::ExcludeDispatchKeyGuard no_graph(c10::autograd_dispatch_keyset_with_ADInplaceOrView);
+  const Plainly plainly;
   const int64_t dim = features.size(1);
   const Walk t(labels, prototypes.size(0), o);
   const at::Tensor x = t.of_samples(features), inv_x = t.of_samples(inv_features), inv_w = t.of_classes(inv_prototypes);

@@ -134,24 +134,32 @@ class Spare {
     if (best == blocks_.end()) return {c10::GetCPUAllocator()->allocate(wanted), wanted};
     auto found = std::move(*best);
     blocks_.erase(best);
+    waiting_ -= found.second;
     return found;
   }
 
   void give(c10::DataPtr block, size_t bytes) {
+    if (bytes == 0 || bytes > kMostBytes) return;
     const std::lock_guard guard(mutex_);
-    if (blocks_.size() == kMost) blocks_.pop_front();
     blocks_.emplace_back(std::move(block), bytes);
+    waiting_ += bytes;
+    while (blocks_.size() > kMostBlocks || waiting_ > kMostBytes) {
+      waiting_ -= blocks_.front().second;
+      blocks_.pop_front();
+    }
   }
 
   void release() {
     const std::lock_guard guard(mutex_);
     blocks_.clear();
+    waiting_ = 0;
   }
 
  private:
-  static constexpr size_t kMost = 6;
+  static constexpr size_t kMostBlocks = 6, kMostBytes = size_t{256} << 20;
 
   std::mutex mutex_;
+  size_t waiting_ = 0;  // bytes
   std::deque<std::pair<c10::DataPtr, size_t>> blocks_;  // the oldest first
 };
 

@@ -5,10 +5,17 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <optional>
 
 namespace hypercontrast {
+
+// While it lives, operators record no graph and follow no autocast.
+struct Plainly {
+  const c10::impl::ExcludeDispatchKeyGuard guard{c10::autograd_dispatch_keyset_with_ADInplaceOrView |
+                                                 c10::autocast_dispatch_keyset};
+};
 
 // tile [B, P] <- exp(factors [B] tile), of magnitudes below 87; what was summed joins row_sums [B] and column_sums [P],
 // float64. A row's entry at own [B] (negative: none) is first written to positives [B], and counts as zero if exclude_own.
@@ -37,7 +44,7 @@ void scale_rows(const at::Tensor& x, const at::Tensor& factors, const at::Tensor
 at::Tensor weights(const at::Tensor& lse, const at::Tensor& grad, double factor);
 
 // [elements] float32, not initialised. Its memory serves a later call once the tensor is gone: a training step asks for
-// the same sizes every time, and pages fresh from the system cost more than what is written to them.
+// the same sizes every time, and pages fresh from the system cost more than what is written to them. 256 MiB wait at most.
 at::Tensor reusable(int64_t elements);
 
 inline at::Tensor reusable_matrix(int64_t rows, int64_t cols) { return reusable(rows * cols).view({rows, cols}); }

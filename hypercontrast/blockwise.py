@@ -44,7 +44,7 @@ def set_memory_budget(num_bytes: int) -> None:
     wide enough to gain by it, of D >= 512 (256 for anchors on both sides), at a temperature that is not learned; a
     backward takes up to 64 MiB more while it runs, kept or not. The environment variable
     HYPERCONTRAST_MEMORY_BUDGET_MIB sets the initial value. 0 always recomputes. With the C++ extension the memory of
-    one loss on a CPU waits for the next step; setting the budget gives it back.
+    one loss on a CPU, up to 256 MiB, waits for the next step; setting the budget gives it back.
     """
     global _budget_bytes
     if num_bytes < 0:

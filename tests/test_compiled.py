@@ -151,3 +151,17 @@ def test_bad_values_are_named():
     z[3, 7] = torch.nan
     with pytest.raises(ValueError, match="features must have finite norms, got nan in row 3"):
         hc.supcon_loss(z, y)
+
+
+@pytest.mark.parametrize("name", [*CALLS, "supcon"])
+def test_autocast_changes_nothing(name):
+    z, w, y = problem()
+
+    def step():
+        leaves = [x.clone().requires_grad_() for x in ((z, w) if name in CALLS else (z,))]
+        loss = CALLS.get(name, hc.supcon_loss)(*leaves, y)
+        return [loss, *torch.autograd.grad(loss, leaves)]
+
+    plain = step()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(step(), plain, strict=True))

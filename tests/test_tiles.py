@@ -1,5 +1,9 @@
 """The inner loop of the CPU losses, compiled and as operators: both against float64, and against each other in a loss."""
 
+import re
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from oracle import LOSSES
@@ -130,6 +134,22 @@ def test_memory_waits_for_its_next_use():
     del view, second, third
     assert tiles.reusable(4000, like).data_ptr() == place, "the one given back last"
     assert tiles.reusable(1000, like).numel() == 1000
+
+
+@needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_more_than_256_mib_wait():
+    def resident():
+        return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+    like, before = torch.empty(0), resident()
+    for mib in (300, 100, 100, 100):
+        blocks = [tiles.reusable(mib << 18, like).fill_(1) for _ in range(3)]
+        del blocks
+    waiting = resident() - before
+    assert 150 < waiting < 290, "two of 100 MiB"
+    tiles.release()
+    assert resident() - before < 50
 
 
 @needs_extension
