@@ -178,7 +178,7 @@ def broken(features, labels):
     ("name", "code", "says"),
     [
         ("exact", 0, "exact: DDP on 2 ranks gives the gradient of the whole batch"),
-        ("Local", 1, "wrong: not the direction of the whole batch's gradient"),
+        pytest.param("Local", 1, "wrong: not the direction of the whole batch's gradient", marks=pytest.mark.slow),
         ("broken", 1, "no such luck"),
         ("absent", 2, "loss must name something that can be imported, got 'mine:absent'"),
     ],

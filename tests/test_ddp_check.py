@@ -160,7 +160,8 @@ def test_plain_all_gather_is_wrong():
     assert "wrong: not the direction" in str(verdict)
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
 def test_own_rows_put_back_and_all_anchors_is_short_by_the_number_of_ranks(world):
     verdict = check_ddp(all_anchors_own_rows_put_back, world, timeout=TIMEOUT)
     assert verdict.kind == "scaled"
@@ -170,6 +171,7 @@ def test_own_rows_put_back_and_all_anchors_is_short_by_the_number_of_ranks(world
     assert f"{1 / world:.6g} times the gradient" in str(verdict)
 
 
+@pytest.mark.slow
 def test_local_average_is_exact_on_equal_batches_only():
     verdict = check_ddp(LinearCrossEntropy(), timeout=TIMEOUT)
     assert verdict.kind == "wrong"

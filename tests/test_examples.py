@@ -105,6 +105,7 @@ class ImageText(nn.Module):
         return clip_loss(images, texts, self.logit_scale.neg().exp())
 
 
+@pytest.mark.slow
 def test_image_text_is_exact_under_ddp(monkeypatch):
     """For equal and unequal batches; the temperature's gradient too."""
     need()

@@ -461,10 +461,10 @@ def test_loss_over_programs(rule, joins, few_programs, monkeypatch):
     blocks = {"BLOCK_K": 4, "BLOCK_N": 16, "BLOCK_S": 2 if joins else 1, "num_warps": 4}
     monkeypatch.setattr(_launch, "loss_blocks", lambda *shape: blocks)
     monkeypatch.setattr(_launch, "TOTALS_BLOCKS", {"BLOCK_B": 2, "num_warps": 4})
-    case, _ = make_case(13, (252, 107, 40), torch.float32, rule)
+    case, _ = make_case(13, (150, 70, 24), torch.float32, rule)
     labels = case.labels.clone()
-    labels[:5] = torch.tensor([-100, 2**40, 107, -7, 3])
-    features = torch.randn(252, 40, device=DEVICE)
+    labels[:5] = torch.tensor([-100, 2**40, 70, -7, 3])
+    features = torch.randn(150, 24, device=DEVICE)
     case = replace(case, features=features, labels=labels, normalize=True, tau=0.1, ignore_index=3, counts=None)
     found, (grad_features, grad_prototypes, radial) = run_loss(case, weighted=True, mean=True)
 

@@ -142,6 +142,7 @@ def test_no_more_than_256_mib_wait():
     def resident():
         return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
+    tiles.release()
     like, before = torch.empty(0), resident()
     for mib in (300, 100, 100, 100):
         blocks = [tiles.reusable(mib << 18, like).fill_(1) for _ in range(3)]
