@@ -147,12 +147,14 @@ at::Tensor pair_loss_backward(double factor, const at::Tensor& features, const a
     at::mm_out(g, of_rows, of_cols.t());
     weigh(g, {}, false, weight.narrow(0, r, rows), weight.narrow(0, c, cols), g);
     // Positives join in before the products: added to them they would leave the rounding of both behind.
-    for (int64_t i = r; i < r + rows; ++i) {
-      float* const row = g.data_ptr<float>() + (i - r) * cols;
-      const int64_t last = std::min(sorted.end[i], c + cols);
-      for (int64_t j = std::max(sorted.begin[i], c); j < last; ++j) row[j - c] += of_positive[i] + of_positive[j];
-      if (r == c) row[i - c] = 0;
-    }
+    at::parallel_for(r, r + rows, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        float* const row = g.data_ptr<float>() + (i - r) * cols;
+        const int64_t last = std::min(sorted.end[i], c + cols);
+        for (int64_t j = std::max(sorted.begin[i], c); j < last; ++j) row[j - c] += of_positive[i] + of_positive[j];
+        if (r == c) row[i - c] = 0;
+      }
+    });
     grad.narrow(0, r, rows).addmm_(g, of_cols);
     if (r != c) grad.narrow(0, c, cols).addmm_(g.t(), of_rows);
   });

@@ -332,17 +332,16 @@ def _prototype_loss_fake(
     row_lse, col_lse = (features.new_empty(size, dtype=wide) for size in (k if rows else 0, n if cols else 0))
     positives, divisor = (features.new_empty(shape, dtype=wide) for shape in (n, ()))
     loss, inv_features, inv_prototypes = (features.new_empty(shape, dtype=torch.float32) for shape in ((), n, k))
+    statistics = row_lse, col_lse, positives, inv_features, inv_prototypes
     upstream = [torch.empty_like(x) for x in (row_lse, col_lse, positives)]
     if backend == "blockwise":
         kept = features.new_empty(n * k if blockwise.keeps(n, k, features.dtype, keep_bytes) else 0)
-        statistics = row_lse, col_lse, positives, inv_features, inv_prototypes
         return loss, *statistics, kept, *upstream, divisor, labels.new_empty(0)
     shape = _launch.kept_shape(
         features, prototypes, counts=None, temperature=temperature, inv_temperature=inv_temperature, rows=rows,
         cols=cols, normalize=normalize, keep_bytes=keep_bytes,
     )  # fmt: skip
     kept = features.new_empty(shape, dtype=_launch.kernel_dtype(features))
-    statistics = row_lse, col_lse, positives, inv_features, inv_prototypes
     return loss, *statistics, kept, *upstream, divisor, labels.new_empty(2)
 
 
