@@ -158,6 +158,11 @@ def reduced(case: Case) -> Case:
     return case._replace(n=least // views * views, k=max(2, case.k * least // case.n))
 
 
+def logits(case: Case) -> int:
+    """How many logits a loss has."""
+    return case.n * (case.n if case.op == "supcon" else case.k)
+
+
 def tangential(gradient: Tensor, vectors: Tensor) -> Tensor:
     """Each row g of a gradient without its part along its own vector x: g - (g·x) x/|x|².
 

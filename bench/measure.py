@@ -129,7 +129,7 @@ def _judge(case: Case, work: _Forms, device: str) -> None:
         steps[name] = forms.step(form, leaves, y)
         return {}
 
-    hc.set_memory_budget(budget * small.n * small.k // (case.n * case.k))
+    hc.set_memory_budget(budget * forms.logits(small) // forms.logits(case))
     try:
         work.each(one)
     finally:
@@ -241,7 +241,7 @@ def add_times(fields: dict[str, Fields], times: dict[tuple[str, str], list[float
 
 
 def _add_rates(case: Case, fields: dict[str, Fields], times: dict[tuple[str, str], list[float]]) -> None:
-    gflop = 2e-9 * case.n * (case.n if case.op == "supcon" else case.k) * case.d
+    gflop = 2e-9 * forms.logits(case) * case.d
     for name, what in times:
         mine = fields.get(name, {})
         if what == "fwd":

@@ -12,14 +12,16 @@ Least work, with N samples, K classes (NTCE and NONL: those in the batch), D wid
       kept               3 F1     E              inputs read twice, gradients written, E exponentials written and read
       recomputed         4 F1     2 E            inputs read twice, gradients written
     supcon forward       N²D      N²/2           inputs read: half of the pairs, for they are symmetric
-    supcon both, CPU     4 N²D    N²             inputs read twice, gradient written: half of the pairs in both passes
+    supcon both, CPU                             half of the pairs in both passes
+      kept               3 N²D    N²/2           inputs read twice, gradient written, N²/2 exponentials written and read
+      recomputed         4 N²D    N²             inputs read twice, gradient written
     supcon both, GPU     5 N²D    3N²/2          the same: all pairs in the backward, where half would need atomics
 
-Of kept and recomputed that with the smaller floor counts, whatever the code does: a floor is the problem's own. SupCon
-never keeps, for its memory must not grow as N². Inputs are features, prototypes and labels in their own dtype; kept
-exponentials take the dtype that products are computed in: on a CPU float32 (so its matrix probe is float32 as well), on
-a GPU the inputs'. There our exact float32 products run on tensor cores, which the library's do not, so a share of
-more than 100 % is possible.
+Of kept and recomputed that with the smaller floor counts, whatever the code does: a floor is the problem's own. But of
+SupCon only what fits the memory budget counts as kept, for its memory must not grow as N². Inputs are features,
+prototypes and labels in their own dtype; kept exponentials take the dtype that products are computed in: on a CPU
+float32 (so its matrix probe is float32 as well), on a GPU the inputs'. There our exact float32 products run on tensor
+cores, which the library's do not, so a share of more than 100 % is possible.
 
 Writes roofline.csv, a `Point` a line, and its picture. Exit code 1 where a result is wrong.
 """
@@ -36,10 +38,12 @@ from pathlib import Path
 
 import torch
 
+import hypercontrast as hc
 from bench import forms, record
 from bench.measure import Run, clock, interleaved
 from bench.peers import OURS
 from bench.record import Case
+from hypercontrast import blockwise_pairs
 
 PASSES = ("forward", "forward + backward")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -79,7 +83,7 @@ class Point:
     k: int
     d: int
     dtype: str
-    method: str  # that of the least time: once, kept, recomputed; of pairs: half, or half, then all
+    method: str  # that of the least time: once, kept, recomputed; of pairs also half, or half, then all
     flop: float
     bytes: float
     exps: float
@@ -118,7 +122,10 @@ def methods(case: Case, passes: str, present: int, on_gpu: bool) -> dict[str, Wo
         moved = 2 * inputs + n * d * item
         if on_gpu:
             return {"half, then all": Work(5 * pairs * d, moved, 1.5 * pairs)}
-        return {"half": Work(4 * pairs * d, moved, pairs)}
+        ways = {"recomputed": Work(4 * pairs * d, moved, pairs)}
+        if blockwise_pairs.kept_elements(n, torch.float32, hc.memory_budget()):
+            ways["kept"] = Work(3 * pairs * d, moved + 4 * pairs, pairs / 2)
+        return ways
     inputs, exps = (n + present) * d * item + 8 * n, n * present
     f1 = 2 * exps * d
     if passes == "forward":

@@ -49,12 +49,21 @@ struct Sorted {
     return rows;
   }
 
-  // body(first row, rows, first column, columns) for the tiles on and above the diagonal.
+  // body(tile, first row, rows, first column, columns) for the tiles on and above the diagonal. In `kept` they lie one
+  // after the other; without it all are the same memory. Returns how many entries they have.
   template <typename Body>
-  void tiles(int64_t edge, const Body& body) const {
+  int64_t tiles(const at::Tensor& kept, int64_t edge, const Body& body) const {
+    const bool keeps = kept.numel() > 0;
+    const at::Tensor memory = keeps ? kept : reusable(edge * edge);
+    int64_t passed = 0;
     for (int64_t r = 0; r < n; r += edge) {
-      for (int64_t c = r; c < n; c += edge) body(r, std::min(edge, n - r), c, std::min(edge, n - c));
+      for (int64_t c = r; c < n; c += edge) {
+        const int64_t rows = std::min(edge, n - r), cols = std::min(edge, n - c);
+        body(matrix_at(memory, keeps ? passed : 0, rows, cols), r, rows, c, cols);
+        passed += rows * cols;
+      }
     }
+    return passed;
   }
 };
 
@@ -83,16 +92,15 @@ std::vector<double> sums_of_positives(const Sorted& sorted, const at::Tensor& un
 }  // namespace
 
 PairLossAndSaved pair_loss(const at::Tensor& features, const at::Tensor& labels, int64_t absent, double inv_temperature,
-                           double scale, bool exclude, bool mean, int64_t edge) {
+                           double scale, bool exclude, bool mean, int64_t edge, int64_t room) {
   const Plainly plainly;
   const int64_t total = features.size(0);
   const Sorted sorted(labels, absent);
   const at::Tensor inv_norms = inverse_norms("features", features);
   const at::Tensor units = sorted.units(features, inv_norms, std::sqrt(inv_temperature));
-  const at::Tensor sums = at::zeros({sorted.n}, at::kDouble), memory = reusable(edge * edge);
+  const at::Tensor sums = at::zeros({sorted.n}, at::kDouble), kept = reusable(room);
   const at::Tensor diagonal = at::arange(edge, at::kLong), unread = at::empty({edge}, at::kFloat);
-  sorted.tiles(edge, [&](int64_t r, int64_t rows, int64_t c, int64_t cols) {
-    at::Tensor s = matrix_at(memory, 0, rows, cols);
+  const int64_t used = sorted.tiles(kept, edge, [&](at::Tensor s, int64_t r, int64_t rows, int64_t c, int64_t cols) {
     at::mm_out(s, units.narrow(0, r, rows), units.narrow(0, c, cols).t());
     if (r == c) {
       exponentiate(s, {}, diagonal.narrow(0, 0, rows), unread.narrow(0, 0, rows), true, sums.narrow(0, r, rows), {});
@@ -100,6 +108,7 @@ PairLossAndSaved pair_loss(const at::Tensor& features, const at::Tensor& labels,
       exponentiate(s, {}, {}, {}, false, sums.narrow(0, r, rows), sums.narrow(0, c, cols));
     }
   });
+  if (room > 0) kept.narrow(0, used, room - used).zero_();
 
   const std::vector<double> positives = sums_of_positives(sorted, units);
   const at::Tensor ids = at::full({total}, -1, at::kLong);
@@ -125,12 +134,12 @@ PairLossAndSaved pair_loss(const at::Tensor& features, const at::Tensor& labels,
   }
   const double divisor = mean ? std::max<int64_t>(1, exclude ? total - alone : total) : 1;
   return {at::scalar_tensor(loss * scale / divisor, at::kFloat), at::scalar_tensor(alone, at::kLong),
-          at::scalar_tensor(divisor, at::kDouble), ids, lse, all_positives, inv_norms, grad_lse, grad_positives};
+          at::scalar_tensor(divisor, at::kDouble), ids, lse, all_positives, inv_norms, grad_lse, grad_positives, kept};
 }
 
 at::Tensor pair_loss_backward(double factor, const at::Tensor& features, const at::Tensor& ids, const at::Tensor& lse,
                               const at::Tensor& inv_norms, const at::Tensor& grad_lse, const at::Tensor& grad_positives,
-                              double inv_temperature, int64_t edge) {
+                              const at::Tensor& kept, double inv_temperature, int64_t edge) {
   const Plainly plainly;
   const double root_scale = std::sqrt(inv_temperature);
   const Sorted sorted(ids, -1);
@@ -140,12 +149,13 @@ at::Tensor pair_loss_backward(double factor, const at::Tensor& features, const a
   const at::Tensor positive = sort(grad_positives).mul_(factor).to(at::kFloat);
   const float* const of_positive = positive.data_ptr<float>();
   at::Tensor grad = reusable_matrix(sorted.n, features.size(1)).zero_();
-  const at::Tensor memory = reusable(edge * edge);
-  sorted.tiles(edge, [&](int64_t r, int64_t rows, int64_t c, int64_t cols) {
-    at::Tensor g = matrix_at(memory, 0, rows, cols);
+  const bool keeps = kept.numel() > 0;
+  const at::Tensor memory = reusable(keeps ? edge * edge : 0);
+  sorted.tiles(kept, edge, [&](at::Tensor s, int64_t r, int64_t rows, int64_t c, int64_t cols) {
     const at::Tensor of_rows = units.narrow(0, r, rows), of_cols = units.narrow(0, c, cols);
-    at::mm_out(g, of_rows, of_cols.t());
-    weigh(g, {}, false, weight.narrow(0, r, rows), weight.narrow(0, c, cols), g);
+    if (!keeps) at::mm_out(s, of_rows, of_cols.t());
+    at::Tensor g = keeps ? matrix_at(memory, 0, rows, cols) : s;  // a graph may be walked again
+    weigh(s, {}, keeps, weight.narrow(0, r, rows), weight.narrow(0, c, cols), g);
     // Positives join in before the products: added to them they would leave the rounding of both behind.
     at::parallel_for(r, r + rows, 64, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

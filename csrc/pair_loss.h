@@ -13,16 +13,17 @@ namespace hypercontrast {
 
 // (the loss times `scale`; how many anchors have no positive, int64; M; class numbers [N] int64, -1 for a label of
 // `absent`, whose row is not there; log-sum-exps and sums of positives [N], float64; 1/|x| [N]; M times the gradients of
-// those two, float64). `exclude`: the mean is over anchors that have positives; `mean`: divided by their number M, else
-// M = 1. `edge`: rows and columns of a tile. Throws std::invalid_argument for a norm that is not finite.
+// those two, float64; exp(s), `room` numbers, tile after tile, if any). `exclude`: the mean is over anchors that have
+// positives; `mean`: divided by their number M, else M = 1. `edge`: rows and columns of a tile. `room`: the entries of all
+// tiles on and above the diagonal, or none. Throws std::invalid_argument for a norm that is not finite.
 using PairLossAndSaved = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-                                    at::Tensor, at::Tensor>;
+                                    at::Tensor, at::Tensor, at::Tensor>;
 PairLossAndSaved pair_loss(const at::Tensor& features, const at::Tensor& labels, int64_t absent, double inv_temperature,
-                           double scale, bool exclude, bool mean, int64_t edge);
+                           double scale, bool exclude, bool mean, int64_t edge, int64_t room);
 
 // Gradient of the features from `factor`, the loss's own gradient by M, and what the forward saved.
 at::Tensor pair_loss_backward(double factor, const at::Tensor& features, const at::Tensor& ids, const at::Tensor& lse,
                               const at::Tensor& inv_norms, const at::Tensor& grad_lse, const at::Tensor& grad_positives,
-                              double inv_temperature, int64_t edge);
+                              const at::Tensor& kept, double inv_temperature, int64_t edge);
 
 }  // namespace hypercontrast

@@ -94,10 +94,16 @@ struct Walk {
     return found;
   }
 
-  // A tile where all are kept, one after the other.
-  at::Tensor kept_tile(const at::Tensor& kept, int64_t c, int64_t cols, int64_t j, int64_t rows) const {
-    return matrix_at(kept, n * c + j * cols, rows, cols);
+  // A tile's place in `kept`, where they lie one after the other; none past its end.
+  std::optional<at::Tensor> kept_tile(const at::Tensor& kept, int64_t c, int64_t cols, int64_t j, int64_t rows) const {
+    const int64_t start = n * c + j * cols;
+    if (start + rows * cols > kept.numel()) return std::nullopt;
+    return matrix_at(kept, start, rows, cols);
   }
+  bool keeps_all(const at::Tensor& kept) const { return n * k <= kept.numel(); }
+
+  // Room for a tile that is not kept, where there is one.
+  at::Tensor memory(const at::Tensor& kept) const { return reusable(keeps_all(kept) ? 0 : height * width); }
 };
 
 at::Tensor times(const at::Tensor& x, double scale, const std::optional<at::Tensor>& factors) {
@@ -158,7 +164,7 @@ void multiply(const at::Tensor& a, const at::Tensor& b, at::Tensor out, bool add
 
 LossAndSaved prototype_loss(const at::Tensor& features, const at::Tensor& prototypes, const at::Tensor& labels,
                             const std::optional<at::Tensor>& weight, const PrototypeLoss& o, bool zero_empty, bool mean,
-                            bool keep) {
+                            int64_t room) {
   const Plainly plainly;
   const int64_t all_samples = features.size(0), all_classes = prototypes.size(0), dim = features.size(1);
   const Walk t(labels, all_classes, o);
@@ -169,15 +175,16 @@ LossAndSaved prototype_loss(const at::Tensor& features, const at::Tensor& protot
 
   const at::Tensor positives = at::zeros({t.n}, at::kFloat);
   const at::Tensor row_sums = at::zeros({t.k}, at::kDouble), col_sums = at::zeros({t.n}, at::kDouble);
-  const at::Tensor kept = reusable(keep ? all_samples * all_classes : 0);
-  if (keep) kept.narrow(0, t.n * t.k, kept.numel() - t.n * t.k).zero_();  // of ignored samples and absent classes
-  const at::Tensor memory = keep ? kept : reusable(t.height * t.width), unit = reusable(t.width * dim);
+  const at::Tensor kept = reusable(room), memory = t.memory(kept), unit = reusable(t.width * dim);
+  int64_t used = 0;
   t.panels([&](int64_t c, int64_t cols) {
     const at::Tensor w = matrix_at(unit, 0, cols, dim);
     scale_rows(t.classes ? prototypes.index_select(0, t.classes->narrow(0, c, cols)) : prototypes.narrow(0, c, cols),
                factors.narrow(0, c, cols), w);
     t.blocks([&](int64_t j, int64_t rows) {
-      at::Tensor s = keep ? t.kept_tile(kept, c, cols, j, rows) : matrix_at(memory, 0, rows, cols);
+      const std::optional<at::Tensor> place = t.kept_tile(kept, c, cols, j, rows);
+      if (place) used += rows * cols;
+      at::Tensor s = place ? *place : matrix_at(memory, 0, rows, cols);
       at::mm_out(s, x.narrow(0, j, rows), w.t());
       std::optional<at::Tensor> of_rows, of_cols;  // of the tile, which are samples and classes
       if (o.cols) of_rows = col_sums.narrow(0, j, rows);
@@ -186,6 +193,7 @@ LossAndSaved prototype_loss(const at::Tensor& features, const at::Tensor& protot
                    of_rows, of_cols);
     });
   });
+  kept.narrow(0, used, room - used).zero_();
 
   // The loss and its gradients: O(N + K), and sums as they are, since exponentials have no shift.
   const double nothing = -std::numeric_limits<double>::infinity();
@@ -238,8 +246,8 @@ std::tuple<at::Tensor, at::Tensor> prototype_loss_backward(
   std::optional<at::Tensor> of_class, of_sample, folded_class, folded_sample;
   if (o.rows) of_class = weights(t.of_classes(row_lse), t.of_classes(grad_row), factor);
   if (o.cols) of_sample = weights(t.of_samples(col_lse), t.of_samples(grad_col), factor);
-  const bool keeps = kept.numel() > 0, is_one_sided = o.rows != o.cols;
-  const bool folded = keeps && is_one_sided &&
+  const bool is_one_sided = o.rows != o.cols;
+  const bool folded = t.keeps_all(kept) && is_one_sided &&
                       fold(t, o.rows, o.rows ? *of_class : *of_sample, o.rows ? inv_w : inv_x, positives);
   if (folded) (o.rows ? folded_class : folded_sample) = o.rows ? of_class : of_sample;
 
@@ -249,7 +257,8 @@ std::tuple<at::Tensor, at::Tensor> prototype_loss_backward(
   const at::Tensor grad_x = wants_features ? reusable_matrix(t.n, dim) : none;
   const at::Tensor grad_prototypes = wants_prototypes ? reusable_matrix(prototypes.size(0), dim) : none;
   if (wants_prototypes && (t.classes || t.n == 0)) grad_prototypes.zero_();
-  const at::Tensor memory = reusable(folded ? 0 : t.height * t.width), unit = reusable(t.width * dim);
+  const at::Tensor memory = reusable(folded ? 0 : t.height * t.width);
+  const at::Tensor unit = reusable(t.width * dim);
   const at::Tensor units = reusable_matrix(wants_prototypes ? t.height : 0, dim);
   t.panels([&](int64_t c, int64_t cols) {
     const std::optional<at::Tensor> index = t.classes ? std::optional(t.classes->narrow(0, c, cols)) : std::nullopt;
@@ -260,14 +269,14 @@ std::tuple<at::Tensor, at::Tensor> prototype_loss_backward(
     if (wants_prototypes) grad_w = index ? at::empty({cols, dim}, at::kFloat) : grad_prototypes.narrow(0, c, cols);
     t.blocks([&](int64_t j, int64_t rows) {
       const at::Tensor x_block = x.narrow(0, j, rows), own = t.own(c, cols, j, rows);
-      at::Tensor g = folded ? t.kept_tile(kept, c, cols, j, rows) : matrix_at(memory, 0, rows, cols);
+      const std::optional<at::Tensor> e = t.kept_tile(kept, c, cols, j, rows);
+      at::Tensor g = folded ? *e : matrix_at(memory, 0, rows, cols);
       if (!folded) {
-        const at::Tensor e = keeps ? t.kept_tile(kept, c, cols, j, rows) : g;
-        if (!keeps) at::mm_out(g, x_block, w.t());
+        if (!e) at::mm_out(g, x_block, w.t());
         std::optional<at::Tensor> of_rows, of_cols;
         if (o.cols) of_rows = of_sample->narrow(0, j, rows);
         if (o.rows) of_cols = of_class->narrow(0, c, cols);
-        weigh(e, inv_x.narrow(0, j, rows), keeps, of_rows, of_cols, g);
+        weigh(e ? *e : g, inv_x.narrow(0, j, rows), e.has_value(), of_rows, of_cols, g);
       }
       // Positives join in before the products: added to them they would leave the rounding of both behind.
       const auto before = join_positives(g, own, positives.data_ptr<float>() + j, o.exclude_own);

@@ -20,14 +20,14 @@ struct PrototypeLoss {
 };
 
 // (the loss; row_lse [K] or [0], col_lse [N] or [0], positives [N], float64; 1/|x| of features [N] and prototypes [K];
-// exp(s), N K numbers in the order of tiles if `keep`, else none; M times the gradients of the first three, float64; M).
+// exp(s), `room` numbers, of as many tiles as fit in their order; M times the gradients of the first three, float64; M).
 // `zero_empty`: samples without any logit to sum drop out; `mean`: divided by the samples' weights M, else M = 1.
 // Throws std::invalid_argument for a label that is no class and for a norm that is not finite.
 using LossAndSaved = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
                                 at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 LossAndSaved prototype_loss(const at::Tensor& features, const at::Tensor& prototypes, const at::Tensor& labels,
                             const std::optional<at::Tensor>& weight, const PrototypeLoss& options, bool zero_empty,
-                            bool mean, bool keep);
+                            bool mean, int64_t room);
 
 // Gradients of features and prototypes from `factor`, the loss's own gradient by M, and what the forward saved. One that
 // is not wanted comes back empty.

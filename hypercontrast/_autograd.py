@@ -79,7 +79,7 @@ def prototype_loss(
         loss, _, _, _, inv_norms, *_, extremes = _ops.prototype_loss(
             features, prototypes, labels, weight, learned, inv_temperature, ignore_index, rule.rows, rule.cols,
             rule.exclude_own, normalize, rule.empty == "zero", reduction == "mean",
-            _keep_bytes(features, prototypes, temperature), backend,
+            keep_bytes(features, prototypes, temperature), backend,
         )  # fmt: skip
         _checks.watch_labels(labels, num_classes, ignore_index, extremes)
         if class_means is not None:
@@ -105,7 +105,7 @@ def prototype_loss(
     return loss.to(_checks.accumulator(features))
 
 
-def _keep_bytes(*inputs: object) -> int:
+def keep_bytes(*inputs: object) -> int:
     """What a forward may keep for its backward: nothing where there will be none."""
     has_backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
     return blockwise.memory_budget() if has_backward else 0
@@ -152,12 +152,12 @@ def statistics(
     if rule.rows and group is not None:  # only a row's sum needs to know who else has its class
         counts = all_sum(counts.int(), group).long()  # half the bytes
 
-    keep_bytes = _keep_bytes(features, prototypes, temperature)
+    budget = keep_bytes(features, prototypes, temperature)
     # Triton has room for as many present classes as there are samples: those of other ranks need not fit.
     listed = counts if not rule.absent and (group is None or backend != "triton") else None
     row_lse, col_lse, positives, inv_norms, _, _ = _ops.lse(
         features, prototypes, labels, listed, learned, inv_temperature, ignore_index, rule.rows, rule.cols,
-        rule.exclude_own, normalize, keep_bytes, backend,
+        rule.exclude_own, normalize, budget, backend,
     )  # fmt: skip
     if queue is not None:
         past, past_labels = queue
@@ -165,7 +165,7 @@ def statistics(
             listed = None
         past_lse, *_ = _ops.lse(
             past.to(features.dtype), prototypes, torch.where(past_labels == ABSENT, ignore_index, past_labels), listed,
-            learned, inv_temperature, ignore_index, True, False, rule.exclude_own, normalize, keep_bytes, backend,
+            learned, inv_temperature, ignore_index, True, False, rule.exclude_own, normalize, budget, backend,
         )  # fmt: skip
         row_lse = logaddexp(row_lse, past_lse)
     if class_means is not None:

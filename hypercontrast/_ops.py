@@ -155,9 +155,8 @@ def _lse_fake(
         )  # fmt: skip
         kept = features.new_empty(shape, dtype=_launch.kernel_dtype(features))
     else:
-        keeps = blockwise.is_bounded(temperature, inv_temperature, normalize)
-        keeps = keeps and blockwise.keeps(n, k, dtype, keep_bytes)
-        kept = features.new_empty(n * k if keeps else 0, dtype=dtype)
+        bounded = blockwise.is_bounded(temperature, inv_temperature, normalize)
+        kept = features.new_empty(blockwise.kept_elements(n, k, dtype, keep_bytes) if bounded else 0, dtype=dtype)
     return *statistics, *inverse_norms, kept
 
 
@@ -335,7 +334,7 @@ def _prototype_loss_fake(
     statistics = row_lse, col_lse, positives, inv_features, inv_prototypes
     upstream = [torch.empty_like(x) for x in (row_lse, col_lse, positives)]
     if backend == "blockwise":
-        kept = features.new_empty(n * k if blockwise.keeps(n, k, features.dtype, keep_bytes) else 0)
+        kept = features.new_empty(blockwise.kept_elements(n, k, features.dtype, keep_bytes))
         return loss, *statistics, kept, *upstream, divisor, labels.new_empty(0)
     shape = _launch.kept_shape(
         features, prototypes, counts=None, temperature=temperature, inv_temperature=inv_temperature, rows=rows,

@@ -199,8 +199,9 @@ def pair_loss(
     inside: bool,
     exclude: bool,
     mean: bool,
+    keep_bytes: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """SupCon itself: `label_classes`, `pair_lse` and what _supcon.py makes of them over one process. By Triton, or in
     one call of the C++ extension: what that takes says `compiled.takes`, and not `inside`.
 
@@ -209,33 +210,37 @@ def pair_loss(
         scale: what the loss is multiplied by.
         inside: the mean over positives stands inside the logarithm.
         exclude, mean: divided by the number of anchors that have positives, or of all.
+        keep_bytes: how much a CPU may keep to spare the backward the exponentials.
 
     Returns:
         The loss; how many anchors have no positive; and what the backward needs, see `kernels.pair_loss.Forward`: the
-        divisor, class numbers, log-sum-exps, positives, inverse norms, upstream gradients of lse and positives. On a
-        CPU all of these but the inverse norms are float64.
+        divisor, class numbers, log-sum-exps, positives, inverse norms, upstream gradients of lse and positives, and the
+        kept exponentials, if any. On a CPU all of these but the inverse norms and the last are float64.
     """
     if backend == "blockwise":
         return compiled.pair_loss(
-            features, labels, inv_temperature=inv_temperature, scale=scale, exclude=exclude, mean=mean
-        )
-    with in_full_precision(features):
-        return tuple(
-            _loss_kernels().launch_fwd(
-                features, labels.contiguous(), absent=ABSENT, inv_temperature=inv_temperature, scale=scale,
-                normalize=normalize, inside=inside, exclude=exclude, mean=mean,
-            )
+            features, labels, inv_temperature=inv_temperature, scale=scale, exclude=exclude, mean=mean,
+            keep_bytes=keep_bytes,
         )  # fmt: skip
+    with in_full_precision(features):
+        found = _loss_kernels().launch_fwd(
+            features, labels.contiguous(), absent=ABSENT, inv_temperature=inv_temperature, scale=scale,
+            normalize=normalize, inside=inside, exclude=exclude, mean=mean,
+        )  # fmt: skip
+        return *found, features.new_empty(0)
 
 
 @pair_loss.register_fake
-def _pair_loss_fake(features, labels, inv_temperature, scale, normalize, inside, exclude, mean, backend):
+def _pair_loss_fake(features, labels, inv_temperature, scale, normalize, inside, exclude, mean, keep_bytes, backend):
     n, wide = len(features), torch.float32 if backend == "triton" else torch.float64
     loss, inv_norms = (features.new_empty(shape, dtype=torch.float32) for shape in ((), n))
     divisor = features.new_empty((), dtype=wide)
     lse, positives, grad_lse, grad_positives = (features.new_empty(n, dtype=wide) for _ in range(4))
     statistics = lse, positives, inv_norms, grad_lse, grad_positives
-    return loss, labels.new_empty(()), divisor, labels.new_empty(n), *statistics
+    kept = features.new_empty(
+        blockwise_pairs.kept_elements(n, features.dtype, keep_bytes) if backend == "blockwise" else 0
+    )
+    return loss, labels.new_empty(()), divisor, labels.new_empty(n), *statistics, kept
 
 
 @operator("hypercontrast::pair_loss_backward")
@@ -249,6 +254,7 @@ def pair_loss_backward(
     inv_norms: Tensor,
     grad_lse: Tensor,
     grad_positives: Tensor,
+    kept: Tensor,
     inv_temperature: float,
     normalize: bool,
     inside: bool,
@@ -257,8 +263,9 @@ def pair_loss_backward(
     """Gradient of `pair_loss`."""
     if backend == "blockwise":
         return compiled.pair_loss_backward(
-            grad_loss, divisor, features, ids, lse, inv_norms, grad_lse, grad_positives, inv_temperature=inv_temperature
-        )
+            grad_loss, divisor, features, ids, lse, inv_norms, grad_lse, grad_positives, kept,
+            inv_temperature=inv_temperature,
+        )  # fmt: skip
     with in_full_precision(features):
         return _loss_kernels().launch_bwd(
             features, ids, lse, positives, inv_norms, grad_lse, grad_positives, factor=(grad_loss, divisor),
@@ -272,7 +279,7 @@ def _pair_loss_backward_fake(grad_loss, divisor, features, *args):
 
 
 def _pair_loss_setup_context(ctx, inputs, output) -> None:
-    features, _, inv_temperature, _, normalize, inside, _, _, backend = inputs
+    features, _, inv_temperature, _, normalize, inside, _, _, _, backend = inputs
     _, _, divisor, *statistics = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -281,7 +288,7 @@ def _pair_loss_setup_context(ctx, inputs, output) -> None:
 
 
 def _pair_loss_autograd(ctx, grad_loss, *_unused):
-    return pair_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.options), *[None] * 8
+    return pair_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.options), *[None] * 9
 
 
 pair_loss.register_autograd(_pair_loss_autograd, setup_context=_pair_loss_setup_context)

@@ -81,7 +81,7 @@ def supcon_loss(
     if takes and labels is not None and alone and reduction != "none":
         loss, single_count, *_ = _pair_ops.pair_loss(
             features, labels.long(), inv_temperature, scale, normalize, variant == "in", singletons == "exclude",
-            reduction == "mean", backend,
+            reduction == "mean", _autograd.keep_bytes(features), backend,
         )  # fmt: skip
         return loss, single_count
     logits = _Logits(learned, inv_temperature, normalize, variant == "in", backend)

@@ -1,8 +1,8 @@
 """Memory-linear PyTorch backend of the `lse` primitive, for the CPU and any device without Triton.
 
-Samples pass in blocks, so that a tile of logits stays in cache and no more than a tile exists, unless the exponentials
-are kept: the backward needs exp(s) again, and while K x N of them fit the memory budget keeping them is cheaper than
-recomputing the product. Cost in matrix products (F1 = 2NKD): forward F1, backward 2 F1 when kept, else 3 F1.
+Samples pass in blocks, so that a tile of logits stays in cache and no more than a tile exists beside those whose
+exponentials are kept: the backward needs exp(s) again, and as many tiles as fit the memory budget spare it their
+product. Cost in matrix products (F1 = 2NKD): forward F1, backward 2 F1 where kept, else 3 F1.
 
 Half-precision inputs are widened a block at a time: sums and products run in float32 (float64 for float64). The K + N
 log-sum-exps travel in float64, so that exp(s - lse) near 1 keeps the accuracy of the sum it came from: rounding a
@@ -37,14 +37,16 @@ _budget_bytes = int(float(os.environ.get("HYPERCONTRAST_MEMORY_BUDGET_MIB", "64"
 
 
 def set_memory_budget(num_bytes: int) -> None:
-    """How much a loss against prototypes may keep from forward to backward to save time: 64 MiB at first.
+    """How much a loss may keep from forward to backward to save time: 64 MiB at first. 0 always recomputes.
 
-    It keeps the exponentials of its K x N logits or, past the budget, computes them again. On a CPU they take 4 bytes
-    each. On a GPU they are kept in bfloat16 (temperatures from 1/64) and float16 (from 0.1), 2 bytes each, for features
-    wide enough to gain by it, of D >= 512 (256 for anchors on both sides), at a temperature that is not learned; a
-    backward takes up to 64 MiB more while it runs, kept or not. The environment variable
-    HYPERCONTRAST_MEMORY_BUDGET_MIB sets the initial value. 0 always recomputes. With the C++ extension the memory of
-    one loss on a CPU, up to 256 MiB, waits for the next step; setting the budget gives it back.
+    It keeps the exponentials of its logits; those that do not fit are computed again. On a CPU they take 4 bytes each:
+    K x N against prototypes, of which as many are kept as fit, and with the C++ extension half the N² of SupCon, all of
+    them or none. On a GPU losses against prototypes keep all or none, in bfloat16 (temperatures from 1/64) and float16
+    (from 0.1), 2 bytes each, for features wide enough to gain by it, of D >= 512 (256 for anchors on both sides), at a
+    temperature that is not learned; a backward takes up to 64 MiB more while it runs, kept or not.
+
+    The environment variable HYPERCONTRAST_MEMORY_BUDGET_MIB sets the initial value. With the C++ extension the memory
+    of one loss on a CPU, up to 256 MiB, waits for the next step; setting the budget gives it back.
     """
     global _budget_bytes
     if num_bytes < 0:
@@ -68,9 +70,9 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # no float64 there
 
 
-def keeps(num_samples: int, num_classes: int, dtype: torch.dtype, keep_bytes: int) -> bool:
-    """Whether the exponentials [N, K] fit the budget."""
-    return 0 < num_samples * num_classes * dtype.itemsize <= keep_bytes
+def kept_elements(num_samples: int, num_classes: int, dtype: torch.dtype, keep_bytes: int) -> int:
+    """Room for as many of the exponentials [N, K] as fit the budget."""
+    return min(num_samples * num_classes, keep_bytes // dtype.itemsize)
 
 
 def inverse_norms(name: str, x: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
@@ -141,9 +143,14 @@ class _Tiling:
         for block in spans(self.n, max(self.height, 1)):
             yield block, own[block]
 
-    def start(self, panel: slice, block: slice) -> int:
-        """Where a tile starts when all tiles are kept one after the other."""
-        return self.n * panel.start + block.start * (panel.stop - panel.start)
+    def kept_tile(self, kept: Tensor, panel: slice, block: slice) -> Tensor | None:
+        """A tile's place in `kept`, where they lie one after the other; None past its end."""
+        rows, cols = block.stop - block.start, panel.stop - panel.start
+        start = self.n * panel.start + block.start * cols
+        return _tile(kept, start, rows, cols) if start + rows * cols <= len(kept) else None
+
+    def keeps_all(self, kept: Tensor) -> bool:
+        return self.n * self.k <= len(kept)
 
     @property
     def height(self) -> int:
@@ -171,15 +178,16 @@ def lse_forward(features, prototypes, labels, *, keep_bytes, **options):
     wide = statistics_dtype(features.device)
     row_sum, row_max = inv_features.new_zeros(t.k, dtype=wide), inv_features.new_full((t.k,), -torch.inf)
     col_sum, col_max = inv_features.new_zeros(t.n, dtype=wide), inv_features.new_full((t.n,), -torch.inf)
-    keep = t.bounded and keeps(n_all, k_all, dtype, keep_bytes)
-    kept = tiles.reusable(n_all * k_all if keep else 0, like=inv_features)
-    kept[t.n * t.k :].zero_()  # ignored samples and absent classes leave the end unused
-    buffer = None if keep else t.buffer()
+    kept = tiles.reusable(kept_elements(n_all, k_all, dtype, keep_bytes) if t.bounded else 0, like=inv_features)
+    used, buffer = 0, t.buffer()
 
     for panel, w_PD in t.panels():
         for block, own_B in t.tiles(panel):
-            shape = (len(own_B), len(w_PD))
-            s_BP = _tile(buffer, 0, *shape) if buffer is not None else _tile(kept, t.start(panel, block), *shape)
+            s_BP = t.kept_tile(kept, panel, block)
+            if s_BP is None:
+                s_BP = _tile(buffer, 0, len(own_B), len(w_PD))
+            else:
+                used += s_BP.numel()
             torch.mm(t.features[block].to(dtype), w_PD.T, out=s_BP)
             inv_B, positives_B = t.inv_features[block], positives[block]
             if t.bounded:
@@ -192,6 +200,7 @@ def lse_forward(features, prototypes, labels, *, keep_bytes, **options):
                 accumulate(row_max[panel], row_sum[panel], s_BP.T)
             if t.cols:
                 accumulate(col_max[block], col_sum[block], s_BP)
+    kept[used:].zero_()
 
     row_lse, col_lse = row_sum.log(), col_sum.log()
     if not t.bounded:
@@ -230,7 +239,7 @@ def lse_backward(
     pos = t.of_samples(grad_pos).to(t.dtype)
     row = exponent(t.of_classes(row_lse), t.of_classes(grad_row), t.dtype, t.bounded) if t.rows else None
     col = exponent(t.of_samples(col_lse), t.of_samples(grad_col), t.dtype, t.bounded) if t.cols else None
-    class_factor, sample_factor, pos = _folded(t, row, col, pos) if kept.numel() else (None, None, pos)
+    class_factor, sample_factor, pos = _folded(t, row, col, pos) if t.keeps_all(kept) else (None, None, pos)
     folded = class_factor is not None or sample_factor is not None
     kept = kept.data  # positives are written into it and taken out again, which autograd's version count need not see
 
@@ -243,9 +252,8 @@ def lse_backward(
     for panel, w_PD in t.panels(class_factor):
         for block, own_B in t.tiles(panel):
             x_BD = t.features[block].to(t.dtype)
-            shape = (len(own_B), len(w_PD))
-            e_BP = _tile(kept, t.start(panel, block), *shape) if kept.numel() else None
-            g_BP = _tile(buffer, 0, *shape) if e_BP is None or not folded else e_BP
+            e_BP = t.kept_tile(kept, panel, block)
+            g_BP = e_BP if folded and e_BP is not None else _tile(buffer, 0, len(own_B), len(w_PD))
             if not folded:
                 _weigh(t, x_BD, w_PD, e_BP, block, panel, row, col, out=g_BP)
             # Positives join in before the products: added to the products they would leave the rounding of both behind.

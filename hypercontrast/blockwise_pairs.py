@@ -24,6 +24,13 @@ from hypercontrast.blockwise import accumulate, exponent, inverse_norms, is_boun
 EDGE = 512  # rows and columns of a tile: 1 MiB of float32, so that a tile, its factors and its operands stay in L2
 
 
+def kept_elements(num_samples: int, dtype: torch.dtype, keep_bytes: int) -> int:
+    """Room for the exponentials of all tiles on and above the diagonal where they fit the budget, else for none."""
+    rest = num_samples % EDGE
+    elements = (num_samples**2 + num_samples // EDGE * EDGE**2 + rest**2) // 2
+    return elements if elements * dtype.itemsize <= keep_bytes else 0
+
+
 @dataclass(frozen=True)
 class Side:
     """What a backward knows of the anchors on one side, each [n]: their log-sum-exps, their positives, and the loss's

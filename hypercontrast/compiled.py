@@ -55,7 +55,7 @@ def prototype_loss(
     found = _extension_there().prototype_loss(
         features.contiguous(), prototypes.contiguous(), labels.contiguous(), weight,
         _prototype_options(inv_temperature, ignore_index, rows, cols, exclude_own), zero_empty, mean,
-        blockwise.keeps(len(features), len(prototypes), features.dtype, keep_bytes),
+        blockwise.kept_elements(len(features), len(prototypes), features.dtype, keep_bytes),
     )  # fmt: skip
     return *found, labels.new_empty(0)
 
@@ -75,21 +75,29 @@ def prototype_loss_backward(
 
 
 def pair_loss(
-    features: Tensor, labels: Tensor, *, inv_temperature: float, scale: float, exclude: bool, mean: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    features: Tensor,
+    labels: Tensor,
+    *,
+    inv_temperature: float,
+    scale: float,
+    exclude: bool,
+    mean: bool,
+    keep_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `hypercontrast._pair_ops.pair_loss`."""
     found = _extension_there().pair_loss(
-        features.contiguous(), labels.contiguous(), ABSENT, inv_temperature, scale, exclude, mean, blockwise_pairs.EDGE
-    )
+        features.contiguous(), labels.contiguous(), ABSENT, inv_temperature, scale, exclude, mean, blockwise_pairs.EDGE,
+        blockwise_pairs.kept_elements(len(features), features.dtype, keep_bytes),
+    )  # fmt: skip
     return tuple(found)
 
 
 def pair_loss_backward(
     grad_loss: Tensor, divisor: Tensor, features: Tensor, ids: Tensor, lse: Tensor, inv_norms: Tensor,
-    grad_lse: Tensor, grad_positives: Tensor, *, inv_temperature: float,
+    grad_lse: Tensor, grad_positives: Tensor, kept: Tensor, *, inv_temperature: float,
 ) -> Tensor:  # fmt: skip
     """See `hypercontrast._pair_ops.pair_loss_backward`."""
     return _extension_there().pair_loss_backward(
         grad_loss.item() / divisor.item(), features.contiguous(), ids, lse, inv_norms, grad_lse, grad_positives,
-        inv_temperature, blockwise_pairs.EDGE,
+        kept, inv_temperature, blockwise_pairs.EDGE,
     )  # fmt: skip

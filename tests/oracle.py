@@ -26,12 +26,13 @@ DIMS = (1, 2, 3, 8, 16, 33, 64, 123, 200)
 TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.07, 0.1, 0.2, 0.5, 1.0)
 SPREADS = (None, None, 0.3, 0.03, 0.003, 0.0)
 EXTREMES = (*[None] * 7, "zero", "equal", "duplicates", "large", "small", "subnormal", "every length")
-# The ways through the blockwise backend: exponentials kept, recomputed, several panels and blocks, and operators alone.
+# The ways through the blockwise backend: exponentials kept, recomputed, several panels and blocks of which as many are
+# kept as fit, and operators alone.
 REGIMES = {
     "kept": {},
     "recomputed": {"blockwise._budget_bytes": 0},
     "tiny tiles": {
-        "blockwise._budget_bytes": 0, "blockwise.PANEL_CLASSES": 7, "blockwise.MIN_BLOCK": 5,
+        "blockwise._budget_bytes": 20_000, "blockwise.PANEL_CLASSES": 7, "blockwise.MIN_BLOCK": 5,
         "blockwise.TILE_ELEMENTS": 35, "blockwise_pairs.EDGE": 37,
     },
     "no extension": {"_extension.quietly": lambda: None},

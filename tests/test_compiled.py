@@ -70,10 +70,20 @@ def test_what_is_computed_there_of_pairs(taken):
     assert len(taken) == 2
 
 
+BUDGETS = {"none kept": 0, "some kept": 10_000, "all kept": 1 << 20}
+
+
+@pytest.fixture(params=BUDGETS)
+def _budget(request, monkeypatch):
+    """In bytes; tiles have 64 samples."""
+    monkeypatch.setattr("hypercontrast.blockwise._budget_bytes", BUDGETS[request.param])
+    monkeypatch.setattr("hypercontrast.blockwise.TILE_ELEMENTS", 64 * 37)
+    monkeypatch.setattr("hypercontrast.blockwise.MIN_BLOCK", 1)
+
+
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("budget", [0, 1 << 20])
-def test_a_gradient_alone_is_that_of_both(name, budget, monkeypatch):
-    monkeypatch.setattr("hypercontrast.blockwise._budget_bytes", budget)
+@pytest.mark.usefixtures("_budget")
+def test_a_gradient_alone_is_that_of_both(name):
     z, w, y = problem()
     both = [x.clone().requires_grad_() for x in (z, w)]
     together = torch.autograd.grad(CALLS[name](*both, y), both)
@@ -85,6 +95,7 @@ def test_a_gradient_alone_is_that_of_both(name, budget, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [*CALLS, "supcon"])
+@pytest.mark.usefixtures("_budget")
 def test_a_graph_walked_again(name):
     z, w, y = problem()
     leaves = [x.clone().requires_grad_() for x in ((z, w) if name in CALLS else (z,))]

@@ -10,6 +10,8 @@ from bench.measure import in_fresh_process, peak_of_step
 from bench.peers import OURS
 from bench.record import Case
 
+needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
 
 @pytest.fixture
 def peak_mib():
@@ -24,24 +26,34 @@ def peak_mib():
     hc.set_memory_budget(before)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@needs_proc
 @pytest.mark.parametrize("samples", [8192, pytest.param(32768, marks=pytest.mark.slow)])
 def test_peak_of_pairs_is_linear(samples, peak_mib):
-    """All logits would be 256 MiB and 4 GiB; unit rows, their gradient and its copy in the samples' order are left."""
+    """All logits would be 256 MiB and 4 GiB, whose half does not fit the budget; unit rows, their gradient and its copy
+    in the samples' order are left.
+    """
     d = 128
     rows = samples * d * 4 / 2**20
-    assert peak_mib("supcon", samples, 100, d, budget=0) < min(3 * rows + 12, 64)
+    assert peak_mib("supcon", samples, 100, d, budget=64 * 2**20) < min(3 * rows + 12, 64)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@needs_proc
+def test_pairs_that_fit_are_kept(peak_mib):
+    kept = (4096**2 + 4096 * 512) / 2 * 4 / 2**20  # 36 MiB
+    assert kept < peak_mib("supcon", 4096, 100, 16, budget=36 * 2**20) < kept + 16
+    assert peak_mib("supcon", 4096, 100, 16, budget=36 * 2**20 - 1) < 16
+
+
+@needs_proc
 @pytest.mark.parametrize("name", ["ntce", "nonl", "normface"])
 def test_peak_is_flat(name, peak_mib):
     m, k, d = 16384, 2000, 64  # all logits would be 125 MiB
     gradients = (m + k) * d * 4 / 2**20
-    tile = 4  # MiB; a few of them pass through the allocator
+    tile = 8  # MiB; a few of them pass through the allocator
     assert peak_mib(name, m, k, d, budget=0) < gradients + 4 * tile + 16
-    kept = m * k * 4 / 2**20
-    assert kept < peak_mib(name, m, k, d, budget=128 * 2**20) < kept + gradients + 4 * tile + 16
+    for budget in (64, 128):
+        kept = min(m * k * 4 / 2**20, budget)
+        assert kept - tile < peak_mib(name, m, k, d, budget=budget * 2**20) < kept + gradients + 4 * tile + 16
 
 
 @pytest.mark.parametrize("function", [hc.normface_loss, hc.ntce_loss, hc.nonl_loss])
