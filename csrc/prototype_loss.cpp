@@ -233,7 +233,7 @@ LossAndSaved prototype_loss(const at::Tensor& features, const at::Tensor& protot
           grad_row, grad_col, grad_pos, at::scalar_tensor(divisor, at::kDouble)};
 }
 
-std::tuple<at::Tensor, at::Tensor> prototype_loss_backward(
+std::tuple<at::Tensor, at::Tensor, double> prototype_loss_backward(
     double factor, const at::Tensor& features, const at::Tensor& prototypes, const at::Tensor& labels,
     const at::Tensor& row_lse, const at::Tensor& col_lse, const at::Tensor& inv_features,
     const at::Tensor& inv_prototypes, const at::Tensor& kept, const at::Tensor& grad_row, const at::Tensor& grad_col,
@@ -260,6 +260,7 @@ std::tuple<at::Tensor, at::Tensor> prototype_loss_backward(
   const at::Tensor memory = reusable(folded ? 0 : t.height * t.width);
   const at::Tensor unit = reusable(t.width * dim);
   const at::Tensor units = reusable_matrix(wants_prototypes ? t.height : 0, dim);
+  double logit_grad_sum = 0;
   t.panels([&](int64_t c, int64_t cols) {
     const std::optional<at::Tensor> index = t.classes ? std::optional(t.classes->narrow(0, c, cols)) : std::nullopt;
     const at::Tensor y = index ? prototypes.index_select(0, *index) : prototypes.narrow(0, c, cols);
@@ -283,7 +284,10 @@ std::tuple<at::Tensor, at::Tensor> prototype_loss_backward(
       if (wants_features) {
         const at::Tensor grad = grad_x.narrow(0, j, rows);
         multiply(g, w, grad, c > 0);
-        if (c + cols == t.k) through_norm(grad, x_block, inv_x.narrow(0, j, rows), outer_x.narrow(0, j, rows), true);
+        if (c + cols == t.k) {
+          logit_grad_sum +=
+              through_norm(grad, x_block, inv_x.narrow(0, j, rows), outer_x.narrow(0, j, rows), true);
+        }
       }
       if (wants_prototypes) {
         const at::Tensor u = units.narrow(0, 0, rows);
@@ -296,8 +300,8 @@ std::tuple<at::Tensor, at::Tensor> prototype_loss_backward(
     through_norm(grad_w, y, inv_w.narrow(0, c, cols), outer_w.narrow(0, c, cols), true);
     if (index) grad_prototypes.index_copy_(0, *index, grad_w);
   });
-  if (!wants_features || !t.samples) return {grad_x, grad_prototypes};
-  return {at::zeros_like(features).index_copy_(0, *t.samples, grad_x), grad_prototypes};
+  if (!wants_features || !t.samples) return {grad_x, grad_prototypes, logit_grad_sum};
+  return {at::zeros_like(features).index_copy_(0, *t.samples, grad_x), grad_prototypes, logit_grad_sum};
 }
 
 }  // namespace hypercontrast

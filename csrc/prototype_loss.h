@@ -1,7 +1,7 @@
 // A loss against prototypes on the CPU, in one call forward and one backward: hypercontrast/_autograd.py over
 // hypercontrast/blockwise.py, which are the specification, where nothing but the library's products takes time.
 //
-// For one process, float32, normalised rows and a fixed temperature of at least 1/64, so that exp(s) needs no shift.
+// For one process, float32, normalised rows and a temperature of at least 1/64, so that exp(s) needs no shift.
 // Everything is contiguous and on the CPU. N samples, K classes, D dimensions, s[j, c] = u_j·w_c/τ of unit vectors.
 #pragma once
 
@@ -30,8 +30,8 @@ LossAndSaved prototype_loss(const at::Tensor& features, const at::Tensor& protot
                             bool mean, int64_t room);
 
 // Gradients of features and prototypes from `factor`, the loss's own gradient by M, and what the forward saved. One that
-// is not wanted comes back empty.
-std::tuple<at::Tensor, at::Tensor> prototype_loss_backward(
+// is not wanted comes back empty. With that of the features the sum of all logits times their gradients, else zero.
+std::tuple<at::Tensor, at::Tensor, double> prototype_loss_backward(
     double factor, const at::Tensor& features, const at::Tensor& prototypes, const at::Tensor& labels,
     const at::Tensor& row_lse, const at::Tensor& col_lse, const at::Tensor& inv_features,
     const at::Tensor& inv_prototypes, const at::Tensor& kept, const at::Tensor& grad_row, const at::Tensor& grad_col,

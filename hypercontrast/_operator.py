@@ -51,7 +51,7 @@ class Operator:
         self._with_graph = WithGraph
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_watched(args):
+        if is_traced(*args) or torch._C._autograd._profiler_enabled():
             return self._overload(*args)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return self._function(*args)
@@ -65,13 +65,13 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     return lambda function: Operator(name, function)
 
 
-def _is_watched(args: tuple[Any, ...]) -> bool:
-    """Whether a mode, transform, tracer, profiler or kind of tensor takes part in calls of operators."""
+def is_traced(*args: Any) -> bool:
+    """Whether a compiler, mode, transform, tracer or kind of tensor takes part in calls of operators."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
         or any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta) for x in args)
     )

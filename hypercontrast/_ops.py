@@ -307,8 +307,9 @@ def prototype_loss(
     """
     if backend == "blockwise":
         return compiled.prototype_loss(
-            features, prototypes, labels, weight, inv_temperature=inv_temperature, ignore_index=ignore_index,
-            rows=rows, cols=cols, exclude_own=exclude_own, zero_empty=zero_empty, mean=mean, keep_bytes=keep_bytes,
+            features, prototypes, labels, weight, temperature=temperature, inv_temperature=inv_temperature,
+            ignore_index=ignore_index, rows=rows, cols=cols, exclude_own=exclude_own, zero_empty=zero_empty, mean=mean,
+            keep_bytes=keep_bytes,
         )  # fmt: skip
     with in_full_precision(features):
         _check_values(features, prototypes, labels, temperature, ignore_index)
@@ -334,7 +335,7 @@ def _prototype_loss_fake(
     statistics = row_lse, col_lse, positives, inv_features, inv_prototypes
     upstream = [torch.empty_like(x) for x in (row_lse, col_lse, positives)]
     if backend == "blockwise":
-        kept = features.new_empty(blockwise.kept_elements(n, k, features.dtype, keep_bytes))
+        kept = features.new_empty(compiled.kept_elements(n, k, rows, cols, keep_bytes))
         return loss, *statistics, kept, *upstream, divisor, labels.new_empty(0)
     shape = _launch.kept_shape(
         features, prototypes, counts=None, temperature=temperature, inv_temperature=inv_temperature, rows=rows,
@@ -371,18 +372,18 @@ def prototype_loss_backward(
     wants_features: bool,
     wants_prototypes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `prototype_loss`: of the features, of the prototypes, and, by Triton, τ Σ_c G∘s of every sample [N].
+    """Gradients of `prototype_loss`: of the features, of the prototypes, and τ Σ_c G∘s: by Triton of every sample [N],
+    else their sum [1] where the temperature is a tensor.
 
     The first two only where they are wanted, else empty. The last comes with the first.
     """
     wanted = wants_features, wants_prototypes
     if backend == "blockwise":
-        grads = compiled.prototype_loss_backward(
+        return compiled.prototype_loss_backward(
             grad_loss, divisor, features, prototypes, labels, row_lse, col_lse, inv_norm_features, inv_norm_prototypes,
-            kept, grad_row, grad_col, grad_pos, inv_temperature=inv_temperature, ignore_index=ignore_index, rows=rows,
-            cols=cols, exclude_own=exclude_own, wanted=wanted,
+            kept, grad_row, grad_col, grad_pos, temperature=temperature, inv_temperature=inv_temperature,
+            ignore_index=ignore_index, rows=rows, cols=cols, exclude_own=exclude_own, wanted=wanted,
         )  # fmt: skip
-        return *grads, features.new_empty(0)
     with in_full_precision(features):
         options = _options(
             features, None, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize
@@ -395,8 +396,10 @@ def prototype_loss_backward(
 
 @prototype_loss_backward.register_fake
 def _prototype_loss_backward_fake(grad_loss, divisor, features, prototypes, *args):
-    *_, backend, wants_features, wants_prototypes = args
-    radial = features.new_empty(len(features) if backend == "triton" and wants_features else 0, dtype=torch.float32)
+    *_, temperature, _, _, _, _, _, _, backend, wants_features, wants_prototypes = args
+    of_all = 0 if temperature is None else 1
+    size = of_all if backend == "blockwise" else len(features) if wants_features else 0
+    radial = features.new_empty(size, dtype=torch.float32)
     return *_fake_grads(features, prototypes, wants_features, wants_prototypes), radial
 
 

@@ -74,11 +74,10 @@ def supcon_loss(
     learned, inv_temperature = _checks.split_temperature(temperature)
     scale = 1.0 if base_temperature is None else _checks.number(temperature) / base_temperature
     alone = refs is None and queue is None and group is None
-    if backend == "triton":
-        takes = learned is None
-    else:
-        takes = variant == "out" and compiled.takes(learned, inv_temperature, normalize, features)
-    if takes and labels is not None and alone and reduction != "none":
+    takes = learned is None and alone and reduction != "none"
+    if backend != "triton":
+        takes = takes and variant == "out" and compiled.takes(learned, inv_temperature, normalize, features)
+    if takes and labels is not None:
         loss, single_count, *_ = _pair_ops.pair_loss(
             features, labels.long(), inv_temperature, scale, normalize, variant == "in", singletons == "exclude",
             reduction == "mean", _autograd.keep_bytes(features), backend,

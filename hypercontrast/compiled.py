@@ -1,4 +1,4 @@
-"""A loss in one call of the C++ extension: for float32 on a CPU, one process, a fixed temperature.
+"""A loss in one call of the C++ extension: for float32 on a CPU and one process.
 
 What `_autograd.prototype_loss` makes of `blockwise`, and `_supcon` of `blockwise_pairs`, takes some 200 operators, each
 a few microseconds: more than the products of a small batch. The extension does the same in one call, see
@@ -8,6 +8,7 @@ memory or less.
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hypercontrast import _extension, blockwise, blockwise_pairs
+from hypercontrast._operator import is_traced
 from hypercontrast.distributed import ABSENT
 
 
@@ -34,28 +36,46 @@ def _extension_there() -> ModuleType:
 
 def takes(temperature: Tensor | None, inv_temperature: float, normalize: bool, *operands: Tensor) -> bool:
     """Whether the extension is there and computes losses of these."""
-    return (
-        all(x.device.type == "cpu" and x.dtype == torch.float32 for x in operands)
-        and blockwise.is_bounded(temperature, inv_temperature, normalize)
-        and is_built()
-    )
+    if not all(x.device.type == "cpu" and x.dtype == torch.float32 for x in operands) or not is_built():
+        return False
+    if temperature is not None:
+        if is_traced(temperature):
+            return False  # its value is not known yet
+        inv_temperature = _inverse(temperature)
+    return blockwise.is_bounded(None, inv_temperature, normalize)
 
 
-def _prototype_options(inv_temperature: float, ignore_index: int, rows: bool, cols: bool, exclude_own: bool) -> Any:
+def _inverse(temperature: Tensor) -> float:
+    value = temperature.item()
+    return 1 / value if 0 < value < math.inf else math.inf
+
+
+def kept_elements(num_samples: int, num_classes: int, rows: bool, cols: bool, keep_bytes: int) -> int:
+    """Room for the exponentials of a loss against prototypes. Of few samples and prototype anchors absent classes are
+    left out, and at most twice as many classes as samples computed.
+    """
+    classes = min(num_classes, 2 * num_samples) if rows and not cols else num_classes
+    return blockwise.kept_elements(num_samples, classes, torch.float32, keep_bytes)
+
+
+def _prototype_options(
+    temperature: Tensor | None, inv_temperature: float, ignore_index: int, rows: bool, cols: bool, exclude_own: bool
+) -> Any:
+    inv = inv_temperature if temperature is None else _inverse(temperature)
     tiling = blockwise.TILE_ELEMENTS, blockwise.PANEL_CLASSES, blockwise.MIN_BLOCK
-    return _extension_there().PrototypeLoss(inv_temperature, ignore_index, rows, cols, exclude_own, *tiling)
+    return _extension_there().PrototypeLoss(inv, ignore_index, rows, cols, exclude_own, *tiling)
 
 
 def prototype_loss(
-    features: Tensor, prototypes: Tensor, labels: Tensor, weight: Tensor | None, *,
+    features: Tensor, prototypes: Tensor, labels: Tensor, weight: Tensor | None, *, temperature: Tensor | None,
     inv_temperature: float, ignore_index: int, rows: bool, cols: bool, exclude_own: bool,
     zero_empty: bool, mean: bool, keep_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `hypercontrast._ops.prototype_loss`."""
     found = _extension_there().prototype_loss(
         features.contiguous(), prototypes.contiguous(), labels.contiguous(), weight,
-        _prototype_options(inv_temperature, ignore_index, rows, cols, exclude_own), zero_empty, mean,
-        blockwise.kept_elements(len(features), len(prototypes), features.dtype, keep_bytes),
+        _prototype_options(temperature, inv_temperature, ignore_index, rows, cols, exclude_own), zero_empty, mean,
+        kept_elements(len(features), len(prototypes), rows, cols, keep_bytes),
     )  # fmt: skip
     return *found, labels.new_empty(0)
 
@@ -63,15 +83,17 @@ def prototype_loss(
 def prototype_loss_backward(
     grad_loss: Tensor, divisor: Tensor, features: Tensor, prototypes: Tensor, labels: Tensor, row_lse: Tensor,
     col_lse: Tensor, inv_features: Tensor, inv_prototypes: Tensor, kept: Tensor, grad_row: Tensor, grad_col: Tensor,
-    grad_pos: Tensor, *, inv_temperature: float, ignore_index: int, rows: bool, cols: bool, exclude_own: bool,
-    wanted: tuple[bool, bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad_pos: Tensor, *, temperature: Tensor | None, inv_temperature: float, ignore_index: int, rows: bool, cols: bool,
+    exclude_own: bool, wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `hypercontrast._ops.prototype_loss_backward`."""
-    return _extension_there().prototype_loss_backward(
+    grad_features, grad_prototypes, logit_grad_sum = _extension_there().prototype_loss_backward(
         grad_loss.item() / divisor.item(), features.contiguous(), prototypes.contiguous(), labels.contiguous(),
         row_lse, col_lse, inv_features, inv_prototypes, kept, grad_row, grad_col, grad_pos,
-        _prototype_options(inv_temperature, ignore_index, rows, cols, exclude_own), *wanted,
+        _prototype_options(temperature, inv_temperature, ignore_index, rows, cols, exclude_own), *wanted,
     )  # fmt: skip
+    radial = features.new_empty(0) if temperature is None else temperature.float().reshape(1) * logit_grad_sum
+    return grad_features, grad_prototypes, radial
 
 
 def pair_loss(

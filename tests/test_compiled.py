@@ -46,18 +46,19 @@ def test_what_is_computed_there(name, taken):
     CALLS[name](z, w, y)
     CALLS[name](z, w, y, reduction="sum", temperature=1 / 64, weight=torch.rand(len(w)))
     CALLS[name](z.T.contiguous().T, w, y)
-    assert taken == ["prototype_loss"] * 3
+    CALLS[name](z, w, y, temperature=torch.tensor([0.1]))
+    assert taken == ["prototype_loss"] * 4
     for inputs, options in [
         ((z, w, y), {"reduction": "none"}),
         ((z, w, y), {"temperature": 0.01}),
-        ((z, w, y), {"temperature": torch.tensor(0.1)}),
+        ((z, w, y), {"temperature": torch.tensor(0.01)}),
         ((z, w, y), {"normalize": False}),
         ((z.double(), w.double(), y), {}),
         ((z.bfloat16(), w, y), {}),
         ((z, w.bfloat16(), y), {}),
     ]:
         CALLS[name](*inputs, **options)
-    assert len(taken) == 3
+    assert len(taken) == 4
 
 
 def test_what_is_computed_there_of_pairs(taken):
@@ -92,6 +93,38 @@ def test_a_gradient_alone_is_that_of_both(name):
         leaves[i].requires_grad_()
         (alone,) = torch.autograd.grad(CALLS[name](*leaves, y), leaves[i])
         assert torch.equal(alone, together[i])
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("tau", [0.3, 1 / 64])
+def test_a_learned_temperature(name, tau, taken):
+    z, w, y = problem()
+
+    def gradients(dtype, wanted):
+        leaves = [x.to(dtype) for x in (z, w, torch.tensor(tau))]
+        for i in wanted:
+            leaves[i].requires_grad_()
+        loss = CALLS[name](*leaves[:2], y, temperature=leaves[2])
+        return torch.autograd.grad(loss, [leaves[i] for i in wanted])
+
+    of_all = gradients(torch.float32, (0, 1, 2))
+    for got, want in zip(of_all, gradients(torch.float64, (0, 1, 2)), strict=True):
+        assert (got - want).norm() <= 2e-6 * want.norm()
+    assert torch.equal(gradients(torch.float32, (2,))[0], of_all[2]), "alone it is the same"
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_learned_temperature_of_a_compiled_loss(name):
+    """A compiler does not know its value, so the loss goes another way."""
+    z, w, y = problem()
+    tau = torch.tensor(0.2, requires_grad=True)
+    found = []
+    for call in (CALLS[name], torch.compile(CALLS[name], fullgraph=True, backend="aot_eager")):
+        loss = call(z, w, y, temperature=tau)
+        found.append((loss, *torch.autograd.grad(loss, tau)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", [*CALLS, "supcon"])

@@ -89,12 +89,12 @@ def lse_backward(backend):
 def prototype_loss(backend):
     z, w = (torch.randn(size, 4, device=DEVICE[backend], requires_grad=True) for size in (7, 5))
     y, weight = torch.tensor([0, 1, 1, 3, -100, 0, 3], device=z.device), torch.rand(5, device=z.device)
-    tau = temperature("triton") if backend == "triton" else None
-    inv_temperature = 1.0 if backend == "triton" else 5.0
+    tau = torch.tensor(0.2, device=z.device, requires_grad=True)
+    normalize = backend != "triton"
     return [
         (z, w, y, weight, None, 5.0, -100, True, False, True, True, False, True, 1 << 20, backend),
-        (z, w, y, None, tau, inv_temperature, -100, False, True, True, True, True, False, 0, backend),
-        (z, w, y, weight, tau, inv_temperature, -100, True, True, False, tau is None, False, True, 0, backend),
+        (z, w, y, None, tau, 1.0, -100, False, True, True, True, True, False, 0, backend),
+        (z, w, y, weight, tau, 1.0, -100, True, True, False, normalize, False, True, 0, backend),
     ]
 
 
