@@ -179,7 +179,7 @@ def broken(features, labels):
     [
         ("exact", 0, "exact: DDP on 2 ranks gives the gradient of the whole batch"),
         pytest.param("Local", 1, "wrong: not the direction of the whole batch's gradient", marks=pytest.mark.slow),
-        ("broken", 1, "no such luck"),
+        pytest.param("broken", 1, "no such luck", marks=pytest.mark.slow),
         ("absent", 2, "loss must name something that can be imported, got 'mine:absent'"),
     ],
 )
@@ -192,6 +192,7 @@ def test_check_ddp(name, code, says, tmp_path):
     assert (said.count("\n"), silent) == (1, "")
 
 
+@pytest.mark.slow
 def test_json_of_check_ddp(tmp_path):
     (tmp_path / "mine.py").write_text(LOSSES)
     code, out, _ = command("check-ddp", "mine:exact", "--json", cwd=tmp_path)

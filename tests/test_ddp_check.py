@@ -238,7 +238,8 @@ def test_a_loss_without_gradient_has_no_verdict():
 
 # pytorch-metric-learning 2.9.0 multiplies by the number of ranks, which makes its default mode exact: every rank
 # computes the whole loss, with a gradient through its own rows. `efficient=True` keeps own anchors only.
-@pytest.mark.parametrize(("efficient", "kind"), [(False, "exact"), pytest.param(True, "wrong", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("efficient", "kind"), [(False, "exact"), (True, "wrong")])
 def test_pytorch_metric_learning(efficient, kind):
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     distributed = pytest.importorskip("pytorch_metric_learning.utils.distributed")

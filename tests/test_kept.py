@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -67,19 +68,28 @@ def keepable(case: Case, tau: float = 0.1) -> Case:
 
 
 # Inside a tile, past the small tiles (64 x 64) and past the large ones (256 x 128), odd and even.
-@pytest.mark.parametrize("shape", [(1, 1, 1), (65, 63, 17), (128, 256, 16), (300, 129, 40), (130, 257, 24)])
+SHAPES = {"small": [(1, 1, 1), (65, 63, 17), (128, 256, 16)], "large": [(300, 129, 40), (130, 257, 24)]}
+
+
+@pytest.mark.parametrize(
+    ("tiles", "shape"),
+    [
+        pytest.param(tiles, shape, marks=() if tiles == past else pytest.mark.slow)
+        for tiles, (past, shapes) in product(SHAPES, SHAPES.items())
+        for shape in shapes
+    ],
+)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("rule", RULES)
-def test_against_float64(rule, dtype, shape, keeping, monkeypatch):
-    for seed in (0, 1):  # with small tiles, then with large ones and several chunks
-        if seed:
-            monkeypatch.setattr(_launch, "TARGET_PROGRAMS", 3)
-            monkeypatch.setattr(_launch, "SCRATCH_BYTES", 1)
-            monkeypatch.setattr(_launch, "CHUNK_BYTES", 1)
-        case, generator = make_case(seed, shape, dtype, rule)
-        case = keepable(case)
-        assert forward(case)[-1].numel()
-        check(case, random_upstream(case, generator))
+def test_against_float64(rule, dtype, tiles, shape, keeping, monkeypatch):
+    if tiles == "large":  # and several chunks
+        monkeypatch.setattr(_launch, "TARGET_PROGRAMS", 3)
+        monkeypatch.setattr(_launch, "SCRATCH_BYTES", 1)
+        monkeypatch.setattr(_launch, "CHUNK_BYTES", 1)
+    case, generator = make_case(int(tiles == "large"), shape, dtype, rule)
+    case = keepable(case)
+    assert forward(case)[-1].numel()
+    check(case, random_upstream(case, generator))
 
 
 @pytest.mark.parametrize("rule", ["ntce", "nonl"])
@@ -204,7 +214,9 @@ def test_a_rounded_own_entry_would_lose_the_gradient(rule):
     assert all(a > 50 * b for a, b in zip(lost, right, strict=True))
 
 
-@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize(
+    "spread", [None, *(pytest.param(s, marks=pytest.mark.slow) for s in SPREADS[1:-1]), SPREADS[-1]]
+)
 @pytest.mark.parametrize("rule", RULES)
 def test_kernels_with_exponentials_rounded_to_bfloat16(rule, spread, keeping):
     case = drawn(rule, torch.bfloat16, spread)
@@ -251,7 +263,9 @@ def test_rule(monkeypatch):
     assert shape_of(512, 1000, 2048) == nothing  # launches count, not products
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "name", [name if name in ("ntce", "nonl-both") else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES]
+)
 def test_public_losses_keep_within_the_budget(name, monkeypatch):
     """Kept or not, twice through one graph; the budget and a learned temperature are heeded."""
     monkeypatch.setattr(_launch, "KEEP_FLOP", 0)
@@ -284,13 +298,9 @@ def test_public_losses_keep_within_the_budget(name, monkeypatch):
         assert (a - b).float().norm() <= 2 * torch.finfo(torch.float16).eps * b.float().norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rows", "cols", "exclude_own"),
-    [
-        pytest.param(True, False, True, marks=pytest.mark.slow),
-        pytest.param(False, True, False, marks=pytest.mark.slow),
-        (True, True, True),
-    ],
+    ("rows", "cols", "exclude_own"), [(True, False, True), (False, True, False), (True, True, True)]
 )
 def test_opcheck(rows, cols, exclude_own, monkeypatch):
     monkeypatch.setattr(_launch, "KEEP_FLOP", 0)

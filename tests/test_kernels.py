@@ -39,7 +39,7 @@ RULES = {  # rows, cols, exclude_own
 # A single tile of everything; one element past a tile and one before; odd everything; a power of two everywhere.
 SHAPES = [(1, 1, 1), (2, 1, 5), (3, 9, 16), (65, 63, 17), (129, 10, 40), (252, 507, 123), (64, 128, 128), (40, 33, 200)]
 DTYPES = [torch.float32, torch.float16]
-QUICK = 40 if DEVICE == "cpu" else 16  # draws: on a GPU most of them compile kernels of their own, a second each
+QUICK = 24 if DEVICE == "cpu" else 16  # draws: on a GPU most of them compile kernels of their own, a second each
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,15 @@ def within_marks(event) -> bool:
 
 @pytest.mark.usefixtures("_marks")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("width", [64, 144])  # the narrow and the wide path of half types
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [
+        (torch.float32, 64),
+        pytest.param(torch.float32, 144, marks=pytest.mark.slow),
+        (torch.float16, 64),  # the narrow path of half types, and the wide one
+        (torch.float16, 144),
+    ],
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_small_batch(name, dtype, width, monkeypatch):
     """Three in the forward, class weights and ignored samples included, and nothing else; in the backward at most four,

@@ -100,7 +100,14 @@ def test_every_recipe_has_a_dry_run(name):
     assert ("missing" in lines) == (config.dataset != "mnist5k")
 
 
-@pytest.mark.parametrize("name", recipe_names())
+def quick(name):
+    """Of the paper's ImageNet recipes two: their networks are the same, and here the large batches are the small one."""
+    return not name.startswith("imagenet") or name in ("imagenet1k-nonl", "imagenet1k-scl")
+
+
+@pytest.mark.parametrize(
+    "name", [name if quick(name) else pytest.param(name, marks=pytest.mark.slow) for name in recipe_names()]
+)
 def test_every_recipe_takes_a_step(name):
     """On random pictures of the right shape: the loss is finite and every weight that is trained moves."""
     config = configure(recipe=name)

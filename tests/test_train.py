@@ -662,6 +662,7 @@ def wait_for_checkpoint(folder):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes(finished, tmp_path):
     folder = tmp_path / "run"
     command = [

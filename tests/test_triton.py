@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE.type == "
 # Around a tile, primes, the degenerate ones, both sides of the change from narrow to wide.
 SHAPES = ((0, 1, 2, 17, 100, 127, 252, 300), (1, 2, 3, 10, 33, 128, 257), (1, 3, 16, 33, 123, 200, 300, 513))
 # A GPU compiles every kernel for each new width, type and option, a second each: few of them where minutes count.
-QUICK, QUICK_SHAPES = 8, SHAPES if DEVICE.type == "cpu" else ((0, 17, 127, 300), (3, 10, 257), (33, 200, 300))
+QUICK, QUICK_SHAPES = 6, SHAPES if DEVICE.type == "cpu" else ((0, 17, 127, 300), (3, 10, 257), (33, 200, 300))
 
 
 def call(name, *args, **options):
