@@ -137,9 +137,11 @@ PairLossAndSaved pair_loss(const at::Tensor& features, const at::Tensor& labels,
           at::scalar_tensor(divisor, at::kDouble), ids, lse, all_positives, inv_norms, grad_lse, grad_positives, kept};
 }
 
-at::Tensor pair_loss_backward(double factor, const at::Tensor& features, const at::Tensor& ids, const at::Tensor& lse,
-                              const at::Tensor& inv_norms, const at::Tensor& grad_lse, const at::Tensor& grad_positives,
-                              const at::Tensor& kept, double inv_temperature, int64_t edge) {
+std::tuple<at::Tensor, double> pair_loss_backward(double factor, const at::Tensor& features, const at::Tensor& ids,
+                                                  const at::Tensor& lse, const at::Tensor& inv_norms,
+                                                  const at::Tensor& grad_lse, const at::Tensor& grad_positives,
+                                                  const at::Tensor& kept, double inv_temperature, int64_t edge,
+                                                  bool wants_logit_grad_sum) {
   const Plainly plainly;
   const double root_scale = std::sqrt(inv_temperature);
   const Sorted sorted(ids, -1);
@@ -168,12 +170,13 @@ at::Tensor pair_loss_backward(double factor, const at::Tensor& features, const a
     grad.narrow(0, r, rows).addmm_(g, of_cols);
     if (r != c) grad.narrow(0, c, cols).addmm_(g.t(), of_rows);
   });
+  const double logit_grad_sum = wants_logit_grad_sum ? units.mul(grad).sum(at::kDouble).item<double>() : 0;
   // On the units, whose length is √τ: dL/dx = (g - (û·g) û) / (|x| √τ).
   const at::Tensor inv_units = at::full({sorted.n}, 1 / root_scale, at::kFloat);
   through_norm(grad, units, inv_units, sort(inv_norms).mul_(root_scale), true);
   // The units have served: the samples' order takes their memory, where all are there.
   const at::Tensor all = sorted.n == features.size(0) ? units : at::zeros_like(features);
-  return all.index_copy_(0, sorted.order, grad);
+  return {all.index_copy_(0, sorted.order, grad), logit_grad_sum};
 }
 
 }  // namespace hypercontrast

@@ -193,6 +193,7 @@ pair_lse.register_autograd(_autograd, setup_context=_setup_context)
 def pair_loss(
     features: Tensor,
     labels: Tensor,
+    temperature: Tensor | None,
     inv_temperature: float,
     scale: float,
     normalize: bool,
@@ -207,6 +208,7 @@ def pair_loss(
 
     Args:
         features [N, D], contrasted with themselves; labels [N] int64, of any values.
+        temperature: one float to learn, on a CPU alone, or None to use `inv_temperature`.
         scale: what the loss is multiplied by.
         inside: the mean over positives stands inside the logarithm.
         exclude, mean: divided by the number of anchors that have positives, or of all.
@@ -219,8 +221,8 @@ def pair_loss(
     """
     if backend == "blockwise":
         return compiled.pair_loss(
-            features, labels, inv_temperature=inv_temperature, scale=scale, exclude=exclude, mean=mean,
-            keep_bytes=keep_bytes,
+            features, labels, temperature=temperature, inv_temperature=inv_temperature, scale=scale, exclude=exclude,
+            mean=mean, keep_bytes=keep_bytes,
         )  # fmt: skip
     with in_full_precision(features):
         found = _loss_kernels().launch_fwd(
@@ -231,7 +233,9 @@ def pair_loss(
 
 
 @pair_loss.register_fake
-def _pair_loss_fake(features, labels, inv_temperature, scale, normalize, inside, exclude, mean, keep_bytes, backend):
+def _pair_loss_fake(
+    features, labels, temperature, inv_temperature, scale, normalize, inside, exclude, mean, keep_bytes, backend
+):
     n, wide = len(features), torch.float32 if backend == "triton" else torch.float64
     loss, inv_norms = (features.new_empty(shape, dtype=torch.float32) for shape in ((), n))
     divisor = features.new_empty((), dtype=wide)
@@ -255,40 +259,50 @@ def pair_loss_backward(
     grad_lse: Tensor,
     grad_positives: Tensor,
     kept: Tensor,
+    temperature: Tensor | None,
     inv_temperature: float,
     normalize: bool,
     inside: bool,
     backend: str,
-) -> Tensor:
-    """Gradient of `pair_loss`."""
+) -> tuple[Tensor, Tensor]:
+    """Gradient of `pair_loss` and, where the temperature is a tensor, ΣG∘s [1], each pair from both of its sides."""
     if backend == "blockwise":
         return compiled.pair_loss_backward(
-            grad_loss, divisor, features, ids, lse, inv_norms, grad_lse, grad_positives, kept,
+            grad_loss, divisor, features, ids, lse, inv_norms, grad_lse, grad_positives, kept, temperature=temperature,
             inv_temperature=inv_temperature,
         )  # fmt: skip
     with in_full_precision(features):
-        return _loss_kernels().launch_bwd(
+        grad = _loss_kernels().launch_bwd(
             features, ids, lse, positives, inv_norms, grad_lse, grad_positives, factor=(grad_loss, divisor),
             inv_temperature=inv_temperature, normalize=normalize, inside=inside,
         )  # fmt: skip
+    return grad, features.new_empty(0)
 
 
 @pair_loss_backward.register_fake
 def _pair_loss_backward_fake(grad_loss, divisor, features, *args):
-    return torch.empty_like(features, memory_format=torch.contiguous_format)
+    *_, temperature, _, _, _, _ = args
+    grad = torch.empty_like(features, memory_format=torch.contiguous_format)
+    return grad, features.new_empty(0 if temperature is None else 1)
 
 
 def _pair_loss_setup_context(ctx, inputs, output) -> None:
-    features, _, inv_temperature, _, normalize, inside, _, _, _, backend = inputs
+    features, _, temperature, inv_temperature, _, normalize, inside, _, _, _, backend = inputs
     _, _, divisor, *statistics = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(divisor, features, *statistics)
+    ctx.save_for_backward(divisor, features, *statistics, temperature)
     ctx.options = inv_temperature, normalize, inside, backend
 
 
 def _pair_loss_autograd(ctx, grad_loss, *_unused):
-    return pair_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.options), *[None] * 9
+    *_, temperature = ctx.saved_tensors
+    grad, logit_grad_sum = pair_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.options)
+    grad_temperature = None
+    if temperature is not None and ctx.needs_input_grad[2]:
+        grad_temperature = -logit_grad_sum / (2 * temperature)
+        grad_temperature = grad_temperature.to(temperature.dtype).reshape(temperature.shape)
+    return grad, None, grad_temperature, *[None] * 8
 
 
 pair_loss.register_autograd(_pair_loss_autograd, setup_context=_pair_loss_setup_context)

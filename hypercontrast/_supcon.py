@@ -10,7 +10,7 @@ columns, once the ranks have told each other their anchors' log-sum-exps and ups
 and no exchange of gradients. Columns of a reference set or a queue are contrasted in a pass of their own.
 
 One process's samples against themselves have their loss from one operator, `_pair_ops.pair_loss`, where Triton or the
-extension can, unless the temperature is learned or every anchor's loss is asked for.
+extension can, unless every anchor's loss is asked for; by Triton not of a learned temperature.
 """
 
 from __future__ import annotations
@@ -74,15 +74,17 @@ def supcon_loss(
     learned, inv_temperature = _checks.split_temperature(temperature)
     scale = 1.0 if base_temperature is None else _checks.number(temperature) / base_temperature
     alone = refs is None and queue is None and group is None
-    takes = learned is None and alone and reduction != "none"
-    if backend != "triton":
-        takes = takes and variant == "out" and compiled.takes(learned, inv_temperature, normalize, features)
-    if takes and labels is not None:
+    if backend == "triton":
+        takes = learned is None
+    else:
+        takes = variant == "out" and compiled.takes(learned, inv_temperature, normalize, features)
+    if takes and labels is not None and alone and reduction != "none":
+        constant, factor = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
         loss, single_count, *_ = _pair_ops.pair_loss(
-            features, labels.long(), inv_temperature, scale, normalize, variant == "in", singletons == "exclude",
-            reduction == "mean", _autograd.keep_bytes(features), backend,
+            features, labels.long(), learned, inv_temperature, constant, normalize, variant == "in",
+            singletons == "exclude", reduction == "mean", _autograd.keep_bytes(features, learned), backend,
         )  # fmt: skip
-        return loss, single_count
+        return (loss if factor is None else (loss * factor).to(loss.dtype)), single_count
     logits = _Logits(learned, inv_temperature, normalize, variant == "in", backend)
     if refs is not None:
         part = _against(features, *refs, labels, mask, logits)

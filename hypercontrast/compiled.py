@@ -38,14 +38,15 @@ def takes(temperature: Tensor | None, inv_temperature: float, normalize: bool, *
     """Whether the extension is there and computes losses of these."""
     if not all(x.device.type == "cpu" and x.dtype == torch.float32 for x in operands) or not is_built():
         return False
-    if temperature is not None:
-        if is_traced(temperature):
-            return False  # its value is not known yet
-        inv_temperature = _inverse(temperature)
-    return blockwise.is_bounded(None, inv_temperature, normalize)
+    if temperature is not None and is_traced(temperature):
+        return False  # its value is not known yet
+    return blockwise.is_bounded(None, _inverse(temperature, inv_temperature), normalize)
 
 
-def _inverse(temperature: Tensor) -> float:
+def _inverse(temperature: Tensor | None, inv_temperature: float) -> float:
+    """1/τ, read from the tensor if there is one; infinite where that is no temperature."""
+    if temperature is None:
+        return inv_temperature
     value = temperature.item()
     return 1 / value if 0 < value < math.inf else math.inf
 
@@ -61,8 +62,8 @@ def kept_elements(num_samples: int, num_classes: int, rows: bool, cols: bool, ke
 def _prototype_options(
     temperature: Tensor | None, inv_temperature: float, ignore_index: int, rows: bool, cols: bool, exclude_own: bool
 ) -> Any:
-    inv = inv_temperature if temperature is None else _inverse(temperature)
     tiling = blockwise.TILE_ELEMENTS, blockwise.PANEL_CLASSES, blockwise.MIN_BLOCK
+    inv = _inverse(temperature, inv_temperature)
     return _extension_there().PrototypeLoss(inv, ignore_index, rows, cols, exclude_own, *tiling)
 
 
@@ -100,6 +101,7 @@ def pair_loss(
     features: Tensor,
     labels: Tensor,
     *,
+    temperature: Tensor | None,
     inv_temperature: float,
     scale: float,
     exclude: bool,
@@ -108,18 +110,19 @@ def pair_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `hypercontrast._pair_ops.pair_loss`."""
     found = _extension_there().pair_loss(
-        features.contiguous(), labels.contiguous(), ABSENT, inv_temperature, scale, exclude, mean, blockwise_pairs.EDGE,
-        blockwise_pairs.kept_elements(len(features), features.dtype, keep_bytes),
+        features.contiguous(), labels.contiguous(), ABSENT, _inverse(temperature, inv_temperature), scale, exclude,
+        mean, blockwise_pairs.EDGE, blockwise_pairs.kept_elements(len(features), features.dtype, keep_bytes),
     )  # fmt: skip
     return tuple(found)
 
 
 def pair_loss_backward(
     grad_loss: Tensor, divisor: Tensor, features: Tensor, ids: Tensor, lse: Tensor, inv_norms: Tensor,
-    grad_lse: Tensor, grad_positives: Tensor, kept: Tensor, *, inv_temperature: float,
-) -> Tensor:  # fmt: skip
+    grad_lse: Tensor, grad_positives: Tensor, kept: Tensor, *, temperature: Tensor | None, inv_temperature: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `hypercontrast._pair_ops.pair_loss_backward`."""
-    return _extension_there().pair_loss_backward(
+    grad, logit_grad_sum = _extension_there().pair_loss_backward(
         grad_loss.item() / divisor.item(), features.contiguous(), ids, lse, inv_norms, grad_lse, grad_positives,
-        kept, inv_temperature, blockwise_pairs.EDGE,
+        kept, _inverse(temperature, inv_temperature), blockwise_pairs.EDGE, temperature is not None,
     )  # fmt: skip
+    return grad, features.new_full((0 if temperature is None else 1,), logit_grad_sum)

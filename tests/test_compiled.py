@@ -65,10 +65,11 @@ def test_what_is_computed_there_of_pairs(taken):
     z, _, y = problem()
     hc.supcon_loss(z, y)
     hc.supcon_loss(z, y, base_temperature=0.07, singletons="zero", reduction="sum")
-    assert taken == ["pair_loss"] * 2
+    hc.supcon_loss(z, y, temperature=torch.tensor([0.1]), base_temperature=0.07)
+    assert taken == ["pair_loss"] * 3
     for options in ({"variant": "in"}, {"reduction": "none"}, {"temperature": 0.01}, {"queue": (z[:9], y[:9])}):
         hc.supcon_loss(z, y, **options)
-    assert len(taken) == 2
+    assert len(taken) == 3
 
 
 BUDGETS = {"none kept": 0, "some kept": 10_000, "all kept": 1 << 20}
@@ -111,6 +112,25 @@ def test_a_learned_temperature(name, tau, taken):
     for got, want in zip(of_all, gradients(torch.float64, (0, 1, 2)), strict=True):
         assert (got - want).norm() <= 2e-6 * want.norm()
     assert torch.equal(gradients(torch.float32, (2,))[0], of_all[2]), "alone it is the same"
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("base_temperature", [None, 0.07])
+@pytest.mark.parametrize("tau", [0.3, 1 / 64])
+def test_a_learned_temperature_of_pairs(tau, base_temperature, taken):
+    z, _, y = problem()
+
+    def gradients(dtype, wanted):
+        leaves = [x.to(dtype) for x in (z, torch.tensor(tau))]
+        for i in wanted:
+            leaves[i].requires_grad_()
+        loss = hc.supcon_loss(leaves[0], y, temperature=leaves[1], base_temperature=base_temperature)
+        return torch.autograd.grad(loss, [leaves[i] for i in wanted])
+
+    of_all = gradients(torch.float32, (0, 1))
+    for got, want in zip(of_all, gradients(torch.float64, (0, 1)), strict=True):
+        assert (got - want).norm() <= 2e-6 * want.norm()
+    assert torch.equal(gradients(torch.float32, (1,))[0], of_all[1]), "alone it is the same"
     assert len(taken) == 2
 
 

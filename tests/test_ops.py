@@ -159,20 +159,21 @@ def pair_loss(backend):
     y = torch.arange(9, device=z.device) % 4 * 100 - 7
     y[4] = ABSENT
     by_triton = backend == "triton"
+    tau = None if by_triton else torch.tensor(0.2, requires_grad=True)
     return [
-        (z, y, 5.0, 1.0, True, False, True, True, 0, backend),
-        (z, y, 1.0, 0.5, not by_triton, by_triton, False, False, 1 << 20, backend),
+        (z, y, None, 5.0, 1.0, True, False, True, True, 0, backend),
+        (z, y, tau, 1.0, 0.5, not by_triton, by_triton, False, False, 1 << 20, backend),
     ]
 
 
 @cases
 def pair_loss_backward(backend):
     calls = []
-    for z, y, inv_temperature, scale, normalize, inside, *reduction in pair_loss(backend):
-        z = z.detach()
-        loss, _, *saved = _pair_ops.pair_loss(z, y, inv_temperature, scale, normalize, inside, *reduction)
+    for z, y, tau, inv_temperature, scale, normalize, inside, *reduction in pair_loss(backend):
+        z, tau = z.detach(), None if tau is None else tau.detach()
+        loss, _, *saved = _pair_ops.pair_loss(z, y, tau, inv_temperature, scale, normalize, inside, *reduction)
         divisor, *statistics = saved
-        calls.append((torch.rand_like(loss), divisor, z, *statistics, inv_temperature, normalize, inside, backend))
+        calls.append((torch.rand_like(loss), divisor, z, *statistics, tau, inv_temperature, normalize, inside, backend))
     return calls
 
 
