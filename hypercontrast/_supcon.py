@@ -79,6 +79,7 @@ def supcon_loss(
     else:
         takes = variant == "out" and compiled.takes(learned, inv_temperature, normalize, features)
     if takes and labels is not None and alone and reduction != "none":
+        # The operator's scale is a number: a learned one has a gradient of its own.
         constant, factor = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
         loss, single_count, *_ = _pair_ops.pair_loss(
             features, labels.long(), learned, inv_temperature, constant, normalize, variant == "in",

@@ -182,7 +182,6 @@ def test_sanitizers_find_nothing(tmp_path, figure):
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     environment = {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(tmp_path)}
     tests = [f"tests/test_{name}.py" for name in ("compiled", "tiles", "fuzz", "buffer")]
-    tests += ["-k", "not mib"]  # sanitizers hold on to freed memory
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=tmp_path, capture_output=True,
         env={**os.environ, **environment}, text=True, timeout=1200,
