@@ -146,7 +146,8 @@ def _sum_partials(
         sum_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         for start in range(0, S, BLOCK_S):
             split = start + tl.arange(0, BLOCK_S)
-            offset = split.to(tl.int64)[:, None, None] * (R.to(tl.int64) * D) + offset_RD[None, :, :]
+            # A cast, since R = 1 is a number of Python's, which has no `to`.
+            offset = split.to(tl.int64)[:, None, None] * (tl.cast(R, tl.int64) * D) + offset_RD[None, :, :]
             mask = (split < S)[:, None, None] & inside_RD[None, :, :]
             sum_RD += tl.sum(tl.load(partials_ptr + offset, mask=mask, other=0.0), axis=0)
     return sum_RD

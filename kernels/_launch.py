@@ -378,7 +378,7 @@ def input_precision(dtype: torch.dtype) -> str:
     """Of float32 products: TF32 when PyTorch's own matmul may use it, else three TF32 products, exact to about 1e-6."""
     if dtype != torch.float32:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:

@@ -6,15 +6,16 @@ import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 from . import (
     _epilogue,
@@ -144,6 +145,25 @@ class AotConfiguration:
             name for name, kind in self.signature.items() if kind != "constexpr" and name not in _NEVER_SPECIALIZED
         ]
         return [name for name in varying if aligned or name in _ALWAYS_ALIGNED or name.startswith("stride_")]
+
+    @property
+    def sizes(self) -> list[str]:
+        """Arguments that may be 1, which Triton then takes for a constant."""
+        known = _NEVER_SPECIALIZED | _ALWAYS_ALIGNED
+        integers = [name for name, kind in self.signature.items() if kind == "i32"]
+        return [name for name in integers if name not in known and not name.startswith("stride_")]
+
+    def lower(self, ones: Collection[str]) -> None:
+        """Compile up to Triton's own code, where an argument that is a constant and no tensor fails. `ones` are 1."""
+        signature = self.signature | dict.fromkeys(ones, "constexpr")
+        source = ASTSource(self.kernel, signature, self.constexprs | dict.fromkeys(ones, 1), {})
+        target, context = GPUTarget("cuda", self.architectures[0], 32), ir.context()
+        backend = make_backend(target)
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        options = backend.parse_options(self.options)
+        codegen = backend.get_codegen_implementation(options)
+        source.make_ir(target, options, codegen, backend.get_module_map(), context)
 
     def compiled(self, architecture: int, aligned: bool) -> Compiled:
         """Without a GPU; Triton must have been imported without its interpreter."""

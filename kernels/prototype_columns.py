@@ -107,13 +107,12 @@ def _columns_kernel(
         )  # fmt: skip
     else:
         row = (block - sample_blocks) * BLOCK + tl.arange(0, BLOCK)
-        if COMPACT:
-            R = tl.load(num_present_ptr)
-        inside = row < R
+        rows = tl.load(num_present_ptr) if COMPACT else R
+        inside = row < rows
         if HAS_RANGE:
             fp16_range = tl.load(class_range_ptr)
         inv = tl.load(inv_w_ptr + row, mask=inside, other=0.0)
-        label = load_classes(row, R, labels_ptr, present_ptr, num_classes, ignored_class, True, COMPACT)
+        label = load_classes(row, rows, labels_ptr, present_ptr, num_classes, ignored_class, True, COMPACT)
         inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
         _store_columns(
             class_columns_ptr, class_sides_ptr, row, padded_R, inv, inv * (inv_temp * LOG2E), label, 1.0, row_lse_ptr,

@@ -257,7 +257,7 @@ def launch_fwd(
             col_partials_ptr=col_partials if cols else None,
             positives_ptr=positives,
             labels_ptr=operands.labels,
-            weight_ptr=None if weight is None else weight.float(),
+            weight_ptr=None if weight is None else weight.float().contiguous(),
             class_counts_ptr=norms.counts,
             row_lse_ptr=row_lse if rows else None,
             col_lse_ptr=col_lse if cols else None,

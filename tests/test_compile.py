@@ -47,6 +47,16 @@ def test_every_configuration_compiles_cleanly(kernel, architecture):
     check_all(compile_in_subprocess("every", kernel, architecture))
 
 
+def test_sizes_of_one_are_constants():
+    """Triton makes a constant of an integer 1, which has no `to` and no type: of each size in turn, and of all."""
+    reports = compile_in_subprocess("ones", "all", 90)
+    assert {report["name"].split("-")[0] for report in reports} == set(KERNELS)
+    faults = [
+        f"{report['name']}, {', '.join(report['ones'])}: {report['fault']}" for report in reports if report["fault"]
+    ]
+    assert not faults, "\n".join(faults)
+
+
 def check_all(reports: list[dict]) -> None:
     assert reports
     faults = [f"{report['name']}: {fault}" for report in reports for fault in faults_of(report)]
@@ -83,6 +93,8 @@ def select(selection: str, kernel: str, architecture: int) -> list[tuple[str, in
     configurations = [c for c in aot_configurations() if architecture in c.architectures]
     if selection == "every":
         names = [c.name for c in configurations if c.name.split("-")[0] == kernel]
+    elif selection == "ones":
+        names = extremes(configurations)
     else:
         names = hardest(configurations)
     # Aligned and unaligned in turn: neighbours in the list differ in one flag only.
@@ -108,6 +120,15 @@ def hardest(configurations: list) -> list[str]:
     return [c.name for c in chosen.values()]
 
 
+def extremes(configurations: list) -> list[str]:
+    """Of each kernel, with and without partial results to sum or absent classes, those with fewest and most flags."""
+    groups: dict = {}
+    for c in sorted(configurations, key=lambda c: sum(v is True for v in c.constexprs.values())):
+        group = c.kernel, c.constexprs.get("BLOCK_S") == 1, c.constexprs.get("COMPACT")
+        groups.setdefault(group, []).append(c.name)
+    return list(dict.fromkeys(name for names in groups.values() for name in (names[0], names[-1])))
+
+
 @functools.cache
 def configurations_by_name() -> dict:
     """Once a process: there are thousands of them."""
@@ -126,8 +147,27 @@ def compile_one(job: tuple[str, int, bool]) -> dict:
     }
 
 
+def lower_one(job: tuple[str, int, bool]) -> list[dict]:
+    configuration = configurations_by_name()[job[0]]
+    sizes = configuration.sizes
+    reports = []
+    for ones in [[], *([size] for size in sizes), sizes]:
+        try:
+            configuration.lower(ones)
+            fault = ""
+        except Exception as error:  # a compiler may fail in any way
+            fault = f"{type(error).__name__}: {error}"
+        reports.append({"name": configuration.name, "ones": ones, "fault": fault})
+    return reports
+
+
+def compile_job(job: tuple[str, int, bool]) -> list[dict]:
+    return [compile_one(job)]
+
+
 if __name__ == "__main__":
     jobs = select(sys.argv[1], sys.argv[2], int(sys.argv[3]))
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        for report in pool.map(compile_one, jobs, chunksize=4):
-            print(json.dumps(report), flush=True)
+        for reports in pool.map(lower_one if sys.argv[1] == "ones" else compile_job, jobs, chunksize=4):
+            for report in reports:
+                print(json.dumps(report), flush=True)

@@ -241,6 +241,26 @@ def test_nothing_to_average(name, reduction):
             assert (grad == 0).all()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_class_weights_of_any_layout(name):
+    features, prototypes = torch.randn(40, 16, device=DEVICE), torch.randn(7, 16, device=DEVICE)
+    labels = torch.randint(0, 7, (40,), device=DEVICE)
+    for weight in (torch.rand(7, 2, device=DEVICE)[:, 1], torch.rand(1, device=DEVICE).expand(7)):
+        loss, expected = (call(name, features, prototypes, labels, weight=w) for w in (weight, weight.contiguous()))
+        assert loss == expected
+
+
+def test_float32_products_follow_either_switch_of_torch():
+    matmul = torch.backends.cuda.matmul
+    for switch, on, off in (("fp32_precision", "tf32", "none"), ("allow_tf32", True, False)):
+        assert _launch.input_precision(torch.float32) == "tf32x3"
+        try:
+            setattr(matmul, switch, on)
+            assert _launch.input_precision(torch.float32) == "tf32"
+        finally:
+            setattr(matmul, switch, off)
+
+
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="labels are read directly on the CPU")
 def test_out_of_range_label_is_reported_by_a_later_call():
     features, prototypes = torch.randn(4, 8, device=DEVICE), torch.randn(3, 8, device=DEVICE)
