@@ -147,8 +147,8 @@ std::tuple<at::Tensor, double> pair_loss_backward(double factor, const at::Tenso
   const Sorted sorted(ids, -1);
   const at::Tensor units = sorted.units(features, inv_norms, root_scale);
   const auto sort = [&](const at::Tensor& x) { return x.index_select(0, sorted.order); };
-  const at::Tensor weight = weights(sort(lse), sort(grad_lse), factor);
-  const at::Tensor positive = sort(grad_positives).mul_(factor).to(at::kFloat);
+  const at::Tensor weight = weights(sort(lse), sort(grad_lse));
+  const at::Tensor positive = sort(grad_positives).to(at::kFloat);
   const float* const of_positive = positive.data_ptr<float>();
   at::Tensor grad = reusable_matrix(sorted.n, features.size(1)).zero_();
   const bool keeps = kept.numel() > 0;
@@ -170,10 +170,10 @@ std::tuple<at::Tensor, double> pair_loss_backward(double factor, const at::Tenso
     grad.narrow(0, r, rows).addmm_(g, of_cols);
     if (r != c) grad.narrow(0, c, cols).addmm_(g.t(), of_rows);
   });
-  const double logit_grad_sum = wants_logit_grad_sum ? units.mul(grad).sum(at::kDouble).item<double>() : 0;
+  const double logit_grad_sum = wants_logit_grad_sum ? factor * units.mul(grad).sum(at::kDouble).item<double>() : 0;
   // On the units, whose length is √τ: dL/dx = (g - (û·g) û) / (|x| √τ).
   const at::Tensor inv_units = at::full({sorted.n}, 1 / root_scale, at::kFloat);
-  through_norm(grad, units, inv_units, sort(inv_norms).mul_(root_scale), true);
+  through_norm(grad, units, inv_units, sort(inv_norms).mul_(root_scale), true, factor);
   // The units have served: the samples' order takes their memory, where all are there.
   const at::Tensor all = sorted.n == features.size(0) ? units : at::zeros_like(features);
   return {all.index_copy_(0, sorted.order, grad), logit_grad_sum};

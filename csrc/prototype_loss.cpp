@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -18,9 +19,11 @@
 namespace hypercontrast {
 namespace {
 
-constexpr double kMinFoldedScale = 1e-32;  // MIN_FOLDED_SCALE of blockwise.py
+constexpr double kMinFoldedScale = 1e-32, kMaxFoldedScale = 1e32;  // MIN_, MAX_FOLDED_SCALE of blockwise.py
 // Absent classes are left out where at least one in so many is absent: their rows are gathered and scattered then.
 constexpr int64_t kWorthwhileAbsence = 8;
+
+std::mutex kept_in_use;
 
 // What is computed, and the walk over it: blocks of samples within panels of classes.
 struct Walk {
@@ -116,7 +119,9 @@ at::Tensor times(const at::Tensor& x, double scale, const std::optional<at::Tens
 bool fold(const Walk& t, bool rows, const at::Tensor& weights, const at::Tensor& inv, const at::Tensor& positives) {
   const float *const weight = weights.data_ptr<float>(), *const inverse = inv.data_ptr<float>();
   for (int64_t i = 0; i < weights.numel(); ++i) {
-    if (std::abs(weight[i] * inverse[i]) < kMinFoldedScale && weight[i] != 0 && inverse[i] != 0) return false;
+    const float scale = std::abs(weight[i] * inverse[i]);
+    const bool extreme = scale < kMinFoldedScale || scale > kMaxFoldedScale;
+    if (extreme && weight[i] != 0 && inverse[i] != 0) return false;
   }
   const int64_t* const label = t.labels.data_ptr<int64_t>();
   float* const positive = positives.data_ptr<float>();
@@ -128,29 +133,38 @@ bool fold(const Walk& t, bool rows, const at::Tensor& weights, const at::Tensor&
   return true;
 }
 
-// Add each sample's positive to its own entry, or put it there; returns the entries as they were.
-std::vector<float> join_positives(const at::Tensor& g, const at::Tensor& own, const float* positives, bool replace) {
-  const int64_t rows = g.size(0), cols = g.size(1);
-  const int64_t* const column = own.data_ptr<int64_t>();
-  float* const entries = g.data_ptr<float>();
-  std::vector<float> before(rows);
-  for (int64_t r = 0; r < rows; ++r) {
-    if (column[r] < 0) continue;
-    float& entry = entries[r * cols + column[r]];
-    before[r] = entry;
-    entry = replace ? positives[r] : entry + positives[r];
+// Adds each sample's positive to its own entry of a tile, or puts it there. Only while it lives, if the tile is `kept`
+// for other walks over the graph, and then for one thread at a time.
+class Joined {
+ public:
+  Joined(const at::Tensor& g, const at::Tensor& own, const float* positives, bool replace, bool kept)
+      : g_(g), own_(own), before_(kept ? g.size(0) : 0) {
+    if (kept) alone_ = std::unique_lock(kept_in_use);
+    each([&](int64_t r, float& entry) {
+      if (kept) before_[r] = entry;
+      entry = replace ? positives[r] : entry + positives[r];
+    });
   }
-  return before;
-}
+  ~Joined() {
+    if (!before_.empty()) each([&](int64_t r, float& entry) { entry = before_[r]; });
+  }
+  Joined(const Joined&) = delete;
 
-void restore(const at::Tensor& g, const at::Tensor& own, const std::vector<float>& before) {
-  const int64_t rows = g.size(0), cols = g.size(1);
-  const int64_t* const column = own.data_ptr<int64_t>();
-  float* const entries = g.data_ptr<float>();
-  for (int64_t r = 0; r < rows; ++r) {
-    if (column[r] >= 0) entries[r * cols + column[r]] = before[r];
+ private:
+  template <typename Body>
+  void each(const Body& body) const {
+    const int64_t rows = g_.size(0), cols = g_.size(1);
+    const int64_t* const column = own_.data_ptr<int64_t>();
+    float* const entries = g_.data_ptr<float>();
+    for (int64_t r = 0; r < rows; ++r) {
+      if (column[r] >= 0) body(r, entries[r * cols + column[r]]);
+    }
   }
-}
+
+  const at::Tensor g_, own_;
+  std::vector<float> before_;
+  std::unique_lock<std::mutex> alone_;
+};
 
 void multiply(const at::Tensor& a, const at::Tensor& b, at::Tensor out, bool add) {
   if (add) {
@@ -242,10 +256,10 @@ std::tuple<at::Tensor, at::Tensor, double> prototype_loss_backward(
   const int64_t dim = features.size(1);
   const Walk t(labels, prototypes.size(0), o);
   const at::Tensor x = t.of_samples(features), inv_x = t.of_samples(inv_features), inv_w = t.of_classes(inv_prototypes);
-  const at::Tensor positives = t.of_samples(grad_pos).mul(factor).to(at::kFloat);
+  const at::Tensor positives = t.of_samples(grad_pos).to(at::kFloat);
   std::optional<at::Tensor> of_class, of_sample, folded_class, folded_sample;
-  if (o.rows) of_class = weights(t.of_classes(row_lse), t.of_classes(grad_row), factor);
-  if (o.cols) of_sample = weights(t.of_samples(col_lse), t.of_samples(grad_col), factor);
+  if (o.rows) of_class = weights(t.of_classes(row_lse), t.of_classes(grad_row));
+  if (o.cols) of_sample = weights(t.of_samples(col_lse), t.of_samples(grad_col));
   const bool is_one_sided = o.rows != o.cols;
   const bool folded = t.keeps_all(kept) && is_one_sided &&
                       fold(t, o.rows, o.rows ? *of_class : *of_sample, o.rows ? inv_w : inv_x, positives);
@@ -280,13 +294,13 @@ std::tuple<at::Tensor, at::Tensor, double> prototype_loss_backward(
         weigh(e ? *e : g, inv_x.narrow(0, j, rows), e.has_value(), of_rows, of_cols, g);
       }
       // Positives join in before the products: added to them they would leave the rounding of both behind.
-      const auto before = join_positives(g, own, positives.data_ptr<float>() + j, o.exclude_own);
+      const Joined joined(g, own, positives.data_ptr<float>() + j, o.exclude_own, folded);
       if (wants_features) {
         const at::Tensor grad = grad_x.narrow(0, j, rows);
         multiply(g, w, grad, c > 0);
         if (c + cols == t.k) {
           logit_grad_sum +=
-              through_norm(grad, x_block, inv_x.narrow(0, j, rows), outer_x.narrow(0, j, rows), true);
+              through_norm(grad, x_block, inv_x.narrow(0, j, rows), outer_x.narrow(0, j, rows), true, factor);
         }
       }
       if (wants_prototypes) {
@@ -294,10 +308,9 @@ std::tuple<at::Tensor, at::Tensor, double> prototype_loss_backward(
         scale_rows(x_block, outer_x.narrow(0, j, rows), u);
         multiply(g.t(), u, grad_w, j > 0);
       }
-      if (folded) restore(g, own, before);  // a graph may be walked again
     });
     if (!wants_prototypes || t.n == 0) return;
-    through_norm(grad_w, y, inv_w.narrow(0, c, cols), outer_w.narrow(0, c, cols), true);
+    through_norm(grad_w, y, inv_w.narrow(0, c, cols), outer_w.narrow(0, c, cols), true, factor);
     if (index) grad_prototypes.index_copy_(0, *index, grad_w);
   });
   if (!wants_features || !t.samples) return {grad_x, grad_prototypes, logit_grad_sum};

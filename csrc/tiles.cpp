@@ -2,7 +2,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
@@ -85,9 +84,10 @@ VECTORISED float dot(const float* x, const float* y, int64_t length) {
   return sum;
 }
 
-VECTORISED void project_row(float* grad, const float* x, int64_t length, float radial, float outer) {
+VECTORISED void project_row(float* grad, const float* x, int64_t length, float radial, float outer,
+                            float factor) {
 #pragma omp simd
-  for (int64_t i = 0; i < length; ++i) grad[i] = (grad[i] - x[i] * radial) * outer;
+  for (int64_t i = 0; i < length; ++i) grad[i] = (grad[i] - x[i] * radial) * outer * factor;
 }
 
 VECTORISED void scale_row(const float* row, int64_t length, float factor, float* out) {
@@ -173,11 +173,17 @@ Spare* spare() {
 void release() { spare()->release(); }
 
 at::Tensor reusable(int64_t elements) {
-  auto [block, bytes] = spare()->take(elements * sizeof(float));
-  void* const memory = block.get();
-  auto owner = std::make_shared<c10::DataPtr>(std::move(block));
-  return at::from_blob(
-      memory, {elements}, [owner, bytes](void*) { spare()->give(std::move(*owner), bytes); }, at::kFloat);
+  using Block = std::pair<c10::DataPtr, size_t>;
+  const size_t bytes = elements * sizeof(float);
+  Block* const block = new Block(spare()->take(bytes));
+  const auto give_back = [](void* context) {
+    const std::unique_ptr<Block> given(static_cast<Block*>(context));
+    spare()->give(std::move(given->first), given->second);
+  };
+  c10::DataPtr memory(block->first.get(), block, give_back, at::kCPU);
+  // Resizable, as any gradient is: what is larger then comes from the usual allocator.
+  c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, std::move(memory), c10::GetCPUAllocator(), true);
+  return at::empty({0}, at::kFloat).set_(std::move(storage), 0, {elements});
 }
 
 void exponentiate(const at::Tensor& tile, const std::optional<at::Tensor>& factors,
@@ -240,24 +246,24 @@ void weigh(const at::Tensor& tile, const std::optional<at::Tensor>& factors, boo
 }
 
 double through_norm(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& inv, const at::Tensor& outer,
-                    bool project) {
+                    bool project, double factor) {
   const int64_t rows = grad.size(0), width = grad.size(1);
   float* const gradients = grad.data_ptr<float>();
   const float *const vectors = x.data_ptr<float>(), *const inverse = inv.data_ptr<float>(),
-              *const factor = outer.data_ptr<float>();
+              *const scale = outer.data_ptr<float>();
   std::vector<double> totals(std::max(1, at::get_num_threads()), 0.0);
   over_parts(rows, width, [&](int64_t part, int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
       float* const g = gradients + r * width;
       const float* const v = vectors + r * width;
       const float radial = dot(v, g, width);
-      totals[part] += double(radial) * factor[r];
-      project_row(g, v, width, project ? radial * inverse[r] * inverse[r] : 0.0f, factor[r]);
+      totals[part] += double(radial) * scale[r];
+      project_row(g, v, width, project ? radial * inverse[r] * inverse[r] : 0.0f, scale[r], static_cast<float>(factor));
     }
   });
   double total = 0;
   for (double part : totals) total += part;
-  return total;
+  return factor * total;
 }
 
 at::Tensor inverse_norms(const char* name, const at::Tensor& x) {
@@ -283,12 +289,12 @@ at::Tensor inverse_norms(const char* name, const at::Tensor& x) {
   return inverse;
 }
 
-at::Tensor weights(const at::Tensor& lse, const at::Tensor& grad, double factor) {
+at::Tensor weights(const at::Tensor& lse, const at::Tensor& grad) {
   at::Tensor found = at::empty({lse.numel()}, at::kFloat);
   const double *const sums = lse.data_ptr<double>(), *const gradients = grad.data_ptr<double>();
   float* const weight = found.data_ptr<float>();
   for (int64_t i = 0; i < lse.numel(); ++i) {
-    weight[i] = std::isinf(sums[i]) ? 0 : static_cast<float>(factor * gradients[i] * std::exp(-sums[i]));
+    weight[i] = std::isinf(sums[i]) ? 0 : static_cast<float>(gradients[i] * std::exp(-sums[i]));
   }
   return found;
 }

@@ -29,9 +29,10 @@ void weigh(const at::Tensor& tile, const std::optional<at::Tensor>& factors, boo
            const std::optional<at::Tensor>& row_weights, const std::optional<at::Tensor>& column_weights,
            const at::Tensor& out);
 
-// grad [n, D] <- outer (grad - (x·grad) inv² x), the last part if `project`. Returns Σ outer (x·grad). inv, outer [n].
+// grad [n, D] <- factor outer (grad - (x·grad) inv² x), the last part if `project`. Returns factor Σ outer (x·grad).
+// inv, outer [n]. The factor is that of the whole loss: in the weights of exponentials a small one would underflow.
 double through_norm(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& inv, const at::Tensor& outer,
-                    bool project);
+                    bool project, double factor);
 
 // 1/|x| of each row [n], zero where |x| <= 1e-12. Throws std::invalid_argument, which names `name`, where one is not finite.
 at::Tensor inverse_norms(const char* name, const at::Tensor& x);
@@ -39,9 +40,9 @@ at::Tensor inverse_norms(const char* name, const at::Tensor& x);
 // out [n, D] <- the rows of x times their factors [n].
 void scale_rows(const at::Tensor& x, const at::Tensor& factors, const at::Tensor& out);
 
-// factor grad exp(-lse) [n] in float32, of float64: what the exponentials of a sum weigh in its gradient. A sum over
-// nothing has none.
-at::Tensor weights(const at::Tensor& lse, const at::Tensor& grad, double factor);
+// grad exp(-lse) [n] in float32, of float64: what the exponentials of a sum weigh in its gradient. A sum over nothing has
+// none.
+at::Tensor weights(const at::Tensor& lse, const at::Tensor& grad);
 
 // [elements] float32, not initialised. Its memory serves a later call once the tensor is gone: a training step asks for
 // the same sizes every time, and pages fresh from the system cost more than what is written to them. 256 MiB wait at most.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -51,6 +52,8 @@ class Operator:
         self._with_graph = WithGraph
 
     def __call__(self, *args: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            _refuse_transforms(args)
         if is_traced(*args) or torch._C._autograd._profiler_enabled():
             return self._overload(*args)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
@@ -65,6 +68,19 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     return lambda function: Operator(name, function)
 
 
+def _refuse_transforms(args: tuple[Any, ...]) -> None:
+    """torch.library's operators have no forward-mode derivative, which torch takes for zero, nor one by torch.func."""
+    transform = torch._C._functorch.peek_interpreter_stack()
+    differentiated = transform is not None and transform.key() == torch._C._functorch.TransformType.Grad
+    if forward_ad._current_level >= 0:
+        tensors = (x for x in args if isinstance(x, Tensor))
+        differentiated = differentiated or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    if differentiated:
+        raise NotImplementedError(
+            "torch.func.grad, jvp and forward-mode derivatives of these losses need backend='reference'"
+        )
+
+
 def is_traced(*args: Any) -> bool:
     """Whether a compiler, mode, transform, tracer or kind of tensor takes part in calls of operators."""
     return (
@@ -73,5 +89,5 @@ def is_traced(*args: Any) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta) for x in args)
+        or any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta or x.is_neg()) for x in args)
     )

@@ -413,6 +413,8 @@ def _prototype_loss_setup_context(ctx, inputs, output) -> None:
 
 
 def _prototype_loss_autograd(ctx, grad_loss, *_unused):
+    if grad_loss is None:
+        return (None,) * len(ctx.needs_input_grad)
     *tensors, temperature = ctx.saved_tensors
     *options, _, _, _, backend = ctx.options
     *grads, radial = prototype_loss_backward(

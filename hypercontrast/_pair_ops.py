@@ -9,7 +9,7 @@ of the two the gradient of s is
 zero at an anchor's own column. Contrasted with themselves, u = v, samples receive (G + Gᵀ) u/τ: both parts have the
 same logits, so one pass over the tiles gives the whole gradient.
 
-`hypercontrast::pair_loss` is, by Triton, the whole loss of one process's samples against themselves.
+`hypercontrast::pair_loss` is the whole loss of one process's samples against themselves, by Triton or the extension.
 """
 
 from __future__ import annotations
@@ -296,8 +296,11 @@ def _pair_loss_setup_context(ctx, inputs, output) -> None:
 
 
 def _pair_loss_autograd(ctx, grad_loss, *_unused):
-    *_, temperature = ctx.saved_tensors
-    grad, logit_grad_sum = pair_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.options)
+    if grad_loss is None:
+        return (None,) * len(ctx.needs_input_grad)
+    saved = ctx.saved_tensors  # once: hooks unpack at every look
+    temperature = saved[-1]
+    grad, logit_grad_sum = pair_loss_backward(grad_loss, *saved, *ctx.options)
     grad_temperature = None
     if temperature is not None and ctx.needs_input_grad[2]:
         grad_temperature = -logit_grad_sum / (2 * temperature)

@@ -13,7 +13,9 @@ Shapes: N samples, K classes, D dimensions, B samples in a block, P classes in a
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -26,14 +28,32 @@ from hypercontrast.reference import MIN_NORM
 # float32 overflow (e^88) and single terms stay normal numbers (e^-64 = 2e-28).
 BOUNDED_INV_TEMPERATURE = 64.0
 
-# Smallest factor/|x| that rows are folded with: sums up to its inverse then fit float32, times 64/τ.
-MIN_FOLDED_SCALE = 1e-32
+# Smallest and largest factor/|x| that rows are folded with: sums up to the inverse of either then fit float32, and the
+# factor itself, times 64/τ.
+MIN_FOLDED_SCALE, MAX_FOLDED_SCALE = 1e-32, 1e32
 
 TILE_ELEMENTS = 1 << 21  # logits in a tile, 8 MiB of float32: fewer rows slow the products, more are more memory
 PANEL_CLASSES = 4096  # classes in a tile
 MIN_BLOCK = 128  # samples in a tile at least, so that the products stay products of matrices
 
-_budget_bytes = int(float(os.environ.get("HYPERCONTRAST_MEMORY_BUDGET_MIB", "64")) * 2**20)
+_kept_in_use = threading.Lock()
+
+_BUDGET_VARIABLE = "HYPERCONTRAST_MEMORY_BUDGET_MIB"
+
+
+def _initial_budget() -> int:
+    """In bytes."""
+    text = os.environ.get(_BUDGET_VARIABLE, "64")
+    try:
+        num_bytes = float(text) * 2**20
+    except ValueError:
+        num_bytes = -1
+    if not 0 <= num_bytes < 2**63:
+        raise ValueError(f"{_BUDGET_VARIABLE} must be a number of MiB in [0, 2^43), got {text!r}")
+    return int(num_bytes)
+
+
+_budget_bytes = _initial_budget()
 
 
 def set_memory_budget(num_bytes: int) -> None:
@@ -49,8 +69,8 @@ def set_memory_budget(num_bytes: int) -> None:
     of one loss on a CPU, up to 256 MiB, waits for the next step; setting the budget gives it back.
     """
     global _budget_bytes
-    if num_bytes < 0:
-        raise ValueError(f"num_bytes must not be negative, got {num_bytes}")
+    if not 0 <= num_bytes < 2**63:
+        raise ValueError(f"num_bytes must lie in [0, 2^63), got {num_bytes}")
     _budget_bytes = int(num_bytes)
     tiles.release()
 
@@ -257,18 +277,14 @@ def lse_backward(
             if not folded:
                 _weigh(t, x_BD, w_PD, e_BP, block, panel, row, col, out=g_BP)
             # Positives join in before the products: added to the products they would leave the rounding of both behind.
-            places = tiles.entries(own_B)
-            before = g_BP[places]
-            g_BP[places] = pos[block][places[0]] if t.exclude_own else before + pos[block][places[0]]
-            if wants_features and panel.start == 0:
-                torch.mm(g_BP, w_PD, out=grad_u[block])
-            elif wants_features:
-                grad_u[block].addmm_(g_BP, w_PD)
-            if wants_prototypes:
-                u_BD = torch.mul(x_BD, inv_u[block, None], out=units[: len(own_B)])
-                grad_w[panel].addmm_(g_BP.T, u_BD)
-            if folded:
-                g_BP[places] = before  # as it was: a graph may be walked again
+            with _joined(g_BP, own_B, pos[block], t.exclude_own, kept=folded):
+                if wants_features and panel.start == 0:
+                    torch.mm(g_BP, w_PD, out=grad_u[block])
+                elif wants_features:
+                    grad_u[block].addmm_(g_BP, w_PD)
+                if wants_prototypes:
+                    u_BD = torch.mul(x_BD, inv_u[block, None], out=units[: len(own_B)])
+                    grad_w[panel].addmm_(g_BP.T, u_BD)
 
     grad_features = grad_prototypes = features.new_empty(0)
     logit_grad_sum = grad_u.new_zeros(())
@@ -282,6 +298,22 @@ def lse_backward(
     return grad_features, grad_prototypes, logit_grad_sum
 
 
+@contextlib.contextmanager
+def _joined(g_BP: Tensor, own_B: Tensor, pos_B: Tensor, replace: bool, kept: bool):
+    """Add each sample's positive to its own entry of a tile, or put it there. Inside only, if the tile is `kept` for
+    other walks over the graph, and then for one thread at a time.
+    """
+    places = tiles.entries(own_B)
+    with _kept_in_use if kept else contextlib.nullcontext():
+        before = g_BP[places]
+        try:
+            g_BP[places] = pos_B[places[0]] if replace else before + pos_B[places[0]]
+            yield
+        finally:
+            if kept:
+                g_BP[places] = before
+
+
 def _folded(t: _Tiling, row, col, pos: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(factors of classes, factors of samples, what positives add) that make G = factors·(exp(s) + positives).
 
@@ -293,7 +325,9 @@ def _folded(t: _Tiling, row, col, pos: Tensor) -> tuple[Tensor | None, Tensor | 
         return None, None, pos
     factor = (row or col)[1]
     inv = t.inv_prototypes if t.rows else t.inv_features
-    if (((factor * inv).abs() < MIN_FOLDED_SCALE) & (factor != 0) & (inv != 0)).any():
+    scale = (factor * inv).abs()
+    extreme = (scale < MIN_FOLDED_SCALE) | (scale > MAX_FOLDED_SCALE)
+    if (extreme & (factor != 0) & (inv != 0)).any():
         return None, None, pos
     own = factor[t.labels] if t.rows else factor
     if ((own == 0) & (pos != 0)).any():

@@ -102,7 +102,7 @@ def weigh(
 def through_norm_(grad: Tensor, x: Tensor, inv_norms: Tensor, outer: Tensor, project: bool) -> float | Tensor:
     """grad <- outer (grad - (x·grad) inv² x), the last part if `project`; returns Σ outer (x·grad)."""
     if (extension := _compiled(grad, x, inv_norms, outer)) is not None:
-        return extension.through_norm(grad, x, inv_norms, outer, project)
+        return extension.through_norm(grad, x, inv_norms, outer, project, 1.0)
     radial = (x * grad).sum(1)
     if project:
         grad.addcmul_(x, (radial * inv_norms * inv_norms)[:, None], value=-1)
