@@ -4,24 +4,27 @@ correctness   120 s  the tests of kernels and losses with their quick fuzz: ever
                      bfloat16 and float16, odd shapes, near collapse, no host sync, CUDA graphs, a hundred steps
 extension      80 s  the negative buffer's extension is built and tested: its kernel, streams, NCCL, ranks that share a
                      GPU
-indices        30 s  an input past 2^31 elements, against float64
-matrix        120 s  the standard cases of `python -m bench` with all peers there are, what matters most first; what
+indices        50 s  loss and gradients of inputs, and of exponentials kept, past 2^31 elements, against float64
+matrix        110 s  the standard cases of `python -m bench` with all peers there are, what matters most first; what
                      would begin late is named and left out
-determinism    40 s  1,000 repeats of forward and backward of every loss, on each way through the kernels: the same bits
-training       80 s  seconds per epoch of the CIFAR-10 recipes, compiled and not, with no step that waits for the device
-sanitizer     100 s  compute-sanitizer's memcheck, racecheck and initcheck over every kernel, without the caching
-                     allocator
+determinism    65 s  1,000 repeats of forward and backward of every loss, on each way through the kernels: the same bits
+training       80 s  seconds per epoch of the CIFAR-10 recipes, compiled and not, no step of which waits for the device;
+                     left out without PyYAML and torchvision
+sanitizer      90 s  compute-sanitizer's memcheck, racecheck and initcheck over every kernel, without the caching
+                     allocator; left out where it is not installed
 
 Each stage is a process of its own, ended after its seconds: it then counts as not passed, with what it has told until
-then. --stages runs some alone. Their output goes to bench/results/DATE-DEVICE/, a line as it comes to the terminal; the
-exit code is 0 when all that ran passed. Needs torch, triton, pytest and the checkout alone; with pytest-xdist the tests
-run side by side, pictures need matplotlib. Without a GPU, --rehearse walks the same stages on the CPU at small sizes,
-in Triton's interpreter.
+then. --stages runs some alone. The exit code is 0 when all that ran passed. bench/results/DATE-DEVICE/ has, as they
+come: environment.txt, verdicts.txt, STAGE.txt with what a stage says to the terminal, the logs and tables of some.
+
+Needs torch, triton, pytest and the checkout alone; pytest-xdist shares the tests out better, pictures need matplotlib.
+Without a GPU, --rehearse walks the same stages on the CPU at small sizes, in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import importlib.metadata
 import importlib.util
@@ -33,7 +36,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +46,7 @@ import torch
 from torch import Tensor
 
 import hypercontrast as hc
-from bench import forms, matrix
+from bench import forms, matrix, record
 from bench.matrix import Entry
 from bench.measure import captured
 from bench.peers import OURS
@@ -62,9 +66,17 @@ ON_THE_GPU = (
     "not gradcheck and not ahead_of_time and (not test_ops or triton or compiled_whole)"
     " and (not test_training or triton)"
 )
-MATRIX_SECONDS = 100
+MATRIX_SECONDS = 90
 REPEATS = 1000
-COMPILERS = 6
+TOLD = ("FAILURE ", "E  ")
+NO_TESTS = 5  # pytest's exit status
+WORKERS = max(2, min(12, (os.cpu_count() or 2) - 2))
+# Loss, classes and width. Features of as many samples pass 2^31 elements in narrow and in wide kernels, where the
+# classes are more than the width the exponentials that a forward keeps do.
+INDEXED = (("ntce", 64, 128), ("ntce", 64, 4096), ("ntce", 4096, 512), ("supcon", 64, 128), ("supcon", 64, 4096))
+# A row of zeros, or of another's values, puts a block off by 1.1e-2 or more; rounding to bfloat16 by some 5e-3, eight
+# times what float16 has in the interpreter.
+INDEXED_BLOCK, INDEXED_ERROR = 8192, 1e-2
 # What a rehearsal measures in the place of the standard cases.
 SMALL = [
     *(Entry(Case(op, 64, 20, 48)) for op in forms.PROTOTYPE_LOSSES),
@@ -100,21 +112,49 @@ def run(command: Sequence[str], log: Path, shown: tuple[str, ...] = ()) -> int:
     return status
 
 
-def run_tests(tests: Sequence[str], selection: Sequence[str], log: Path) -> int:
+def run_tests(tests: Sequence[str], selection: Sequence[str], log: Path) -> bool:
+    """Whether they pass. Side by side on a GPU, where most of their time is compiling."""
     command = [sys.executable, "-m", "pytest", *tests, *selection, "-q", "--tb=short", "-p", "no:cacheprovider"]
-    if importlib.util.find_spec("xdist") and torch.cuda.is_available():
-        workers = max(2, min(12, (os.cpu_count() or 2) - 2))
-        command += ["-n", str(workers), "--maxschedchunk", "1"]  # one by one: what compiles most comes first
-    return run([*command, "-p", "bench.failures"], log, shown=("FAILURE ", "E  "))
+    command += ["-p", "bench.failures"]
+    if not torch.cuda.is_available():
+        return run(command, log, TOLD) == 0
+    if importlib.util.find_spec("xdist"):  # one by one: what compiles most comes first
+        return run([*command, "-n", str(WORKERS), "--maxschedchunk", "1"], log, TOLD) == 0
+    print(f"    without pytest-xdist: {WORKERS} processes, the tests dealt out beforehand", flush=True)
+
+    def share(part: int) -> int:
+        mine = ["-p", "bench.shares", "--share", f"{part}/{WORKERS}"]
+        return run([*command, *mine], log.with_stem(f"{log.stem}-{part}"), TOLD)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        found = set(pool.map(share, range(WORKERS)))
+    return 0 in found and found <= {0, NO_TESTS}
 
 
-# The stages. True: passed. None: cannot be done here
+# Calls of a stage in processes side by side
+
+
+def side_by_side(name: str, rehearse: bool, parts: int = WORKERS) -> bool:
+    """Whether all that `CALLS` has of a stage passes, every process calling its part of it once.
+
+    What takes the time is compiling, a second or two of one core for each kernel that Triton's cache does not have.
+    """
+    commands = [[*once(name, part, parts), *["--rehearse"] * rehearse] for part in range(parts)]
+    processes = [subprocess.Popen(command, cwd=ROOT) for command in commands]
+    return not any([process.wait() for process in processes])
+
+
+def once(name: str, part: int, parts: int) -> list[str]:
+    return [sys.executable, "-m", "bench.gpu_check", "--once", name, str(part), str(parts)]
+
+
+# The stages. True: passed. A text: why it cannot be done here
 
 
 def correctness(folder: Path, rehearse: bool) -> bool:
     """Tests marked slow take many minutes: `pytest -m slow` with these files has them."""
     selection = ["-k", "test_triton and repeats"] if rehearse else ["-k", ON_THE_GPU]
-    return run_tests(TESTS, ["-m", "not slow", *selection], folder / "correctness.log") == 0
+    return run_tests(TESTS, ["-m", "not slow", *selection], folder / "correctness.log")
 
 
 def extension(folder: Path, rehearse: bool) -> bool:
@@ -123,24 +163,22 @@ def extension(folder: Path, rehearse: bool) -> bool:
     built = run([sys.executable, "setup.py", "build_ext", "--inplace"], log) == 0
     print("    built" if built else "    not built", flush=True)
     selection = ["-k", "ring or normal"] if rehearse else ["-m", ""]
-    return run_tests(("tests/test_buffer.py", "tests/test_gather.py"), selection, log) == 0 and built
+    return run_tests(("tests/test_buffer.py", "tests/test_gather.py"), selection, log) and built
 
 
-def sanitizer(folder: Path, rehearse: bool) -> bool | None:
-    """All checks at once, after processes without them have compiled the kernels, each a part, into Triton's cache."""
+def sanitizer(folder: Path, rehearse: bool) -> bool | str:
+    """All checks at once, after processes without them have compiled the kernels."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if rehearse or not Path(tool).exists():
-        return None
-    once = [sys.executable, "-m", "bench.gpu_check", "--once"]
-    compiling = [subprocess.Popen([*once, str(part), str(COMPILERS)], cwd=ROOT) for part in range(COMPILERS)]
-    if any([process.wait() for process in compiling]):
+        return "needs a GPU" if rehearse else "needs compute-sanitizer"
+    if not side_by_side("sanitizer", rehearse):
         print("    the kernels fail without a check")
         return False
     checks = {}
     for check in ("memcheck", "racecheck", "initcheck"):
         with (folder / f"{check}.log").open("w") as log:
             checks[check] = subprocess.Popen(
-                [tool, f"--tool={check}", "--error-exitcode=9", *once, "0", "1"], cwd=ROOT, stdout=log,
+                [tool, f"--tool={check}", "--error-exitcode=9", *once("sanitizer", 0, 1)], cwd=ROOT, stdout=log,
                 stderr=subprocess.STDOUT, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             )  # fmt: skip
     clean = {check: process.wait() == 0 for check, process in checks.items()}
@@ -186,22 +224,61 @@ def every_kernel() -> Iterator[Callable[[], Any]]:
 
 
 def index_range(folder: Path, rehearse: bool) -> bool:
-    """Features past 2^31 elements; the row sums of a few classes in float64, a block of samples at a time."""
-    n, d = (1 << 10, 64) if rehearse else ((1 << 31) // 4096 + 1000, 4096)
-    dtype = torch.float32 if rehearse else torch.bfloat16
+    """All at once, which takes some 50 GB of the GPU's memory."""
+    return side_by_side("indices", rehearse, len(INDEXED))
+
+
+def indexed(rehearse: bool) -> Iterator[Callable[[], bool]]:
+    for op, k, d in INDEXED:
+        if rehearse:
+            yield partial(equals_float64, op, 1000, min(k, 16), min(d, 264), torch.float16)
+        else:
+            yield partial(equals_float64, op, 2**31 // max(k, d) + 1000, k, d, torch.bfloat16)
+
+
+def equals_float64(op: str, n: int, k: int, d: int, dtype: torch.dtype) -> bool:
+    """Whether loss and gradients of n samples z and k anchors w are; in blocks of samples, since an index that wraps
+    spoils few of them.
+
+    Both losses are Σ_c v_c (log Σ_j exp(s_cj) - mean of s_cj over class c). NTCE's anchors are the prototypes, v_c the
+    classes' shares of the samples; SupCon's are one sample a class with n references, all v_c the same.
+    """
     g = torch.Generator(device()).manual_seed(0)
-    z = torch.randn(n, d, generator=g, device=device(), dtype=dtype)
-    w = torch.randn(64, d, generator=g, device=device(), dtype=dtype)
-    y = torch.randint(0, 64, (n,), generator=g, device=device())
-    loss = hc.ntce_loss(z, w, y, temperature=TAU, backend="triton").item()
-    unit_w, sums, positives = reference.unit_rows(w.double()), 0.0, 0.0
-    for part in torch.arange(n, device=device()).split(8192):
-        s = unit_w @ reference.unit_rows(z[part].double()).T / TAU
-        sums, positives = sums + s.exp().sum(1), positives + s.T.gather(1, y[part, None]).sum()
-    counts = torch.bincount(y, minlength=64)
-    want = (((counts * sums.log()).sum() - positives) / n).item()
-    print(f"    {n} x {d} = {n * d / 2**31:.3f} x 2^31 elements: {loss:.6f}, in float64 {want:.6f}")
-    return abs(loss - want) < 1e-3 * abs(want)
+    z, w = (torch.randn(rows, d, generator=g, device=device(), dtype=dtype) for rows in (n, k))
+    y = torch.randint(k, (n,), generator=g, device=device())
+    z += w.roll(1, 0)[y]  # at another class's anchor, so that no gradient is little more than noise
+    counts = torch.bincount(y, minlength=k).double()
+    if op == "ntce":
+        v, loss = counts / n, forms.ours(op, "triton")
+    else:
+        v, supcon = torch.full_like(counts, 1 / k), forms.ours(op, "triton")
+        loss = lambda z, w, y: supcon(w, torch.arange(k, device=w.device), ref_features=z, ref_labels=y)  # noqa: E731
+    hc.set_memory_budget(2 * k * (n + 64) if k > d else 0)
+    value, grad_z, grad_w = forms.step(loss, (z.requires_grad_(), w.requires_grad_()), y)
+
+    def logits(block: Tensor) -> Tensor:
+        return reference.unit_rows(anchors) @ reference.unit_rows(block).T / TAU
+
+    def error(got: Tensor, want: Tensor) -> Tensor:
+        return (got.double() - want).norm() / want.norm()
+
+    anchors = w.detach().double().requires_grad_()
+    blocks = [x.detach().split(INDEXED_BLOCK) for x in (z, grad_z, y)]
+    with torch.no_grad():
+        sums = sum(logits(block.double()).exp().sum(1) for block in blocks[0])
+    want, errors = (v * sums.log()).sum(), []
+    for block, grad, own in zip(*blocks, strict=True):
+        samples = block.double().requires_grad_()
+        s = logits(samples)
+        positives = ((v / counts)[own] * s.T.gather(1, own[:, None])[:, 0]).sum()
+        (((v / sums) @ s.exp()).sum() - positives).backward()  # the gradient of v log Σ exp(s) is that of v/Σ exp(s)
+        want -= positives.detach()
+        errors.append(error(grad, samples.grad))
+    found = torch.stack([error(value, want), torch.stack(errors).max(), error(grad_w, anchors.grad)]).tolist()
+    names = ("loss", "samples", "anchors")
+    told = ", ".join(f"{name} off by {x:.1e}" for name, x in zip(names, found, strict=True))
+    print(f"    {op} {n} x {k} x {d}, {n * max(k, d) / 2**31:.4f} x 2^31: {told}", flush=True)
+    return found[0] < 1e-3 and all(x < INDEXED_ERROR for x in found)
 
 
 def measured(folder: Path, rehearse: bool) -> bool:
@@ -221,19 +298,27 @@ def measured(folder: Path, rehearse: bool) -> bool:
 
 def determinism(folder: Path, rehearse: bool) -> bool:
     """Compared on the device, which is asked once a case: a wait between repeats would hide what depends on timing."""
+    if not side_by_side("determinism", rehearse):
+        print("    the kernels fail")
+        return False
     repeats = 3 if rehearse else REPEATS
+    equal = True
+    for name, step in repeated(rehearse):
+        differing = different_repeats(step, repeats)
+        print(f"    {name}: {differing} of {repeats} repeats differ", flush=True)
+        equal &= differing == 0
+    return equal
+
+
+def repeated(rehearse: bool) -> Iterator[tuple[str, Callable[[], Sequence[Tensor]]]]:
     losses = {name: forms.ours(name, "triton") for name in forms.EAGER}
     losses |= {f"nonl-{anchor}": partial(losses["nonl"], anchor=anchor) for anchor in ("sample", "both")}
     # Narrow and wide; wide with the exponentials kept; float32, whose products are three.
     shapes = [((1000, 300, 128), "bfloat16"), ((1000, 300, 500), "float32"), ((4096, 1000, 1100), "bfloat16")]
     cases = [((40, 9, 24), "float16")] if rehearse else shapes
-    equal = True
     for (shape, dtype), (name, loss) in itertools.product(cases, losses.items()):
         leaves, y = forms.inputs(name.split("-")[0], *shape, device=device(), dtype=forms.DTYPES[dtype])
-        differing = different_repeats(partial(forms.step, loss, leaves, y), repeats)
-        print(f"    {name} {' x '.join(map(str, shape))} {dtype}: {differing} of {repeats} repeats differ", flush=True)
-        equal &= differing == 0
-    return equal
+        yield f"{name} {' x '.join(map(str, shape))} {dtype}", partial(forms.step, loss, leaves, y)
 
 
 def different_repeats(run: Callable[[], Sequence[Tensor]], repeats: int) -> int:
@@ -262,76 +347,84 @@ def _bits(x: Tensor) -> Tensor:
     return x.reshape(-1).view(torch.uint8)
 
 
-def training(folder: Path, rehearse: bool) -> bool:
+def training(folder: Path, rehearse: bool) -> bool | str:
     """The driver's steps; one that waits for the device raises."""
-    # PyYAML and torchvision are the driver's, and part of the usual GPU image.
-    if missing := [name for name in ("yaml", "torchvision") if importlib.util.find_spec(name) is None]:
-        print(f"    needs {' and '.join(missing)}")
-        return False
-    from bench.step import measure
+    from bench import step
 
+    if missing := step.missing():
+        return missing
     pictures, steps, options = (64, 2, {"batch_size": 32, "width": 8}) if rehearse else (50_000, 200, {})
-    rows = []
-    for loss, mode in [("nonl", "off")] if rehearse else [("nonl", "off"), ("nonl", "on"), ("scl", "on")]:
-        rows.append(measure(f"cifar10-{loss}", pictures, steps, compile=mode, **options).flat())
-        print("    " + "  ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
-    with (folder / "training.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    runs = [("nonl", "off")] if rehearse else [("nonl", "off"), ("nonl", "on"), ("scl", "on")]
+    with (folder / "training.csv").open("w", newline="", buffering=1) as file:  # a row is there as soon as measured
+        for loss, mode in runs:
+            row = step.measure(f"cifar10-{loss}", pictures, steps, compile=mode, **options).flat()
+            print("    " + "  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+            writer = csv.DictWriter(file, row)
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
     return True
 
 
 class Stage(NamedTuple):
-    work: Callable[[Path, bool], bool | None]
+    work: Callable[[Path, bool], bool | str]
     seconds: float
 
 
 STAGES = {
     "correctness": Stage(correctness, 120),
     "extension": Stage(extension, 80),
-    "indices": Stage(index_range, 30),
-    "matrix": Stage(measured, 120),
-    "determinism": Stage(determinism, 40),
+    "indices": Stage(index_range, 50),
+    "matrix": Stage(measured, 110),
+    "determinism": Stage(determinism, 65),
     "training": Stage(training, 80),
-    "sanitizer": Stage(sanitizer, 100),
+    "sanitizer": Stage(sanitizer, 90),
 }
-VERDICTS = {0: "passed", 1: "FAILED", 3: "not run: needs a GPU and compute-sanitizer"}
+# What of a stage runs in processes side by side; False: failed.
+CALLS: dict[str, Callable[[bool], Iterable[Callable[[], Any]]]] = {
+    "indices": indexed,
+    "determinism": lambda rehearse: (step for _, step in repeated(rehearse)),
+    "sanitizer": lambda rehearse: every_kernel(),
+}
+LEFT_OUT = "left out: "
 
 
 def verdict_of(name: str, folder: Path, rehearse: bool) -> str:
     """Of the stage in a process group of its own, so that none of its processes outlives its seconds."""
     command = [sys.executable, "-m", "bench.gpu_check", "--inside", name, "--output", str(folder)]
-    limit = STAGES[name].seconds
-    process = subprocess.Popen([*command, *["--rehearse"] * rehearse], cwd=ROOT, preexec_fn=os.setpgrp)
+    limit, said = STAGES[name].seconds, folder / f"{name}.txt"
+    tee = subprocess.Popen(["tee", str(said)], stdin=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*command, *["--rehearse"] * rehearse], cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=tee.stdin, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp,
+    )  # fmt: skip
     try:
-        return VERDICTS.get(process.wait(limit), f"FAILED: ended with {process.returncode}")
+        status: int | None = process.wait(limit)
     except subprocess.TimeoutExpired:
-        return f"FAILED: cut off after {limit:g} s"
+        status = None
     finally:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # nothing is left of it
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
+        tee.communicate()
+    reasons = [line.strip() for line in said.read_text().splitlines() if line.strip().startswith(LEFT_OUT)]
+    verdicts = {None: f"FAILED: cut off after {limit:g} s", 0: "passed", 1: "FAILED", 3: "".join(reasons)}
+    return verdicts.get(status) or f"FAILED: ended with {status}"
 
 
 def inside(name: str, folder: Path, rehearse: bool) -> int:
-    """The stage itself; the exit status says how it went."""
-    if rehearse:
-        os.environ["TRITON_INTERPRET"] = "1"
-        warnings.filterwarnings("ignore", category=RuntimeWarning)  # it computes with NumPy, which warns of infinities
-    return {True: 0, False: 1, None: 3}[STAGES[name].work(folder, rehearse)]
+    """The stage itself; the exit status says how it went, the last line why it was left out."""
+    passed = STAGES[name].work(folder, rehearse)
+    if isinstance(passed, str):
+        print(f"    {LEFT_OUT}{passed}")
+        return 3
+    return 0 if passed else 1
 
 
 def environment() -> str:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "numpy")}
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: a rehearsal in the interpreter"
-    lines = {
-        "device": machine,
-        "python": sys.version.split()[0],
-        **versions,
-        "commit": commit.stdout.strip() or "unknown",
-    }
+    lines = {"device": machine, "python": sys.version.split()[0], **versions, "commit": record.commit()}
     return "".join(f"{key}: {value}\n" for key, value in lines.items())
 
 
@@ -343,13 +436,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="small sizes on the CPU, in Triton's interpreter")
     parser.add_argument("--output", type=Path, help="folder of the results (default: bench/results/DATE-DEVICE)")
     parser.add_argument("--inside", choices=STAGES, help=argparse.SUPPRESS)  # one stage, in this process
-    parser.add_argument("--once", nargs=2, type=int, help=argparse.SUPPRESS)  # a part of what the sanitizer runs
+    parser.add_argument("--once", nargs=3, help=argparse.SUPPRESS)  # a stage, and which of how many parts of its calls
     args = parser.parse_args(argv)
+    if args.rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"
+        warnings.filterwarnings("ignore", category=RuntimeWarning)  # it computes with NumPy, which warns of infinities
     if args.once:
-        part, parts = args.once
-        for call in itertools.islice(every_kernel(), part, None, parts):
-            call()
-        return 0
+        name, part, parts = args.once
+        calls = itertools.islice(CALLS[name](args.rehearse), int(part), None, int(parts))
+        return int(any([call() is False for call in calls]))
     if args.inside:
         return inside(args.inside, args.output, args.rehearse)
     if not args.rehearse and not torch.cuda.is_available():
@@ -360,14 +455,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "environment.txt").write_text(environment())
     print(environment(), end="")
-    verdicts = {}
+    failed = False
     for name in args.stages:
         print(f"{name} ...", flush=True)
         start = time.perf_counter()
-        verdicts[name] = verdict_of(name, folder, args.rehearse)
-        print(f"{name}: {verdicts[name]} ({time.perf_counter() - start:.0f} s)", flush=True)
+        verdict = verdict_of(name, folder, args.rehearse)
+        failed |= verdict.startswith("FAILED")
+        line = f"{name}: {verdict} ({time.perf_counter() - start:.0f} s)"
+        print(line, flush=True)
+        with (folder / "verdicts.txt").open("a") as file:  # other stages may have run before, with --stages
+            file.write(f"{line}\n")
     print(f"results in {folder}")
-    return int(any(verdict.startswith("FAILED") for verdict in verdicts.values()))
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -144,10 +144,10 @@ def _rows(entry: Entry, device: str, seconds: float, memory: bool) -> list[Row]:
 
 def _steps(device: str) -> list[Row]:
     """The training step has cases of its own."""
-    try:
-        from bench import step
-    except ImportError as error:  # the driver's extras
-        return [row(STEP, OURS, device, {"status": "absent", "reason": str(error)})]
+    from bench import step
+
+    if missing := step.missing():
+        return [row(STEP, OURS, device, {"status": "absent", "reason": missing})]
     return list(step.rows(device, quick=False))
 
 

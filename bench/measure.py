@@ -55,7 +55,8 @@ def measure(
 
     `memory=False` leaves out a CPU's fresh processes, which would not see a form that is not one of `peers.candidates`.
     """
-    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+    # Set by either of torch's two switches, of which the older raises when it is read after the newer was set.
+    allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
     try:
         work = _Forms(candidates)

@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import importlib.util
 import itertools
 import statistics
 import time
@@ -280,6 +281,13 @@ def measure(recipe: str, pictures: int | None, steps: int, ranks: Ranks | None =
         communication=whole - alone, rest=alone - sum(parts.values()),
         pictures_per_s=round(pictures_per_s, 1), epoch_s=round(training.facts.train / pictures_per_s, 3),
     )  # fmt: skip
+
+
+def missing() -> str:
+    """What the recipes and their networks need that is not installed; nothing when all is there."""
+    needed = {"yaml": "PyYAML", "torchvision": "torchvision"}
+    absent = [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
+    return f"needs {' and '.join(absent)}" if absent else ""
 
 
 def rows(device: str, quick: bool) -> Iterator[Row]:

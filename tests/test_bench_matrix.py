@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench import diff, forms, matrix, peers
+from bench import diff, forms, matrix, peers, step
 from bench import measure as measuring
 from bench.__main__ import main
 from bench.measure import in_fresh_process, interleaved, measure, peak_of_step
@@ -271,6 +271,19 @@ def test_a_row_is_whole():
     assert {row.host_ms, row.graph_ms, row.graph_fwd_ms, row.launches} == {None}  # a GPU's
 
 
+def test_tf32_set_by_the_newer_switch():
+    """After which torch's older one cannot be read."""
+    matmul = torch.backends.cuda.matmul
+    case = Case("nonl", 8, 4, 4)
+    try:
+        for precision, tf32 in (("tf32", True), ("ieee", False)):
+            matmul.fp32_precision = precision
+            assert rows_of(case, peers.candidates(case, "cpu", []))[OURS].status == "ok"
+            assert (matmul.fp32_precision == "tf32") is tf32
+    finally:
+        matmul.allow_tf32 = False  # the older one can be read again
+
+
 def test_speed_is_over_the_first_eager_form():
     case = Case("ntce", 64, 8, 16)
     rows = rows_of(case, peers.candidates(case, "cpu", ["eager M x M"]))
@@ -295,15 +308,23 @@ def test_the_training_step_has_rows_of_its_own(monkeypatch, tmp_path):
     found = [
         timed(op="step", form=form, error=None, speedup=speedup) for form, speedup in (("eager", 1.0), (OURS, 1.5))
     ]
-    monkeypatch.setattr("bench.step", types.SimpleNamespace(rows=lambda device, quick: iter(found)), raising=False)
+    monkeypatch.setattr(step, "missing", str)
+    monkeypatch.setattr(step, "rows", lambda device, quick: iter(found))
     outcome = matrix.measure_all(entries, tmp_path / "matrix.csv", "cpu", 0)
     assert read(tmp_path / "matrix.csv") == outcome.rows == found
     assert "| eager | 1.50x |  |  |" in matrix.headlines(outcome.rows)
-    monkeypatch.setitem(sys.modules, "bench.step", None)
-    monkeypatch.delattr("bench.step", raising=False)
-    (row,) = matrix.measure_all(entries, tmp_path / "matrix.csv", "cpu", 0).rows
-    assert row.status == "absent"
-    assert "bench.step" in row.reason
+    monkeypatch.setattr(step, "rows", lambda device, quick: 1 / 0)
+    outcome = matrix.measure_all(entries, tmp_path / "matrix.csv", "cpu", 0)
+    assert [row.status for row in outcome.wrong] == ["failed"]
+
+
+@pytest.mark.parametrize(("module", "reason"), [("yaml", "needs PyYAML"), ("torchvision", "needs torchvision")])
+def test_without_the_recipes_needs_the_training_step_is_absent(module, reason, monkeypatch, tmp_path):
+    for other in ("yaml", "torchvision"):
+        monkeypatch.setitem(sys.modules, other, None if other == module else step)  # anything that has a spec
+    outcome = matrix.measure_all([matrix.Entry(matrix.STEP)], tmp_path / "matrix.csv", "cpu", 0)
+    assert [(row.status, row.reason) for row in outcome.rows] == [("absent", reason)]
+    assert not outcome.wrong
 
 
 # Labels

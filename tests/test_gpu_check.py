@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ pytest.importorskip("triton")
 
 from test_kernels import record_launches
 
-from bench import gpu_check
+import hypercontrast as hc
+from bench import forms, gpu_check, step
 from hypercontrast.kernels import _launch, aot, prototype_backward
 
 
@@ -26,16 +29,23 @@ def test_the_sanitizer_meets_every_kernel(monkeypatch):
     assert {name for name, _ in launched} == kernels
 
 
+def run_as_stage(monkeypatch, program):
+    popen = subprocess.Popen
+
+    def instead(command, **options):
+        return popen([sys.executable, "-c", program] if command[0] == sys.executable else command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", instead)
+
+
 def test_a_stage_past_its_seconds_is_ended_with_all_it_started(monkeypatch, tmp_path):
     monkeypatch.setitem(gpu_check.STAGES, "indices", gpu_check.Stage(lambda *_: True, 1))
     program = f"import subprocess, time; subprocess.Popen(['sleep', '60.{time.time_ns()}']); time.sleep(60)"
-    popen = subprocess.Popen
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda command, **options: popen([sys.executable, "-c", program], **options)
-    )
+    run_as_stage(monkeypatch, f"print('begun'); {program}")
     start = time.perf_counter()
     assert gpu_check.verdict_of("indices", tmp_path, rehearse=True) == "FAILED: cut off after 1 s"
     assert time.perf_counter() - start < 30
+    assert (tmp_path / "indices.txt").read_text() == "begun\n"
     monkeypatch.undo()
     time.sleep(0.2)
     listing = subprocess.run(["ps", "-eo", "stat,args"], capture_output=True, text=True, check=True).stdout
@@ -43,10 +53,154 @@ def test_a_stage_past_its_seconds_is_ended_with_all_it_started(monkeypatch, tmp_
     assert not [line for line in listing.splitlines() if sleeper in line and not line.startswith("Z")]
 
 
-def test_how_a_stage_ended(monkeypatch, tmp_path):
-    for status, verdict in ((True, 0), (False, 1), (None, 3)):
-        monkeypatch.setitem(gpu_check.STAGES, "indices", gpu_check.Stage(lambda *_, status=status: status, 1))
-        assert gpu_check.inside("indices", tmp_path, rehearse=False) == verdict
+def test_how_a_stage_ended(monkeypatch, tmp_path, capsys):
+    for outcome, status in ((True, 0), (False, 1), ("needs a camera", 3)):
+        monkeypatch.setitem(gpu_check.STAGES, "indices", gpu_check.Stage(lambda *_, outcome=outcome: outcome, 1))
+        assert gpu_check.inside("indices", tmp_path, rehearse=False) == status
+    assert capsys.readouterr().out == "    left out: needs a camera\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "verdict"),
+    [
+        ("print('all well')", "passed"),
+        ("raise ValueError", "FAILED"),
+        ("print('    left out: needs a camera'); raise SystemExit(3)", "left out: needs a camera"),
+        ("raise SystemExit(3)", "FAILED: ended with 3"),
+        ("import os; os.abort()", "FAILED: ended with -6"),
+    ],
+)
+def test_verdicts(program, verdict, monkeypatch, tmp_path):
+    run_as_stage(monkeypatch, f"import sys; print('told', file=sys.stderr); {program}")
+    assert gpu_check.verdict_of("indices", tmp_path, rehearse=True) == verdict
+    assert (tmp_path / "indices.txt").read_text().startswith("told\n")
+
+
+def test_the_folder_has_every_verdict(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    verdicts = {"indices": "passed", "matrix": "FAILED", "sanitizer": "left out: needs a GPU"}
+    monkeypatch.setattr(gpu_check, "verdict_of", lambda name, *_: verdicts[name])
+    run = ["--rehearse", "--output", str(tmp_path), "--stages"]
+    assert gpu_check.main([*run, "indices", "sanitizer"]) == 0
+    assert gpu_check.main([*run, "matrix", "indices"]) == 1
+    lines = (tmp_path / "verdicts.txt").read_text().splitlines()
+    names = ("indices", "sanitizer", "matrix", "indices")
+    assert lines == [f"{name}: {verdicts[name]} (0 s)" for name in names]
+
+
+def test_the_limits_fit_ten_minutes():
+    assert sum(stage.seconds for stage in gpu_check.STAGES.values()) <= 600
+
+
+def test_a_machine_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert "commit: unknown" in gpu_check.environment().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("absent", "reason"),
+    [(["yaml"], "needs PyYAML"), (["yaml", "torchvision"], "needs PyYAML and torchvision")],
+)
+def test_training_is_left_out_without_what_it_needs(absent, reason, monkeypatch, tmp_path):
+    for module in absent:
+        monkeypatch.setitem(sys.modules, module, None)
+    assert gpu_check.training(tmp_path, rehearse=False) == reason
+
+
+def test_a_training_row_is_kept_when_the_next_fails(monkeypatch, tmp_path):
+    rows = iter([{"recipe": "one", "epoch_s": 1.5}, {"recipe": "two", "epoch_s": 2.5}])
+    monkeypatch.setattr(step, "missing", str)
+    monkeypatch.setattr(step, "measure", lambda *_, **__: SimpleNamespace(flat=partial(next, rows)))
+    with pytest.raises(StopIteration):
+        gpu_check.training(tmp_path, rehearse=False)
+    assert (tmp_path / "training.csv").read_text() == "recipe,epoch_s\none,1.5\ntwo,2.5\n"
+
+
+def test_processes_side_by_side_make_every_call_once(monkeypatch):
+    def here(command, **_):
+        status = gpu_check.main(command[3:])
+        return SimpleNamespace(wait=lambda: status)
+
+    monkeypatch.setattr(subprocess, "Popen", here)
+    called = []
+    calls = [partial(called.append, i) for i in range(5)]
+    monkeypatch.setitem(gpu_check.CALLS, "sanitizer", lambda rehearse: calls)
+    assert gpu_check.side_by_side("sanitizer", rehearse=False, parts=3)
+    assert sorted(called) == [0, 1, 2, 3, 4]
+    calls.append(lambda: False)
+    assert not gpu_check.side_by_side("sanitizer", rehearse=False, parts=3)
+
+
+def test_determinism_compiles_side_by_side_before_it_repeats(monkeypatch, tmp_path):
+    done = []
+    monkeypatch.setattr(gpu_check, "side_by_side", lambda name, rehearse: done.append(name) or len(done) == 1)
+    monkeypatch.setattr(gpu_check, "different_repeats", lambda *_: done.append("repeats") or 0)
+    assert gpu_check.determinism(tmp_path, rehearse=True)
+    assert done == ["determinism"] + ["repeats"] * 6
+    assert not gpu_check.determinism(tmp_path, rehearse=True)
+    assert done[7:] == ["determinism"]
+
+
+# Indices
+
+
+@pytest.fixture
+def memory_budget():
+    budget = hc.memory_budget()
+    yield
+    hc.set_memory_budget(budget)
+
+
+@pytest.mark.usefixtures("memory_budget")
+@pytest.mark.parametrize("op", ["ntce", "supcon"])
+def test_a_wrong_row_is_told_from_rounding(op, monkeypatch, capsys):
+    """The last one alone, of the gradient of either; a NaN is wrong too."""
+    run, size = forms.step, (op, 200, 8, 24, torch.float16)
+    assert gpu_check.equals_float64(*size)
+    outputs = []
+    monkeypatch.setattr(forms, "step", lambda *args: outputs or outputs.extend(run(*args)) or outputs)
+    assert gpu_check.equals_float64(*size)
+    for gradient in outputs[1:]:
+        for value in (0, torch.nan):
+            right = gradient[-1].clone()
+            gradient[-1] = value
+            assert not gpu_check.equals_float64(*size)
+            gradient[-1] = right
+    assert gpu_check.equals_float64(*size)
+    outputs[0] *= 1.01
+    assert not gpu_check.equals_float64(*size)
+
+
+def test_a_row_shows_in_a_block_of_bfloat16():
+    assert gpu_check.INDEXED_BLOCK**-0.5 > gpu_check.INDEXED_ERROR > torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.usefixtures("memory_budget")
+def test_indices_meet_every_kernel_of_both_passes(monkeypatch):
+    """Those of narrow and wide operands at the rehearsal's sizes, where the launches are only counted."""
+    monkeypatch.setattr(prototype_backward, "mm_fp32", lambda a, b, into=None: torch.zeros(len(a), b.shape[1]))
+    monkeypatch.setattr(_launch, "kernel_dtype", lambda x: x.dtype)
+    with record_launches(monkeypatch) as launched:
+        for call in gpu_check.indexed(rehearse=True):
+            call()
+    names = {name for name, _ in launched}
+    assert names >= {"_lse_fwd_kernel", "_lse_fwd_tile_kernel", "_lse_bwd_kernel", "_lse_bwd_tile_kernel"}
+    assert names >= {"_rectangle_fixed_kernel", "_bwd_fixed_kernel", "_pair_fwd_kernel", "_pair_bwd_tile_kernel"}
+
+
+def test_indices_pass_two_to_the_31(monkeypatch):
+    monkeypatch.setattr(_launch, "kernel_dtype", lambda x: x.dtype)
+    keeping = 0
+    for call in gpu_check.indexed(rehearse=False):
+        _, n, k, d, dtype = call.args
+        z, w = (torch.empty(rows, d, dtype=dtype, device="meta") for rows in (n, k))
+        kept, width = _launch.kept_shape(
+            z, w, counts=None, temperature=None, inv_temperature=1 / gpu_check.TAU, rows=True, cols=False,
+            normalize=True, keep_bytes=2 * k * (n + 64),
+        )  # fmt: skip
+        keeping += k > d
+        assert (kept * width if k > d else n * d) > 2**31
+    assert keeping == 1
 
 
 def test_failures_are_told_when_they_happen(tmp_path, capsys):
@@ -94,3 +248,19 @@ def test_repeats_that_differ_are_counted():
         return torch.tensor(0.0), torch.tensor([1.0, torch.nan, -0.0 if len(calls) == 3 else 0.0])
 
     assert gpu_check.different_repeats(run, 5) == 1
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_tests_run_side_by_side_without_xdist(passes, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # which take seconds
+    monkeypatch.setattr(gpu_check, "WORKERS", 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    test = tmp_path / "test_few.py"
+    bodies = {"other": "assert False", "first": "pass", "second": f"assert {passes}"}
+    test.write_text("".join(f"def test_{name}():\n    {body}\n\n" for name, body in bodies.items()))
+    selection = ["-c", "/dev/null", "--rootdir", str(tmp_path), "-k", "not test_other"]
+    assert gpu_check.run_tests([str(test)], selection, tmp_path / "x.log") is passes
+    logs = [(tmp_path / f"x-{part}.log").read_text() for part in range(3)]
+    assert ["1 passed" in log for log in logs] == [True, passes, False]
+    assert ("FAILURE " in capsys.readouterr().out) is not passes
