@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import math
+import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from hypercontrast._checks import LEAST_TEMPERATURE
+from hypercontrast.output import say
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -128,6 +134,8 @@ class Config:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "temperature", "final_temperature"):
             self._require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
+        for name in ("temperature", "final_temperature"):
+            self._require(name, getattr(self, name) >= LEAST_TEMPERATURE, f"at least {LEAST_TEMPERATURE:.1e}")
         for name in ("weight_decay", "warmup_lr"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "finite and not negative")
         for name in (
@@ -231,8 +239,9 @@ def resume_folder(config: Config) -> str:
 
 def read_recipe(name: str) -> Config:
     """A recipe by its name: its own settings on those of the recipe it names as `base`."""
-    if name not in recipe_names():
-        raise UsageError(f"recipe must be auto, none or one of {', '.join(recipe_names())}, got {name!r}")
+    if name not in (names := recipe_names()):
+        close = "".join(f", close to {match}" for match in difflib.get_close_matches(name, names, 1))
+        raise UsageError(f"recipe must be auto, none or one of the {len(names)} in {RECIPES}, got {name!r}{close}")
     return _config_of({**_recipe_settings(name), "recipe": name}, RECIPES / f"{name}.yaml")
 
 
@@ -300,8 +309,13 @@ def _parse_flags(argv: Sequence[str], default: Config, prog: str) -> Config:
     except ImportError:
         raise UsageError("the command line needs tyro: pip install 'hypercontrast[train]'") from None
     complaint = io.StringIO()
+    page = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding)
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # tyro asks for the terminal alone
     try:
-        with contextlib.redirect_stderr(complaint):
+        with (
+            contextlib.redirect_stderr(complaint),
+            contextlib.nullcontext() if coloured else contextlib.redirect_stdout(page),
+        ):
             return tyro.cli(
                 Config,
                 prog=prog,
@@ -310,13 +324,17 @@ def _parse_flags(argv: Sequence[str], default: Config, prog: str) -> Config:
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
     except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UsageError(_one_line(complaint.getvalue())) from None
+        if stop.code:
+            raise UsageError(_one_line(complaint.getvalue())) from None
+        page.seek(0)
+        if text := page.read().rstrip():
+            say(text)
+        raise
 
 
 def _one_line(box: str) -> str:
     """The sentence inside tyro's frame, drawn in Unicode or ASCII: title, rule, sentence, rule, a pointer to --help."""
-    blocks = re.split(r"[─-]{3,}|Argument helptext:", re.sub(r"[│╭╮╰╯|]", " ", box))
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    blocks = re.split(r"[─-]{3,}|Argument helptext:", re.sub(r"[│╭╮╰╯|]", " ", plain))
     sentences = [" ".join(block.split()) for block in blocks if block.strip(" ─-\n")]
     return sentences[min(1, len(sentences) - 1)].removeprefix("Error parsing Config: ")

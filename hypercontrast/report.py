@@ -26,6 +26,7 @@ from hypercontrast import figures, page
 from hypercontrast.config import Config, read_recipe
 from hypercontrast.figures import Array, Curve, Span, classes_a_cell, count, number, shorten
 from hypercontrast.mistakes import confusion_section, percent, pictures_section
+from hypercontrast.output import say
 from hypercontrast.progress import Parser, command, fail
 from hypercontrast.runs import Embeddings, Run, load_runs, unit_rows
 
@@ -593,7 +594,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 with one line on stderr for a mistake in the call or a damaged run, 130 if interrupted."""
     try:
         args = parser().parse_args(argv)
-        print(write_report(args.runs, args.output))
+        say(write_report(args.runs, args.output))
     except (OSError, ValueError, ImportError) as error:
         return fail(2, str(error))
     except KeyboardInterrupt:

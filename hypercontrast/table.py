@@ -38,6 +38,7 @@ from hypercontrast.config import Config, UsageError, read_recipe
 from hypercontrast.data.transfer import locate as locate_transfer_set
 from hypercontrast.figures import Curve
 from hypercontrast.metrics import DESCRIPTIONS
+from hypercontrast.output import say
 from hypercontrast.paper import (
     ACCURACY,
     ASSUMED,
@@ -75,11 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         groups = read_groups(paths)
         if names == [FIGURE]:
             checkpoint.write_atomic(Path(args.output), figure2(groups).encode())
-            print(args.output)
+            say(args.output)
         elif args.json:
-            print(to_json(as_records(names, groups, args.data_root)))
+            say(to_json(as_records(names, groups, args.data_root)))
         else:
-            print(render(names, groups, args.data_root, markdown=args.markdown))
+            say(render(names, groups, args.data_root, markdown=args.markdown))
     except (UsageError, CheckpointError, OSError) as error:
         return fail(2, str(error))
     except KeyboardInterrupt:

@@ -59,6 +59,7 @@ from hypercontrast.launch import (
 from hypercontrast.metrics import NeuralCollapse
 from hypercontrast.models import ProjectionHead, check_model
 from hypercontrast.objective import VIEWS, LossRecord, NotFinite, Objective, TrainingError
+from hypercontrast.output import say
 from hypercontrast.plan import learning_rate, plan
 from hypercontrast.progress import Progress, command, fail, to_json, working
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RankError as error:
         return fail_for(error, FORESEEN)
     if is_main():
-        print(result)
+        say(result)
     return 0
 
 
