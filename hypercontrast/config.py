@@ -12,8 +12,9 @@ import io
 import math
 import os
 import re
+import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -26,6 +27,24 @@ RECIPES = Path(__file__).parent / "recipes"
 
 class UsageError(ValueError):
     """Something the person who started the run can put right; the message is one line that says what."""
+
+
+@contextlib.contextmanager
+def access(path: str | Path, how: Literal["read", "written"]) -> Iterator[None]:
+    """What the system has against it becomes a UsageError."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{path} cannot be {how}: {error.strerror}") from None
+
+
+def holds(folder: str | Path, name: str) -> bool:
+    """Whether a run's folder has this file. Raises UsageError where that cannot be seen."""
+    with access(folder, "read"):
+        try:
+            return stat.S_ISREG(os.stat(Path(folder, name)).st_mode)
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a name with a NUL
+            return False
 
 
 @dataclass(frozen=True)
@@ -220,7 +239,8 @@ def parse(argv: Sequence[str], prog: str = "python -m hypercontrast.train") -> C
 def _base(draft: Config) -> Config:
     """What flags start from: the run to resume, the draft's recipe, or the defaults."""
     folder = resume_folder(draft)
-    if folder and (saved := Path(folder, "config.yaml")).is_file():
+    if folder and holds(folder, "config.yaml"):
+        saved = Path(folder, "config.yaml")
         # How to run it is this call's business, not the run's.
         return dataclasses.replace(
             read_config(saved), run_dir=str(saved.parent), quiet=False, json=False, dry_run=False

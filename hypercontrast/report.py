@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from hypercontrast import figures, page
-from hypercontrast.config import Config, read_recipe
+from hypercontrast.config import Config, access, read_recipe
 from hypercontrast.figures import Array, Curve, Span, classes_a_cell, count, number, shorten
 from hypercontrast.mistakes import confusion_section, percent, pictures_section
 from hypercontrast.output import say
@@ -536,15 +536,18 @@ def write_report(run_dirs: Iterable[str | Path], output: str | Path | None = Non
     """Write one HTML page of a run, or comparing several; returns its path.
 
     output: by default report.html in the run folder, or in the nearest folder above all of them.
-    Raises FileNotFoundError, ValueError or ImportError as `load_runs` does.
+    Raises FileNotFoundError, ValueError or ImportError as `load_runs` does, UsageError (a ValueError) if it cannot be
+    written.
     """
     runs = load_runs(run_dirs)
     if output is None:
         home = Path(os.path.commonpath([run.path for run in runs]))
         output = home / "report.html"
     target = Path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(render(runs), encoding="utf-8")
+    content = render(runs)
+    with access(target, "written"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(content, encoding="utf-8")
     return target
 
 

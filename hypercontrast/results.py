@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hypercontrast.config import Config, UsageError, read_config
+from hypercontrast.config import Config, UsageError, access, holds, read_config
 from hypercontrast.paper import COLLAPSE_SHARE, TABLE_7_METRICS
 from hypercontrast.runs import read_epochs
 from hypercontrast.train import FREE_ON_RESUME
@@ -103,11 +104,9 @@ def read_groups(paths: Iterable[str | Path]) -> list[Group]:
     there, a folder without a config.yaml, or a damaged file.
     """
     folders = dict.fromkeys(Path(path) for path in paths)
-    if missing := [folder for folder in folders if not folder.exists()]:
-        raise UsageError(f"runs must be folders of runs, got {missing[0]}, which does not exist")
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for folder in folders:
-        if folder.is_dir():
+        if _is_folder(folder):
             run = _read_run(folder)
             settings = dataclasses.asdict(run.config)
             key = tuple(value for name, value in settings.items() if name not in FREE)
@@ -115,8 +114,16 @@ def read_groups(paths: Iterable[str | Path]) -> list[Group]:
     return [Group(tuple(runs)) for runs in groups.values()]
 
 
+def _is_folder(path: Path) -> bool:
+    with access(path, "read"):
+        try:
+            return stat.S_ISDIR(path.stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            raise UsageError(f"runs must be folders of runs, got {path}, which does not exist") from None
+
+
 def _read_run(folder: Path) -> Run:
-    if not (folder / "config.yaml").is_file():
+    if not holds(folder, "config.yaml"):
         raise UsageError(f"runs must be folders of runs, with a config.yaml, got {folder}")
     metrics = folder / "metrics.jsonl"
     try:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from hypercontrast.config import Config, UsageError, read_config, read_yaml
+from hypercontrast.config import Config, UsageError, access, holds, read_config, read_yaml
 from hypercontrast.figures import Array
 
 LOSS_TITLES = {"ce": "CE", "normface": "NormFace", "ntce": "NTCE", "nonl": "NONL", "scl": "SCL", "etf-dr": "ETF+DR"}
@@ -105,10 +105,9 @@ def load_runs(run_dirs: Iterable[str | Path]) -> list[Run]:
 
 def _load_run(path: Path, name: str) -> Run:
     metrics = path / "metrics.jsonl"
-    if not path.is_dir():
-        raise FileNotFoundError(f"run folder does not exist: {path}")
-    if not metrics.is_file():
-        raise FileNotFoundError(f"not a run folder (no metrics.jsonl): {path}")
+    if not holds(path, metrics.name):
+        problem = "not a run folder (no metrics.jsonl)" if path.is_dir() else "run folder does not exist"
+        raise FileNotFoundError(f"{problem}: {path}")
     epochs = read_epochs(metrics)
     if not epochs:
         raise ValueError(f"no finished epoch yet in {metrics}")
@@ -118,14 +117,15 @@ def _load_run(path: Path, name: str) -> Run:
         name=name,
         config=_read_config(path / "config.yaml"),
         epochs=epochs,
-        embeddings=_read_embeddings(embeddings) if embeddings.is_file() else None,
+        embeddings=_read_embeddings(embeddings) if holds(path, embeddings.name) else None,
         environment=_read_environment(path / "environment.json"),
     )
 
 
 def read_epochs(path: Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl, numbers only. Raises ValueError naming a line that is none."""
-    text = path.read_text(encoding="utf-8")
+    with access(path, "read"):
+        text = path.read_text(encoding="utf-8")
     # A run in progress may be in the middle of its last line.
     whole = text[: text.rfind("\n") + 1]
     epochs = []
@@ -150,8 +150,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_environment(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
+    with access(path, "read"):
+        text = path.read_text(encoding="utf-8")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(text)
         return {str(key): str(value) for key, value in found.items()}
     except (ValueError, AttributeError, RecursionError):
         raise ValueError(f"{path} must hold a JSON object") from None
@@ -162,6 +164,8 @@ def _read_embeddings(path: Path) -> Embeddings:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise ImportError("reports need safetensors: pip install 'hypercontrast[train]'") from None
+    with access(path, "read"):  # of what the library would say that it is not there
+        path.open("rb").close()
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping

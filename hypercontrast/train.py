@@ -25,6 +25,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -38,7 +39,7 @@ from hypercontrast import checkpoint, data
 from hypercontrast._agreement import LostRankError, connected
 from hypercontrast._ops import resolve_backend
 from hypercontrast.checkpoint import Checkpoint, CheckpointError
-from hypercontrast.config import Config, UsageError, parse, read_config, resume_folder, to_yaml
+from hypercontrast.config import Config, UsageError, holds, parse, read_config, resume_folder, to_yaml
 from hypercontrast.data import AUGMENTATIONS, Share, derived_seed, epoch_batches, limited_order, steps_per_epoch
 from hypercontrast.data.streamed import check_damage
 from hypercontrast.environment import environment
@@ -56,6 +57,7 @@ from hypercontrast.launch import (
     start_ranks,
     stop_signals,
 )
+from hypercontrast.lock import locked
 from hypercontrast.metrics import NeuralCollapse
 from hypercontrast.models import ProjectionHead, check_model
 from hypercontrast.objective import VIEWS, LossRecord, NotFinite, Objective, TrainingError
@@ -65,7 +67,7 @@ from hypercontrast.progress import Progress, command, fail, to_json, working
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
 from hypercontrast.report import write_report
 from hypercontrast.step import Step, compiles
-from hypercontrast.workspace import Workspace, load_network
+from hypercontrast.workspace import Workspace, check_batches, load_network
 
 EMBEDDINGS_LIMIT = 1000
 THUMBNAIL = 48  # pixels a side that pictures are reduced to, for the report
@@ -127,7 +129,8 @@ def train(config: Config, on_epoch: OnEpoch | None = None) -> Path:
 
     on_epoch: called with that line as a dict once the epoch is saved; only where this process trains (as rank 0).
 
-    Raises UsageError before anything starts if the config cannot be run here, TrainingError before the update if a loss
+    Raises UsageError before anything starts if the config cannot be run here, or another process trains in the run's
+    folder, TrainingError before the update if a loss
     or a gradient is not finite, CheckpointError if a run to resume has no intact checkpoint or the run's folder cannot
     be written to, RankError if a rank fails, LostRankError in a rank that another has left alone, Interrupted (a
     KeyboardInterrupt) on a signal to stop.
@@ -138,8 +141,13 @@ def train(config: Config, on_epoch: OnEpoch | None = None) -> Path:
             raise UsageError(f"on_epoch must be None for a run that starts {config.ranks} ranks, got {on_epoch!r}")
         _start_ranks(config)
         return Path(config.run_dir)
-    with joined(config) as ranks:
-        config = ranks.agree(lambda: _placed(config))
+    with joined(config) as ranks, ExitStack() as held:
+
+        def place() -> Config:
+            held.enter_context(locked(Path(config.run_dir)))
+            return _placed(config)
+
+        config = ranks.agree(place)
         with working(f"reading {config.dataset}", silent=_is_silent(config, ranks)):
             run = _Run(config, ranks)
         return run.train(on_epoch)
@@ -160,6 +168,7 @@ def prepare(config: Config) -> Config:
         raise UsageError(str(error)) from None
     if backend == "reference" and config.ranks > 1:
         raise UsageError(f"backend 'reference' must run on one rank, got {config.ranks}")
+    check_batches(config, None, config.ranks)
     return _placed(config)
 
 
@@ -168,7 +177,7 @@ def _placed(config: Config) -> Config:
     if config.resume == "none":
         name = f"{_slug(config.dataset)}-{config.loss}" if config.recipe == "none" else config.recipe
         folder = Path(config.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        if (folder / "config.yaml").exists():
+        if holds(folder, "config.yaml"):
             raise UsageError(
                 f"run_dir must not hold a run yet, got {folder}: continue it with --resume {folder}, or name another"
             )
@@ -178,11 +187,11 @@ def _placed(config: Config) -> Config:
     folder = Path(resume_folder(config))
     if config.run_dir and Path(config.run_dir) != folder:
         raise UsageError(f"run_dir must be the folder to resume, {folder}, or be left out, got {config.run_dir}")
-    if config.resume != "auto" and not (folder / "config.yaml").is_file():
+    if config.resume != "auto" and not holds(folder, "config.yaml"):
         raise UsageError(f"resume must be auto, none or the folder of a run, got {config.resume}")
-    if (folder / "embeddings.safetensors").exists():
+    if holds(folder, "embeddings.safetensors"):
         raise UsageError(f"{folder} holds a finished run: name another --run-dir, or delete it to start again")
-    if (folder / "config.yaml").is_file():
+    if holds(folder, "config.yaml"):
         _check_same_run(config, read_config(folder / "config.yaml"), folder)
     return dataclasses.replace(config, run_dir=str(folder), resume="auto")
 
@@ -511,6 +520,8 @@ class _Run:
     def _write_report(self) -> None:
         try:
             write_report([self.folder])
+        except UsageError as error:
+            print(error, file=sys.stderr)
         except Exception as error:  # a picture of the run is no reason to lose it
             print(f"{self.folder / 'report.html'} could not be written: {error}", file=sys.stderr)
 
@@ -522,7 +533,7 @@ def _thumbnails(pixels: Tensor) -> Tensor:
 
 
 def _interrupted(folder: str) -> str:
-    if not Path(folder, "config.yaml").is_file():
+    if not holds(folder, "config.yaml"):
         return "interrupted before anything was saved"
     resume = f"{command('train')} --resume {folder}"
     return f"interrupted; {checkpoint.last_good(Path(folder))}; to continue: {resume}"
