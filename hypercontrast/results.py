@@ -35,6 +35,7 @@ class Run:
     config: Config
     epochs: Sequence[dict[str, float]]  # the lines of metrics.jsonl
     files: dict[str, dict[str, Any]]  # those of RESULT_FILES that are there; evaluation.json also by method
+    written: float = 0.0  # when its last epoch was, in seconds
 
     @property
     def measured(self) -> list[dict[str, float]]:
@@ -80,9 +81,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ only in seeds and in how they were run."""
+    """Runs that differ only in seeds and in how they were run: one a seed, for its repeats would count as others."""
 
     runs: tuple[Run, ...]
+    repeats: tuple[Run, ...] = ()  # the others of seeds that are in `runs`
 
     @property
     def config(self) -> Config:
@@ -111,7 +113,17 @@ def read_groups(paths: Iterable[str | Path]) -> list[Group]:
             settings = dataclasses.asdict(run.config)
             key = tuple(value for name, value in settings.items() if name not in FREE)
             groups.setdefault(key, []).append(run)
-    return [Group(tuple(runs)) for runs in groups.values()]
+    return [_one_a_seed(runs) for runs in groups.values()]
+
+
+def _one_a_seed(runs: Sequence[Run]) -> Group:
+    """The finished run of each seed before others, then the newest."""
+    chosen: dict[int, Run] = {}
+    for run in runs:
+        before = chosen.get(run.config.seed)
+        if before is None or (run.finished, run.written) > (before.finished, before.written):
+            chosen[run.config.seed] = run
+    return Group(tuple(chosen.values()), tuple(run for run in runs if run is not chosen[run.config.seed]))
 
 
 def _is_folder(path: Path) -> bool:
@@ -133,7 +145,8 @@ def _read_run(folder: Path) -> Run:
     files = {name: _read_json(folder / name) for name in RESULT_FILES if (folder / name).is_file()}
     if "evaluation.json" in files:
         files["evaluation.json"] |= _by_method(folder / "evaluation.json", files["evaluation.json"])
-    return Run(folder, read_config(folder / "config.yaml"), epochs, files)
+    written = metrics.stat().st_mtime if epochs else 0.0
+    return Run(folder, read_config(folder / "config.yaml"), epochs, files, written)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
