@@ -33,16 +33,44 @@ class Embeddings:
 
     features_nD: Array
     labels_n: Array
-    class_means_KD: Array  # of length 1
+    class_means_KD: Array  # of length 1; zero for a class without training pictures
     class_names: tuple[str, ...]
     decisions_2N: Array | None = None
     class_sizes_K: Array | None = None
     pictures_nCHW: Array | None = None
+    mean_lengths_K: Array | None = None  # of the means of unit features, before they were scaled to length 1
+
+    @cached_property
+    def trained(self) -> Embeddings:
+        """The same of the classes with training pictures alone: the others have no mean. Without decisions."""
+        sizes_K = np.linalg.norm(self.class_means_KD, axis=1) if self.class_sizes_K is None else self.class_sizes_K
+        known_K = sizes_K > 0
+        if known_K.all() or not known_K.any():
+            return self
+        kept_n = known_K[self.labels_n]
+
+        def part(x: Array | None, kept: Array) -> Array | None:
+            return None if x is None else x[kept]
+
+        return Embeddings(
+            features_nD=self.features_nD[kept_n],
+            labels_n=(known_K.cumsum() - 1)[self.labels_n[kept_n]],
+            class_means_KD=self.class_means_KD[known_K],
+            class_names=tuple(self.class_names[c] for c in np.flatnonzero(known_K)),
+            class_sizes_K=part(self.class_sizes_K, known_K),
+            pictures_nCHW=part(self.pictures_nCHW, kept_n),
+            mean_lengths_K=part(self.mean_lengths_K, known_K),
+        )
 
     @cached_property
     def centred_means_KD(self) -> Array:
-        """Unit directions of the class means seen from their common centre, where the simplex ETF is defined."""
-        return unit_rows(self.class_means_KD - self.class_means_KD.mean(axis=0))
+        """Unit directions of the class means seen from their common centre, where the simplex ETF is defined; as the
+        metrics have it, of means at their own lengths, where those were saved.
+        """
+        means_KD = self.class_means_KD
+        if self.mean_lengths_K is not None:
+            means_KD = means_KD * self.mean_lengths_K[:, None]
+        return unit_rows(means_KD - means_KD.mean(axis=0))
 
     @cached_property
     def confusion_KK(self) -> Array | None:
@@ -177,13 +205,15 @@ def _read_embeddings(path: Path) -> Embeddings:
     names = names or range(K)
     if len(names) != K:
         raise ValueError(f"{path} must name its {K} classes, got {len(names)} names")
-    decisions, sizes, pictures = (arrays.get(key) for key in ("decisions", "class_sizes", "pictures"))
+    optional = ("decisions", "class_sizes", "pictures", "mean_lengths")
+    decisions, sizes, pictures, lengths = (arrays.get(key) for key in optional)
     fits = {
         "labels": n == len(features) and _are_classes(labels, K),
         "decisions": decisions is None or (len(decisions) == 2 and _are_classes(decisions, K)),
         "class_sizes": sizes is None or sizes.shape == (K,),
         "pictures": pictures is None
         or (pictures.dtype == np.uint8 and pictures.ndim == 4 and len(pictures) == n and pictures.shape[1] in (1, 3)),
+        "mean_lengths": lengths is None or (lengths.shape == (K,) and bool(np.all((lengths >= 0) & (lengths < 2)))),
     }
     if wrong := [key for key, right in fits.items() if not right]:
         raise ValueError(f"{path} is damaged or incomplete: {wrong[0]} must fit {n} samples of {K} classes")
@@ -195,6 +225,7 @@ def _read_embeddings(path: Path) -> Embeddings:
         decisions_2N=decisions,
         class_sizes_K=sizes,
         pictures_nCHW=pictures,
+        mean_lengths_K=None if lengths is None else lengths.astype(np.float64),
     )
 
 

@@ -6,9 +6,10 @@ A run folder holds
 - metrics.jsonl: one line an epoch, see `train`;
 - checkpoints/: see `hypercontrast.checkpoint`;
 - embeddings.safetensors, once the run is finished: validation features [n, D] (n <= 1,000), labels [n] and pictures
-  [n, C, H, W] (uint8, at most 48 pixels a side), class_means [K, D] and class_sizes [K] of the training set, prototypes
-  [K, D] of the head, decisions [2, N] (label and the head's choice, of the whole validation set), and the class names
-  (a JSON list) in its metadata;
+  [n, C, H, W] (uint8, at most 48 pixels a side), class_means [K, D] of the training set, at length 1,
+  mean_lengths [K] that they had before (means of unit features), class_sizes [K], prototypes [K, D] of the head,
+  decisions [2, N] (label and the head's choice, of the whole validation set), and the class names (a JSON list) in its
+  metadata;
 - report.html, after that: see `hypercontrast.report`.
 
 Everything random is a function of (seed, epoch, step, rank), so a run that was killed and resumed, inside an epoch too,
@@ -230,6 +231,7 @@ def _train_rank(config: Config) -> None:
 class Evaluation:
     metrics: dict[str, float]
     class_means: Tensor
+    mean_lengths: Tensor
     decisions: Tensor
 
 
@@ -256,6 +258,7 @@ class _Run:
         self.started = 0.0  # when that epoch did, on the clock of time.perf_counter
         self.damaged: list[str] = []
         self.class_means = torch.zeros_like(self.network.head.prototypes)
+        self.mean_lengths: Tensor | None = None  # none where a checkpoint of an older version was restored
         self.decisions = torch.empty(2, 0, dtype=torch.int32)  # of the last evaluation: labels, choices of the head
         self.stop: int | None = None  # the signal that asks for it
 
@@ -299,7 +302,8 @@ class _Run:
                     evaluation = self._evaluate()
             except ValueError as error:  # features or weights that are not finite
                 raise self._failure(f"after epoch {epoch}: {error}") from error
-            self.class_means, self.decisions = evaluation.class_means, evaluation.decisions
+            self.class_means, self.mean_lengths = evaluation.class_means, evaluation.mean_lengths
+            self.decisions = evaluation.decisions
             record |= evaluation.metrics
         self.damaged = self._damaged()
         if self.damaged:
@@ -403,6 +407,7 @@ class _Run:
                 **collapse.compute(head.prototypes),
             },
             class_means,
+            means.sums.norm(dim=1) / means.counts.clamp(min=1),
             torch.cat(ranks.gathered(torch.cat([part.cpu() for part in decisions], 1)), 1),
         )
 
@@ -430,6 +435,7 @@ class _Run:
             self.unfinished = saved.state["unfinished"]
             self.damaged = saved.state["damaged"]
             self.decisions = saved.state["decisions"]
+            self.mean_lengths = saved.state.get("mean_lengths")
             self.objective.load_state(saved.state["queues"])
         if self.ranks.rank == 0:
             checkpoint.make_folder(self.folder)
@@ -475,6 +481,7 @@ class _Run:
             "unfinished": unfinished,
             "damaged": self.damaged,
             "decisions": self.decisions,
+            "mean_lengths": self.mean_lengths,
             "queues": queues,
         }
         measured = [record for record in self.history if "accuracy" in record]
@@ -511,6 +518,8 @@ class _Run:
             "prototypes": self.network.head.prototypes,
             "decisions": self.decisions,
         }
+        if self.mean_lengths is not None:
+            tensors["mean_lengths"] = self.mean_lengths
         content = save(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             metadata={"class_names": json.dumps(self.dataset.class_names)},
