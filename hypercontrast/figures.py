@@ -326,9 +326,10 @@ def sphere(means_K3: Array, samples_N3: Array, labels_N: Array, names: Sequence[
         for c in np.flatnonzero((means[:, 2] >= 0) == in_front):
             parts.append(_mean(means[c, 0], means[c, 1], _class_colour(c), css, spoke=len(means) <= MOST_NAMES))
     if len(means) <= MOST_NAMES:
+        shown = [shorten(name, 11) for name in names]
         parts += [
-            _name(x, y, name, "front" if depth >= 0 else "back")
-            for (x, y, depth), name in zip(means, names, strict=True)
+            _text(x, y, name, f"centre mid name {'front' if depth >= 0 else 'back'}")
+            for (x, y), depth, name in zip(_beside(means, shown), means[:, 2], shown, strict=True)
         ]
     return _svg(SQUARE, SQUARE, label, parts)
 
@@ -362,10 +363,20 @@ def _mean(x: float, y: float, colour: str, css: str, *, spoke: bool) -> str:
     return f'<g class="{css}">{line}<circle class="mean" fill="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="6"/></g>'
 
 
-def _name(x: float, y: float, name: str, css: str) -> str:
-    """Beside the disc, away from the middle."""
-    out = math.hypot(x - MIDDLE, y - MIDDLE) or 1
-    return _text(x + 15 * (x - MIDDLE) / out, y + 15 * (y - MIDDLE) / out, shorten(name, 11), f"centre mid name {css}")
+def _beside(means: Array, names: Sequence[str]) -> list[tuple[float, float]]:
+    """Where the names of the discs stand: away from the middle, but up or down towards it where others stand."""
+    placed: list[tuple[float, float]] = []
+    for (x, y, _), name in zip(means, names, strict=True):
+        out = math.hypot(x - MIDDLE, y - MIDDLE) or 1
+        left, top = x + 15 * (x - MIDDLE) / out, y + 15 * (y - MIDDLE) / out
+        step = -14 if top > MIDDLE else 14
+        while any(
+            abs(left - other_left) < 4 * (len(name) + len(other)) and abs(top - other_top) < 13
+            for (other_left, other_top), other in zip(placed, names, strict=False)
+        ):
+            top += step
+        placed.append((left, top))
+    return placed
 
 
 def _class_colour(c: int) -> str:

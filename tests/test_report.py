@@ -271,6 +271,19 @@ def test_chart_stays_inside_its_box(values, ideal):
     assert min(np.diff(labels)) >= 13.9
 
 
+def test_names_on_the_sphere_stand_apart():
+    rng = np.random.default_rng(0)
+    names = [f"class {c}" for c in range(20)]
+    for means in (np.repeat([[0.0, 0.0, 1.0]], 20, axis=0), runs.unit_rows(rng.normal(size=(20, 3)))):
+        drawing = figures.sphere(means, means, np.arange(20), names, "x")
+        places = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" class="centre mid name', drawing)
+        assert len(places) == 20
+        for n, (x, y) in enumerate(np.array(places, float)):
+            assert 0 <= y <= figures.SQUARE
+            apart = np.abs(np.array(places[:n], float).reshape(-1, 2) - (x, y))
+            assert np.all((apart[:, 0] > 50) | (apart[:, 1] > 12))
+
+
 def axis_of(text, title):
     """The least and the largest word on the vertical axis of a chart on the page."""
     drawing = text[text.index(f"<h3>{title}</h3>") :].partition("</svg>")[0]
