@@ -168,8 +168,14 @@ def _sums(files: dict[str, bytes]) -> str:
 
 
 def _folders(run_dir: Path) -> list[Path]:
-    """Finished checkpoints, newest first."""
-    found = [folder for folder in run_dir.glob("checkpoints/epoch-*") if FOLDER.fullmatch(folder.name)]
+    """Finished checkpoints, newest first. Raises CheckpointError if they cannot be seen."""
+    root = run_dir / "checkpoints"
+    try:
+        found = [folder for folder in root.iterdir() if FOLDER.fullmatch(folder.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{root} cannot be read: {error.strerror}") from None
     return sorted(found, key=_place, reverse=True)
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from hypercontrast import __version__
+from hypercontrast.output import say
 from hypercontrast.progress import fail
 
 # name: (module, what it does)
@@ -40,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of the command that `argv`, by default that of the process, names."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        print(_help())
+        say(_help())
         return 0
     if name == "--version":
-        print(f"hypercontrast {__version__}")
+        say(f"hypercontrast {__version__}")
         return 0
     if name not in COMMANDS:
         return fail(2, f"command must be one of {', '.join(COMMANDS)}, got {name!r}")

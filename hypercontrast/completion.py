@@ -14,6 +14,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from hypercontrast.cli import COMMANDS
 from hypercontrast.config import Config, UsageError, recipe_names
+from hypercontrast.output import say
 from hypercontrast.progress import Parser, command, fail
 
 SHELLS = ("bash", "zsh", "tcsh")
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 with one line on stderr for a mistake in the call."""
     try:
         shell = parser().parse_args(argv).shell
-        print(script(shell))
+        say(script(shell))
     except UsageError as error:
         return fail(2, str(error))
     return 0

@@ -7,19 +7,44 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import math
+import os
 import re
-from collections.abc import Sequence
+import stat
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from hypercontrast._checks import LEAST_TEMPERATURE
+from hypercontrast.output import say
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
 class UsageError(ValueError):
     """Something the person who started the run can put right; the message is one line that says what."""
+
+
+@contextlib.contextmanager
+def access(path: str | Path, how: Literal["read", "written"]) -> Iterator[None]:
+    """What the system has against it becomes a UsageError."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{path} cannot be {how}: {error.strerror}") from None
+
+
+def holds(folder: str | Path, name: str) -> bool:
+    """Whether a run's folder has this file. Raises UsageError where that cannot be seen."""
+    with access(folder, "read"):
+        try:
+            return stat.S_ISREG(os.stat(Path(folder, name)).st_mode)
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a name with a NUL
+            return False
 
 
 @dataclass(frozen=True)
@@ -128,6 +153,8 @@ class Config:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "temperature", "final_temperature"):
             self._require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
+        for name in ("temperature", "final_temperature"):
+            self._require(name, getattr(self, name) >= LEAST_TEMPERATURE, f"at least {LEAST_TEMPERATURE:.1e}")
         for name in ("weight_decay", "warmup_lr"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "finite and not negative")
         for name in (
@@ -212,7 +239,8 @@ def parse(argv: Sequence[str], prog: str = "python -m hypercontrast.train") -> C
 def _base(draft: Config) -> Config:
     """What flags start from: the run to resume, the draft's recipe, or the defaults."""
     folder = resume_folder(draft)
-    if folder and (saved := Path(folder, "config.yaml")).is_file():
+    if folder and holds(folder, "config.yaml"):
+        saved = Path(folder, "config.yaml")
         # How to run it is this call's business, not the run's.
         return dataclasses.replace(
             read_config(saved), run_dir=str(saved.parent), quiet=False, json=False, dry_run=False
@@ -231,8 +259,9 @@ def resume_folder(config: Config) -> str:
 
 def read_recipe(name: str) -> Config:
     """A recipe by its name: its own settings on those of the recipe it names as `base`."""
-    if name not in recipe_names():
-        raise UsageError(f"recipe must be auto, none or one of {', '.join(recipe_names())}, got {name!r}")
+    if name not in (names := recipe_names()):
+        close = "".join(f", close to {match}" for match in difflib.get_close_matches(name, names, 1))
+        raise UsageError(f"recipe must be auto, none or one of the {len(names)} in {RECIPES}, got {name!r}{close}")
     return _config_of({**_recipe_settings(name), "recipe": name}, RECIPES / f"{name}.yaml")
 
 
@@ -300,8 +329,13 @@ def _parse_flags(argv: Sequence[str], default: Config, prog: str) -> Config:
     except ImportError:
         raise UsageError("the command line needs tyro: pip install 'hypercontrast[train]'") from None
     complaint = io.StringIO()
+    page = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding)
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # tyro asks for the terminal alone
     try:
-        with contextlib.redirect_stderr(complaint):
+        with (
+            contextlib.redirect_stderr(complaint),
+            contextlib.nullcontext() if coloured else contextlib.redirect_stdout(page),
+        ):
             return tyro.cli(
                 Config,
                 prog=prog,
@@ -310,13 +344,17 @@ def _parse_flags(argv: Sequence[str], default: Config, prog: str) -> Config:
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
     except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UsageError(_one_line(complaint.getvalue())) from None
+        if stop.code:
+            raise UsageError(_one_line(complaint.getvalue())) from None
+        page.seek(0)
+        if text := page.read().rstrip():
+            say(text)
+        raise
 
 
 def _one_line(box: str) -> str:
     """The sentence inside tyro's frame, drawn in Unicode or ASCII: title, rule, sentence, rule, a pointer to --help."""
-    blocks = re.split(r"[─-]{3,}|Argument helptext:", re.sub(r"[│╭╮╰╯|]", " ", box))
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    blocks = re.split(r"[─-]{3,}|Argument helptext:", re.sub(r"[│╭╮╰╯|]", " ", plain))
     sentences = [" ".join(block.split()) for block in blocks if block.strip(" ─-\n")]
     return sentences[min(1, len(sentences) - 1)].removeprefix("Error parsing Config: ")

@@ -44,6 +44,7 @@ from hypercontrast.data.corrupted import (
 from hypercontrast.data.dataset import Dataset, Pictures, limited_order
 from hypercontrast.evaluate import restored, runnable_config
 from hypercontrast.launch import Ranks, device_of
+from hypercontrast.output import say
 from hypercontrast.progress import Parser, Progress, command, fail, to_json, working
 from hypercontrast.workspace import Workspace
 
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(1, "a process that corrupts pictures was killed, perhaps for its memory: try fewer --workers")
     except KeyboardInterrupt:
         return fail(130, "interrupted; the corruptions measured to their end are kept")
-    print(to_json(record) if as_json else summary(record))
+    say(to_json(record) if as_json else summary(record))
     return 0
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hypercontrast.config import UsageError
 from hypercontrast.ddp_check import check_ddp
+from hypercontrast.output import say
 from hypercontrast.progress import Parser, command, fail, to_json, working
 
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(1, str(error))
     except KeyboardInterrupt:
         return fail(130, "interrupted; the ranks were ended")
-    print(to_json(asdict(verdict)) if as_json else verdict)
+    say(to_json(asdict(verdict)) if as_json else verdict)
     return 0 if verdict else 1
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from hypercontrast.checkpoint import CheckpointError
 from hypercontrast.config import UsageError, configure
+from hypercontrast.output import say
 from hypercontrast.progress import Parser, command, fail
 from hypercontrast.report import outcome, write_report
 from hypercontrast.runs import LOSS_TITLES, load_runs
@@ -38,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail(130, f"interrupted; start again with: {command('demo')}")
     if args.quiet:
-        print(report)
+        say(report)
     else:
-        print(f"\nReport with pictures: {report}")
-        print(f"Next, your own run:   {command('train')} --loss nonl --dataset mnist5k --neck linear")
+        say(f"\nReport with pictures: {report}")
+        say(f"Next, your own run:   {command('train')} --loss nonl --dataset mnist5k --neck linear")
     return 0
 
 
@@ -60,7 +61,7 @@ def run(output: Path, epochs: int, limit: int, *, quiet: bool = False) -> Path:
         for config in configs:
             train(config)
         return write_report(folders, output / "report.html")
-    print("Training with cross-entropy (CE), then with NONL, on real handwritten digits (mnist5k).\n")
+    say("Training with cross-entropy (CE), then with NONL, on real handwritten digits (mnist5k).\n")
     with _table() as table:
         for config in configs:
             title = LOSS_TITLES[config.loss]
@@ -70,7 +71,7 @@ def run(output: Path, epochs: int, limit: int, *, quiet: bool = False) -> Path:
                 table.add(_row(title, record, epochs))
 
             train(config, on_epoch=show)
-    print("\n" + textwrap.fill(outcome(load_runs(folders)), 96))
+    say("\n" + textwrap.fill(outcome(load_runs(folders)), 96))
     return write_report(folders, output / "report.html")
 
 
@@ -112,7 +113,7 @@ class _PlainTable:
 
     def add(self, row: Sequence[str]) -> None:
         cells = [f"{cell:>{max(len(column), 7)}}" for cell, column in zip(row[1:], COLUMNS[1:], strict=True)]
-        print(f"{row[0]:<4}", *cells, sep="  ", flush=True)
+        say("  ".join([f"{row[0]:<4}", *cells]))
 
 
 class _LiveTable:

@@ -31,6 +31,7 @@ from hypercontrast import _extension
 from hypercontrast.config import Config, UsageError
 from hypercontrast.data import DATASETS, locate
 from hypercontrast.environment import environment
+from hypercontrast.output import say
 from hypercontrast.progress import Parser, command, fail, python, to_json
 
 OK, OPTIONAL, MISSING = "OK", "OPTIONAL", "MISSING"
@@ -76,20 +77,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser().parse_args(argv)
         if not (args.quiet or args.json):
             here = environment(torch.device("cpu"), 1)
-            print(f"hypercontrast {here['hypercontrast']}, Python {here['Python']}, {here['machine']}\n", flush=True)
+            say(f"hypercontrast {here['hypercontrast']}, Python {here['Python']}, {here['machine']}\n")
         for finding in check(args.data_root):
             findings.append(finding)
             if not args.json and not (args.quiet and finding.state != MISSING):
-                print(finding, flush=True)
+                say(finding)
     except UsageError as error:
         return fail(2, str(error))
     except KeyboardInterrupt:
         return fail(130, "interrupted")
     missing = [finding.part for finding in findings if finding.state == MISSING]
     if args.json:
-        print(to_json([dataclasses.asdict(finding) for finding in findings]))
+        say(to_json([dataclasses.asdict(finding) for finding in findings]))
     elif not args.quiet:
-        print(f"\nmissing: {', '.join(missing)}" if missing else "\nNothing is missing.")
+        say(f"\nmissing: {', '.join(missing)}" if missing else "\nNothing is missing.")
     return 1 if missing else 0
 
 

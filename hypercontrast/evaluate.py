@@ -41,6 +41,7 @@ from hypercontrast.launch import RankError, Ranks, check_hardware, fail_for, is_
 from hypercontrast.metrics import NeuralCollapse
 from hypercontrast.models import LinearHead, check_model
 from hypercontrast.objective import TrainingError
+from hypercontrast.output import say
 from hypercontrast.probes import CosineProbe, Probe, ProbeSettings, fit_probe, train_probe
 from hypercontrast.progress import Parser, Progress, command, fail, to_json, working
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail(130, "interrupted; nothing was written")
     if is_main():
-        print(to_json(record) if as_json else table(record))
+        say(to_json(record) if as_json else table(record))
     return 0
 
 

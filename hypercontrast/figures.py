@@ -137,7 +137,8 @@ def _matrix(rgba: Array, words: Sequence[Sequence[str]], names: Sequence[str], l
     cell = (SQUARE - margin) / K
     parts = [
         f'<image x="{margin:.1f}" y="{margin:.1f}" width="{cell * K:.1f}" height="{cell * K:.1f}" '
-        f'preserveAspectRatio="none" href="data:image/png;base64,{png(rgba)}"/>'
+        f'preserveAspectRatio="none" href="data:image/png;base64,{png(rgba)}"/>',
+        f'<path class="rule" d="M{margin:.1f} {margin:.1f}h{cell * K:.1f}v{cell * K:.1f}h{-cell * K:.1f}z"/>',
     ]
     for c, name in enumerate(shown):
         middle, edge = margin + (c + 0.5) * cell, margin - 6
@@ -170,10 +171,17 @@ def png(pixels: Array) -> str:
     return base64.b64encode(content).decode()
 
 
-def chart(curves: Sequence[Curve], label: str, *, ideal: float | None = None) -> str:
+def chart(
+    curves: Sequence[Curve],
+    label: str,
+    *,
+    ideal: float | None = None,
+    legal: tuple[float, float] = (-math.inf, math.inf),
+) -> str:
     """Values over epochs: every curve in the same axes, labelled where it ends; dashes mark the ideal.
 
-    The axis is logarithmic where all values are positive and far apart; an ideal of 0 is then out of the picture.
+    legal: the values there can be, which the axis does not leave. It is logarithmic where all values are positive and
+    far apart; an ideal of 0 is then out of the picture.
     """
     epochs = [epoch for curve in curves for epoch, _ in curve.points]
     first, last = min(epochs), max(epochs)
@@ -183,7 +191,7 @@ def chart(curves: Sequence[Curve], label: str, *, ideal: float | None = None) ->
         values = [math.log10(value) for value in values]
         low, high = float(math.floor(min(values))), float(math.ceil(max(values)))
     else:
-        low, high = _value_range(values, ideal)
+        low, high = _value_range(values, ideal, legal)
     left, top, bottom = 46.0, 12.0, CHART_HEIGHT - 34.0
     right = CHART_WIDTH - 14 - 8.2 * max(len(shorten(curve.name, 12)) for curve in curves)
 
@@ -270,7 +278,9 @@ def ruler(spans: Sequence[Span], marks: Sequence[tuple[float, str]], low: float,
     return _svg(RULER_WIDTH, int(bottom) + 24, label, parts)
 
 
-def _value_range(values: Sequence[float], ideal: float | None) -> tuple[float, float]:
+def _value_range(
+    values: Sequence[float], ideal: float | None, legal: tuple[float, float] = (-math.inf, math.inf)
+) -> tuple[float, float]:
     """What the axis covers: the values, the ideal, and zero unless that would press the curves against the top."""
     marks = [*values] if ideal is None else [*values, ideal]
     if 0 < min(marks) < max(marks) / 2:
@@ -278,7 +288,10 @@ def _value_range(values: Sequence[float], ideal: float | None) -> tuple[float, f
     low, high = min(marks), max(marks)
     # Room for a curve that never moves, also where neighbouring floats are far apart.
     flat = high - low <= 1e-9 * max(abs(low), abs(high), 1e-9)
-    return (low - 0.5 * max(abs(low), 1), high + 0.5 * max(abs(high), 1)) if flat else (low, high)
+    if not flat:
+        return low, high
+    least, most = low - 0.5 * max(abs(low), 1), high + 0.5 * max(abs(high), 1)
+    return min(max(least, legal[0]), low), max(min(most, legal[1]), high)
 
 
 def _ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -313,9 +326,10 @@ def sphere(means_K3: Array, samples_N3: Array, labels_N: Array, names: Sequence[
         for c in np.flatnonzero((means[:, 2] >= 0) == in_front):
             parts.append(_mean(means[c, 0], means[c, 1], _class_colour(c), css, spoke=len(means) <= MOST_NAMES))
     if len(means) <= MOST_NAMES:
+        shown = [shorten(name, 11) for name in names]
         parts += [
-            _name(x, y, name, "front" if depth >= 0 else "back")
-            for (x, y, depth), name in zip(means, names, strict=True)
+            _text(x, y, name, f"centre mid name {'front' if depth >= 0 else 'back'}")
+            for (x, y), depth, name in zip(_beside(means, shown), means[:, 2], shown, strict=True)
         ]
     return _svg(SQUARE, SQUARE, label, parts)
 
@@ -349,10 +363,20 @@ def _mean(x: float, y: float, colour: str, css: str, *, spoke: bool) -> str:
     return f'<g class="{css}">{line}<circle class="mean" fill="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="6"/></g>'
 
 
-def _name(x: float, y: float, name: str, css: str) -> str:
-    """Beside the disc, away from the middle."""
-    out = math.hypot(x - MIDDLE, y - MIDDLE) or 1
-    return _text(x + 15 * (x - MIDDLE) / out, y + 15 * (y - MIDDLE) / out, shorten(name, 11), f"centre mid name {css}")
+def _beside(means: Array, names: Sequence[str]) -> list[tuple[float, float]]:
+    """Where the names of the discs stand: away from the middle, but up or down towards it where others stand."""
+    placed: list[tuple[float, float]] = []
+    for (x, y, _), name in zip(means, names, strict=True):
+        out = math.hypot(x - MIDDLE, y - MIDDLE) or 1
+        left, top = x + 15 * (x - MIDDLE) / out, y + 15 * (y - MIDDLE) / out
+        step = -14 if top > MIDDLE else 14
+        while any(
+            abs(left - other_left) < 4 * (len(name) + len(other)) and abs(top - other_top) < 13
+            for (other_left, other_top), other in zip(placed, names, strict=False)
+        ):
+            top += step
+        placed.append((left, top))
+    return placed
 
 
 def _class_colour(c: int) -> str:
@@ -379,7 +403,7 @@ def sheet(title: str, drawings: Sequence[tuple[str, str]], columns: int = 2) -> 
 
 
 def count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+    return f"{n:,} {noun}" + ("" if n == 1 else "es" if noun.endswith("s") else "s")
 
 
 def shorten(text: str, limit: int) -> str:

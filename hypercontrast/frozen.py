@@ -5,7 +5,6 @@ Shapes: N pictures, C channels, D dimensions.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hypercontrast.checkpoint import CheckpointError
-from hypercontrast.config import Config, UsageError, read_config
+from hypercontrast.config import Config, UsageError, holds, read_config
 from hypercontrast.data import normalize
 from hypercontrast.data.sources import LARGEST_SIDE
 from hypercontrast.models import Network, mixed_precision
@@ -44,11 +43,10 @@ class FrozenRun:
 
 
 def run_config(run: str) -> Config:
-    """The config a run was trained with. Raises UsageError if the folder holds no run."""
-    path = Path(run, "config.yaml")
-    if not os.path.isfile(path):  # unlike Path's, false for a path that no system has
+    """The config a run was trained with. Raises UsageError if the folder holds no run, or cannot be read."""
+    if not holds(run, "config.yaml"):
         raise UsageError(f"RUN must be the folder of a run, with a config.yaml, got {run}")
-    return read_config(path)
+    return read_config(Path(run, "config.yaml"))
 
 
 def restored_network(run: str, device: torch.device) -> FrozenRun:

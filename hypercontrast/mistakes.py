@@ -58,7 +58,7 @@ def _confusion_figure(title: str, run: Run, left: Embeddings, confusion_KK: Arra
         caption += f" Most frequent mistake: {mistake}."
     if (block := classes_a_cell(len(confusion_KK))) > 1:
         caption += f" A cell is the largest of {block} × {block} shares."
-    label = f"{run.name}: confusion of {len(confusion_KK)} classes. {caption}"
+    label = f"{run.name}: confusion of {count(len(confusion_KK), 'class')}. {caption}"
     return page.figure(title, figures.confusion_matrix(confusion_KK, left.class_names, label), caption)
 
 
@@ -71,7 +71,9 @@ def _classes_table(run: Run, left: Embeddings, confusion_KK: Array) -> str:
     for c in shown:
         total, other = confusion_KK[c].sum(), int(wrong_KK[c].argmax())
         mistake = (
-            f"{escape(left.class_names[other])}, {count(wrong_KK[c, other], 'time')}" if wrong_KK[c].any() else "–"
+            f"{escape(shorten(left.class_names[other], 22))}<small>{count(wrong_KK[c, other], 'time')}</small>"
+            if wrong_KK[c].any()
+            else "–"
         )
         rows.append([escape(left.class_names[c]), percent(accuracy_K[c]) if total else "–", f"{total:,}", mistake])
     title = "Class by class" if K <= MOST_NAMES else f"The {len(rows)} hardest classes"
@@ -105,7 +107,7 @@ def _sizes_table(found: Sequence[tuple[Run, Embeddings, Array]]) -> str:
 
 def pictures_section(run: Run) -> str:
     """The kept samples nearest to their class mean, and those of the class that are furthest on another's side."""
-    left = run.embeddings
+    left = run.embeddings.trained if run.embeddings is not None else None
     if left is None or left.pictures_nCHW is None or len(left.class_names) < 2:
         return ""
     cosines_nK = unit_rows(left.features_nD) @ left.class_means_KD.T
@@ -142,7 +144,7 @@ def _class_figure(left: Embeddings, pictures_nCHW: Array, cosines_nK: Array, c: 
     ]
     wrong = [
         page.picture(pictures_nCHW[own[i]], f"{name} taken for {left.class_names[chosen[i]]}")
-        + f"→ {escape(shorten(left.class_names[chosen[i]], 22))}<br>+{margin[i]:.2f}"
+        + f"→\u00a0{escape(shorten(left.class_names[chosen[i]], 22))}<br>+{margin[i]:#.2g}"
         for i in np.argsort(-margin, kind="stable")[:WRONG]
         if margin[i] > 0
     ]

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from hypercontrast.config import UsageError
+from hypercontrast.output import say
 
 
 def python() -> str:
@@ -45,6 +46,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
+
+    def print_help(self, file: Any = None) -> None:
+        say(self.format_help().rstrip())
 
     def add_output_flags(self) -> None:
         self.add_argument("--quiet", action="store_true", help="print the result alone")
@@ -105,7 +109,7 @@ class Progress:
         if self._bar:
             self._bar.console.print(line, highlight=False, markup=False)
         elif not self.silent:
-            print(line, flush=True)
+            say(line)
 
 
 @contextmanager

@@ -23,9 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from hypercontrast import figures, page
-from hypercontrast.config import Config, read_recipe
+from hypercontrast.config import Config, access, read_recipe
 from hypercontrast.figures import Array, Curve, Span, classes_a_cell, count, number, shorten
 from hypercontrast.mistakes import confusion_section, percent, pictures_section
+from hypercontrast.output import say
 from hypercontrast.progress import Parser, command, fail
 from hypercontrast.runs import Embeddings, Run, load_runs, unit_rows
 
@@ -80,6 +81,15 @@ def _describe(key: str) -> tuple[str, str, str]:
     return title, sentence, str(ideal)
 
 
+def legal_range(key: str) -> tuple[float, float]:
+    """The values that a metric can have."""
+    if key.endswith("accuracy") or key == "nc4":
+        return 0, 1
+    if key == "cos_mean":
+        return -1, 1
+    return -math.inf if key == "loss" else 0, math.inf
+
+
 def _better(key: str) -> str:
     return BETTER_OF.get(key) or BETTER.get(_describe(key)[2], "")
 
@@ -125,7 +135,14 @@ def _leaders(runs: Sequence[Run], key: str) -> list[int]:
 
 
 def _comparable(runs: Sequence[Run]) -> bool:
-    return len(runs) > 1 and len({run.config.get("dataset") for run in runs}) == 1
+    return (
+        len(runs) > 1 and len({run.config.get("dataset") for run in runs}) == 1 and all(_has_pairs(run) for run in runs)
+    )
+
+
+def _has_pairs(run: Run) -> bool:
+    """Whether there are class means to be placed apart: of a single one every distance is 0."""
+    return run.final.get("classes_seen", 2) > 1
 
 
 # ------------------------------------------------------------------------------------ the outcome
@@ -148,7 +165,9 @@ def outcome(runs: Sequence[Run]) -> str:
     It names a winner only among runs on the same data, and only one that leads in both measures of evenness.
     """
     needed = (*EVENNESS, "distance_etf")
-    measured = [run for run in runs if all(math.isfinite(run.final.get(key, math.nan)) for key in needed)]
+    measured = [
+        run for run in runs if all(math.isfinite(run.final.get(key, math.nan)) for key in needed) and _has_pairs(run)
+    ]
     if not measured:
         return "No run here measured the geometry of its class means."
     numbers = (
@@ -156,11 +175,10 @@ def outcome(runs: Sequence[Run]) -> str:
         f"{_against(measured, 'nc2_angle_std')}. The distance to an orthogonal frame is "
         f"{_against(measured, 'distance_frame')}; to the simplex ETF it is {_against(measured, 'distance_etf')}."
     )
-    comparable = len(measured) > 1 and len({run.config.get("dataset") for run in measured}) == 1
     how = "more" if len(measured) == 2 else "most"
     for run in measured:
         others = [other for other in measured if other is not run]
-        if comparable and all(run.final[key] < other.final[key] for other in others for key in EVENNESS):
+        if _comparable(measured) and all(run.final[key] < other.final[key] for other in others for key in EVENNESS):
             return f"{run.name} places its class means {how} evenly: {numbers}"
     return f"How evenly the class means are placed: {numbers}"
 
@@ -183,6 +201,14 @@ def _outcome_section(runs: Sequence[Run], lead: str) -> str:
         if unfinished
         else ""
     )
+    for run in runs:
+        if run.embeddings is not None and run.embeddings.trained is not run.embeddings:
+            present, whole = len(run.embeddings.trained.class_names), len(run.embeddings.class_names)
+            which = f"{escape(run.name)}: " if len(runs) > 1 else ""
+            note += (
+                f"<p>{which}{present:,} of {whole:,} classes had training pictures. "
+                "The class means, and all that is measured or drawn of them, are of these alone.</p>"
+            )
     numbers = _headline_cards(runs[0]) if len(runs) == 1 else _headline_table(runs)
     sentence = _accuracy_sentence(runs[0]) if len(runs) == 1 else ""
     return f"""
@@ -224,7 +250,9 @@ def _chart(key: str, runs: Sequence[Run]) -> str:
     ends = _join([f"{run.name} {_value(key, points[-1][1])}" for _, run, points in found])
     label = f"{title} over the epochs; at the end: {ends}"
     better = f" {_better(key).capitalize()} is better." if _better(key) else ""
-    drawing = figures.chart(curves, label, ideal=None if best is None else scale * best)
+    least, most = legal_range(key)
+    ideal_place = None if best is None else scale * best
+    drawing = figures.chart(curves, label, ideal=ideal_place, legal=(scale * least, scale * most))
     return page.figure(f"{title}, %" if scale > 1 else title, drawing, sentence + better)
 
 
@@ -236,7 +264,8 @@ def _curves_section(runs: Sequence[Run]) -> str:
     others = [_chart(key, runs) for key in drawable if key not in headline]
     legend = "".join(f"<li>{figures.key(index)}{escape(run.name)}</li>" for index, run in enumerate(runs))
     return f"""
-<p>Accuracies are measured on the validation set, everything else on the training set. A dotted line is the ideal.</p>
+<p>Accuracies are measured on the validation set, everything else on the training set. A grey
+dashed line is the ideal.</p>
 {f'<ul class="legend">{legend}</ul>' if len(runs) > 1 else ""}
 <div class="grid">{"".join(_chart(key, runs) for key in headline)}</div>
 {page.folded(count(len(others), "more curve"), f'<div class="grid">{"".join(others)}</div>' if others else "")}"""
@@ -251,7 +280,7 @@ def _off_diagonal(means_KD: Array) -> Array:
 
 def _cosine_figure(title: str, run: Run, embeddings: Embeddings, means_KD: Array) -> str:
     names, cosines_KK = embeddings.class_names, means_KD @ means_KD.T
-    caption = ""
+    caption = "" if len(names) > 1 else "One class, so there is nothing off the diagonal."
     if len(names) > 1:
         off = _off_diagonal(means_KD)
         apart_KK = np.where(np.eye(len(names), dtype=bool), -np.inf, cosines_KK)
@@ -262,12 +291,12 @@ def _cosine_figure(title: str, run: Run, embeddings: Embeddings, means_KD: Array
         )
     if (block := classes_a_cell(len(names))) > 1:
         caption += f" A cell is the mean over {block} × {block} of the {len(names):,} classes."
-    label = f"{run.name}, {title}: cosines between {len(names)} class means. {caption}"
+    label = f"{run.name}, {title}: cosines between {count(len(names), 'class mean')}. {caption}"
     return page.figure(title, figures.cosine_matrix(cosines_KK, names, label), caption)
 
 
 def _matrices_section(runs: Sequence[Run]) -> str:
-    drawn = [(run, run.embeddings) for run in runs if run.embeddings is not None]
+    drawn = [(run, run.embeddings.trained) for run in runs if run.embeddings is not None]
     if not drawn:
         return ""
     sizes = {len(embeddings.class_names) for _, embeddings in drawn} - {1}  # one class has no pairs
@@ -277,15 +306,20 @@ def _matrices_section(runs: Sequence[Run]) -> str:
     about_centre = f"""The same class means after subtracting their common centre, as neural collapse defines them.
 Evenly placed means, whether an orthogonal frame or an ETF, give {etf} everywhere; uneven colours are classes the model
 holds closer together than others."""
+    if any(found.mean_lengths_K is None for _, found in drawn):
+        about_centre += """ Of runs of older versions the lengths of the means were not saved: all are of length 1
+there, so the numbers differ a little from the metrics."""
+    several = [(run, found) for run, found in drawn if len(found.class_names) > 1]  # one class is its own centre
     if len(runs) == 1:
         ((run, found),) = drawn
+        from_centre = f"<p><b>From the centre:</b> {about_centre[0].lower()}{about_centre[1:]}</p>" if several else ""
         matrices = f"""
-<p>{about_origin}</p><p><b>From the centre:</b> {about_centre[0].lower()}{about_centre[1:]}</p>
+<p>{about_origin}</p>{from_centre}
 <div class="grid wide">{_cosine_figure(origin, run, found, found.class_means_KD)}
-{_cosine_figure(centre, run, found, found.centred_means_KD)}</div>"""
+{_cosine_figure(centre, run, found, found.centred_means_KD) if several else ""}</div>"""
     else:
         raw = "".join(_cosine_figure(run.name, run, found, found.class_means_KD) for run, found in drawn)
-        centred = "".join(_cosine_figure(run.name, run, found, found.centred_means_KD) for run, found in drawn)
+        centred = "".join(_cosine_figure(run.name, run, found, found.centred_means_KD) for run, found in several)
         matrices = f"""
 <h3 class="row">{origin}</h3><p>{about_origin}</p><div class="grid wide">{raw}</div>
 <h3 class="row">{centre}</h3><p>{about_centre}</p><div class="grid wide">{centred}</div>"""
@@ -303,7 +337,7 @@ def _reach_section(runs: Sequence[Run]) -> str:
         word = "non-negative" if smallest >= 0 else "signed"
         signs.append(f"{escape(run.name)} {number(smallest)} ({word})")
     measured = f"<p>Smallest feature coordinate on the validation set: {_join(signs)}.</p>" if signs else ""
-    sizes = {len(left.class_names) for _, left in drawn}
+    sizes = {len(left.trained.class_names) for _, left in drawn} - {1}
     floor = "".join(f", {number(K**-0.5)} for {K} classes" for K in sorted(sizes))
     return f"""
 <p>In a <b>simplex ETF</b> the K class means point as far from each other as K directions can: every pair has cosine
@@ -320,11 +354,11 @@ def _ruler(runs: Sequence[Run]) -> str:
     """Mean cosines of all runs with the same number of classes, between the two frames and 1."""
     spans, sizes = [], set()
     for index, run in enumerate(runs):
-        if run.embeddings is not None and len(run.embeddings.class_names) > 1:
-            off = _off_diagonal(run.embeddings.class_means_KD)
+        if run.embeddings is not None and len(run.embeddings.trained.class_names) > 1:
+            off = _off_diagonal(run.embeddings.trained.class_means_KD)
             name = shorten(run.name, 22) if len(runs) > 1 else ""
             spans.append(Span(name, index, float(off.mean()), float(off.std())))
-            sizes.add(len(run.embeddings.class_names))
+            sizes.add(len(run.embeddings.trained.class_names))
     if len(sizes) != 1:
         return ""
     etf = -1 / (sizes.pop() - 1)
@@ -373,7 +407,9 @@ def _principal_axes(centred_KD: Array) -> tuple[Array, float]:
 
 def _sphere_section(runs: Sequence[Run]) -> str:
     title = "Projected" if len(runs) == 1 else ""
-    spheres = [_sphere_figure(title or run.name, run, run.embeddings) for run in runs if run.embeddings is not None]
+    spheres = [
+        _sphere_figure(title or run.name, run, run.embeddings.trained) for run in runs if run.embeddings is not None
+    ]
     if not spheres:
         return ""
     return f"""
@@ -431,7 +467,7 @@ def _speed_section(runs: Sequence[Run]) -> str:
             Curve(run.name if len(runs) > 1 else f"{points[-1][1]:,.0f}", list(runs).index(run), points)
             for run, points in drawn
         ]
-        drawing = figures.chart(curves, "Training samples a second over the epochs")
+        drawing = figures.chart(curves, "Training samples a second over the epochs", legal=(0, math.inf))
         chart = page.figure("Training samples a second", drawing, "Without measurements and checkpoints.")
     return page.table(header, rows, "Speed of every run") + f'<div class="grid">{chart}</div>'
 
@@ -535,15 +571,18 @@ def write_report(run_dirs: Iterable[str | Path], output: str | Path | None = Non
     """Write one HTML page of a run, or comparing several; returns its path.
 
     output: by default report.html in the run folder, or in the nearest folder above all of them.
-    Raises FileNotFoundError, ValueError or ImportError as `load_runs` does.
+    Raises FileNotFoundError, ValueError or ImportError as `load_runs` does, UsageError (a ValueError) if it cannot be
+    written.
     """
     runs = load_runs(run_dirs)
     if output is None:
         home = Path(os.path.commonpath([run.path for run in runs]))
         output = home / "report.html"
     target = Path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(render(runs), encoding="utf-8")
+    content = render(runs)
+    with access(target, "written"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(content, encoding="utf-8")
     return target
 
 
@@ -581,19 +620,26 @@ def _title(runs: Sequence[Run]) -> str:
 
 def _below(runs: Sequence[Run]) -> str:
     """Under the title: which run it is and how far it came."""
-    if len(runs) > 1:
-        return ""
-    run = runs[0]
-    trained, planned = len(run.epochs), run.config.get("epochs", len(run.epochs))
-    state = count(trained, "epoch") if trained == planned else f"stopped after epoch {trained} of {planned}"
-    return f'<p class="soft"><code>{escape(run.name)}</code> · {escape(state)}</p>'
+    if len(runs) == 1:
+        return f'<p class="soft"><code>{escape(runs[0].name)}</code> · {escape(_state(runs[0]))}</p>'
+    unfinished = [f"{run.name} {_state(run)}" for run in runs if len(run.epochs) != _planned(run)]
+    return f'<p class="soft">Not all are finished: {escape(_join(unfinished))}.</p>' if unfinished else ""
+
+
+def _planned(run: Run) -> object:
+    return run.config.get("epochs", len(run.epochs))
+
+
+def _state(run: Run) -> str:
+    trained, planned = len(run.epochs), _planned(run)
+    return count(trained, "epoch") if trained == planned else f"stopped after epoch {trained} of {planned}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 with one line on stderr for a mistake in the call or a damaged run, 130 if interrupted."""
     try:
         args = parser().parse_args(argv)
-        print(write_report(args.runs, args.output))
+        say(write_report(args.runs, args.output))
     except (OSError, ValueError, ImportError) as error:
         return fail(2, str(error))
     except KeyboardInterrupt:

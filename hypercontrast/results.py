@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hypercontrast.config import Config, UsageError, read_config
+from hypercontrast.config import Config, UsageError, access, holds, read_config
 from hypercontrast.paper import COLLAPSE_SHARE, TABLE_7_METRICS
 from hypercontrast.runs import read_epochs
 from hypercontrast.train import FREE_ON_RESUME
@@ -34,6 +35,7 @@ class Run:
     config: Config
     epochs: Sequence[dict[str, float]]  # the lines of metrics.jsonl
     files: dict[str, dict[str, Any]]  # those of RESULT_FILES that are there; evaluation.json also by method
+    written: float = 0.0  # when its last epoch was, in seconds
 
     @property
     def measured(self) -> list[dict[str, float]]:
@@ -79,9 +81,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ only in seeds and in how they were run."""
+    """Runs that differ only in seeds and in how they were run: one a seed, for its repeats would count as others."""
 
     runs: tuple[Run, ...]
+    repeats: tuple[Run, ...] = ()  # the others of seeds that are in `runs`
 
     @property
     def config(self) -> Config:
@@ -103,20 +106,36 @@ def read_groups(paths: Iterable[str | Path]) -> list[Group]:
     there, a folder without a config.yaml, or a damaged file.
     """
     folders = dict.fromkeys(Path(path) for path in paths)
-    if missing := [folder for folder in folders if not folder.exists()]:
-        raise UsageError(f"runs must be folders of runs, got {missing[0]}, which does not exist")
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for folder in folders:
-        if folder.is_dir():
+        if _is_folder(folder):
             run = _read_run(folder)
             settings = dataclasses.asdict(run.config)
             key = tuple(value for name, value in settings.items() if name not in FREE)
             groups.setdefault(key, []).append(run)
-    return [Group(tuple(runs)) for runs in groups.values()]
+    return [_one_a_seed(runs) for runs in groups.values()]
+
+
+def _one_a_seed(runs: Sequence[Run]) -> Group:
+    """The finished run of each seed before others, then the newest."""
+    chosen: dict[int, Run] = {}
+    for run in runs:
+        before = chosen.get(run.config.seed)
+        if before is None or (run.finished, run.written) > (before.finished, before.written):
+            chosen[run.config.seed] = run
+    return Group(tuple(chosen.values()), tuple(run for run in runs if run is not chosen[run.config.seed]))
+
+
+def _is_folder(path: Path) -> bool:
+    with access(path, "read"):
+        try:
+            return stat.S_ISDIR(path.stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            raise UsageError(f"runs must be folders of runs, got {path}, which does not exist") from None
 
 
 def _read_run(folder: Path) -> Run:
-    if not (folder / "config.yaml").is_file():
+    if not holds(folder, "config.yaml"):
         raise UsageError(f"runs must be folders of runs, with a config.yaml, got {folder}")
     metrics = folder / "metrics.jsonl"
     try:
@@ -126,7 +145,8 @@ def _read_run(folder: Path) -> Run:
     files = {name: _read_json(folder / name) for name in RESULT_FILES if (folder / name).is_file()}
     if "evaluation.json" in files:
         files["evaluation.json"] |= _by_method(folder / "evaluation.json", files["evaluation.json"])
-    return Run(folder, read_config(folder / "config.yaml"), epochs, files)
+    written = metrics.stat().st_mtime if epochs else 0.0
+    return Run(folder, read_config(folder / "config.yaml"), epochs, files, written)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

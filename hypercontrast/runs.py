@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from hypercontrast.config import Config, UsageError, read_config, read_yaml
+from hypercontrast.config import Config, UsageError, access, holds, read_config, read_yaml
 from hypercontrast.figures import Array
 
 LOSS_TITLES = {"ce": "CE", "normface": "NormFace", "ntce": "NTCE", "nonl": "NONL", "scl": "SCL", "etf-dr": "ETF+DR"}
@@ -33,16 +33,44 @@ class Embeddings:
 
     features_nD: Array
     labels_n: Array
-    class_means_KD: Array  # of length 1
+    class_means_KD: Array  # of length 1; zero for a class without training pictures
     class_names: tuple[str, ...]
     decisions_2N: Array | None = None
     class_sizes_K: Array | None = None
     pictures_nCHW: Array | None = None
+    mean_lengths_K: Array | None = None  # of the means of unit features, before they were scaled to length 1
+
+    @cached_property
+    def trained(self) -> Embeddings:
+        """The same of the classes with training pictures alone: the others have no mean. Without decisions."""
+        sizes_K = np.linalg.norm(self.class_means_KD, axis=1) if self.class_sizes_K is None else self.class_sizes_K
+        known_K = sizes_K > 0
+        if known_K.all() or not known_K.any():
+            return self
+        kept_n = known_K[self.labels_n]
+
+        def part(x: Array | None, kept: Array) -> Array | None:
+            return None if x is None else x[kept]
+
+        return Embeddings(
+            features_nD=self.features_nD[kept_n],
+            labels_n=(known_K.cumsum() - 1)[self.labels_n[kept_n]],
+            class_means_KD=self.class_means_KD[known_K],
+            class_names=tuple(self.class_names[c] for c in np.flatnonzero(known_K)),
+            class_sizes_K=part(self.class_sizes_K, known_K),
+            pictures_nCHW=part(self.pictures_nCHW, kept_n),
+            mean_lengths_K=part(self.mean_lengths_K, known_K),
+        )
 
     @cached_property
     def centred_means_KD(self) -> Array:
-        """Unit directions of the class means seen from their common centre, where the simplex ETF is defined."""
-        return unit_rows(self.class_means_KD - self.class_means_KD.mean(axis=0))
+        """Unit directions of the class means seen from their common centre, where the simplex ETF is defined; as the
+        metrics have it, of means at their own lengths, where those were saved.
+        """
+        means_KD = self.class_means_KD
+        if self.mean_lengths_K is not None:
+            means_KD = means_KD * self.mean_lengths_K[:, None]
+        return unit_rows(means_KD - means_KD.mean(axis=0))
 
     @cached_property
     def confusion_KK(self) -> Array | None:
@@ -105,10 +133,9 @@ def load_runs(run_dirs: Iterable[str | Path]) -> list[Run]:
 
 def _load_run(path: Path, name: str) -> Run:
     metrics = path / "metrics.jsonl"
-    if not path.is_dir():
-        raise FileNotFoundError(f"run folder does not exist: {path}")
-    if not metrics.is_file():
-        raise FileNotFoundError(f"not a run folder (no metrics.jsonl): {path}")
+    if not holds(path, metrics.name):
+        problem = "not a run folder (no metrics.jsonl)" if path.is_dir() else "run folder does not exist"
+        raise FileNotFoundError(f"{problem}: {path}")
     epochs = read_epochs(metrics)
     if not epochs:
         raise ValueError(f"no finished epoch yet in {metrics}")
@@ -118,14 +145,15 @@ def _load_run(path: Path, name: str) -> Run:
         name=name,
         config=_read_config(path / "config.yaml"),
         epochs=epochs,
-        embeddings=_read_embeddings(embeddings) if embeddings.is_file() else None,
+        embeddings=_read_embeddings(embeddings) if holds(path, embeddings.name) else None,
         environment=_read_environment(path / "environment.json"),
     )
 
 
 def read_epochs(path: Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl, numbers only. Raises ValueError naming a line that is none."""
-    text = path.read_text(encoding="utf-8")
+    with access(path, "read"):
+        text = path.read_text(encoding="utf-8")
     # A run in progress may be in the middle of its last line.
     whole = text[: text.rfind("\n") + 1]
     epochs = []
@@ -150,8 +178,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_environment(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
+    with access(path, "read"):
+        text = path.read_text(encoding="utf-8")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(text)
         return {str(key): str(value) for key, value in found.items()}
     except (ValueError, AttributeError, RecursionError):
         raise ValueError(f"{path} must hold a JSON object") from None
@@ -162,6 +192,8 @@ def _read_embeddings(path: Path) -> Embeddings:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise ImportError("reports need safetensors: pip install 'hypercontrast[train]'") from None
+    with access(path, "read"):  # of what the library would say that it is not there
+        path.open("rb").close()
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
@@ -173,13 +205,15 @@ def _read_embeddings(path: Path) -> Embeddings:
     names = names or range(K)
     if len(names) != K:
         raise ValueError(f"{path} must name its {K} classes, got {len(names)} names")
-    decisions, sizes, pictures = (arrays.get(key) for key in ("decisions", "class_sizes", "pictures"))
+    optional = ("decisions", "class_sizes", "pictures", "mean_lengths")
+    decisions, sizes, pictures, lengths = (arrays.get(key) for key in optional)
     fits = {
         "labels": n == len(features) and _are_classes(labels, K),
         "decisions": decisions is None or (len(decisions) == 2 and _are_classes(decisions, K)),
         "class_sizes": sizes is None or sizes.shape == (K,),
         "pictures": pictures is None
         or (pictures.dtype == np.uint8 and pictures.ndim == 4 and len(pictures) == n and pictures.shape[1] in (1, 3)),
+        "mean_lengths": lengths is None or (lengths.shape == (K,) and bool(np.all((lengths >= 0) & (lengths < 2)))),
     }
     if wrong := [key for key, right in fits.items() if not right]:
         raise ValueError(f"{path} is damaged or incomplete: {wrong[0]} must fit {n} samples of {K} classes")
@@ -191,6 +225,7 @@ def _read_embeddings(path: Path) -> Embeddings:
         decisions_2N=decisions,
         class_sizes_K=sizes,
         pictures_nCHW=pictures,
+        mean_lengths_K=None if lengths is None else lengths.astype(np.float64),
     )
 
 

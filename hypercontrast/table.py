@@ -4,7 +4,8 @@
     python -m hypercontrast.table figure2 RUN [RUN ...] [--output FILE]
 
 TABLE is 1 to 14, or all; RUN is a folder that `hypercontrast.train` wrote, finished or not. Runs that differ in their
-seed alone are taken together: ours is their mean, with the standard deviation (of a sample) from two runs on.
+seed alone are taken together: ours is their mean, with the standard deviation (of a sample) from two runs on. Of runs
+with one seed the newest finished one counts; the others are named below the tables.
 
 States of a value
 - reproduced: the recipe was followed in everything that matters, the run is finished, and ours lies within
@@ -38,6 +39,7 @@ from hypercontrast.config import Config, UsageError, read_recipe
 from hypercontrast.data.transfer import locate as locate_transfer_set
 from hypercontrast.figures import Curve
 from hypercontrast.metrics import DESCRIPTIONS
+from hypercontrast.output import say
 from hypercontrast.paper import (
     ACCURACY,
     ASSUMED,
@@ -54,7 +56,7 @@ from hypercontrast.paper import (
     Table,
 )
 from hypercontrast.progress import Parser, command, fail, to_json
-from hypercontrast.report import DRIVER_METRICS
+from hypercontrast.report import DRIVER_METRICS, legal_range
 from hypercontrast.results import FREE, Group, Run, read_groups
 from hypercontrast.runs import LOSS_TITLES
 
@@ -75,11 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         groups = read_groups(paths)
         if names == [FIGURE]:
             checkpoint.write_atomic(Path(args.output), figure2(groups).encode())
-            print(args.output)
+            say(args.output)
         elif args.json:
-            print(to_json(as_records(names, groups, args.data_root)))
+            say(to_json(as_records(names, groups, args.data_root)))
         else:
-            print(render(names, groups, args.data_root, markdown=args.markdown))
+            say(render(names, groups, args.data_root, markdown=args.markdown))
     except (UsageError, CheckpointError, OSError) as error:
         return fail(2, str(error))
     except KeyboardInterrupt:
@@ -408,7 +410,17 @@ def render(names: Iterable[str], groups: Sequence[Group], root: str = "data", *,
     """
     tables = dict.fromkeys(TABLES[name] for name in names)
     parts = [_section(table, groups, root, markdown) for table in tables]
+    lost = [run for group in groups if not any(_has_place(group, table) for table in tables) for run in group.runs]
+    if lost:
+        where = "this table" if len(tables) == 1 else "these tables"
+        parts.append(_paragraph(f"No place in {where}: {_paths(lost)}.", markdown))
+    if repeats := [run for group in groups for run in group.repeats]:
+        parts.append(_paragraph(f"Not counted, for another run has the same seed: {_paths(repeats)}.", markdown))
     return "\n\n".join([*parts, _paragraph(RULE, markdown)])
+
+
+def _has_place(group: Group, table: Table) -> bool:
+    return any(_belongs(group.config, cell) or _stands_in(group, cell) for cell in table.cells)
 
 
 def _section(table: Table, groups: Sequence[Group], root: str, markdown: bool) -> str:
@@ -500,7 +512,7 @@ def figure2(groups: Sequence[Group]) -> str:
             if loss in by_loss and (points := _mean_course(by_loss[loss], key))
         ]
         if curves:
-            drawings.append((title, figures.chart(curves, f"{title} over the epochs")))
+            drawings.append((title, figures.chart(curves, f"{title} over the epochs", legal=legal_range(key))))
     if not drawings:
         raise UsageError(f"{FIGURE} must have runs with a measured epoch, got {len(groups)} without")
     return figures.sheet(f"Neural collapse on {_short(next(iter(datasets)))}, mean over seeds", drawings)

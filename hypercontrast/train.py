@@ -6,9 +6,10 @@ A run folder holds
 - metrics.jsonl: one line an epoch, see `train`;
 - checkpoints/: see `hypercontrast.checkpoint`;
 - embeddings.safetensors, once the run is finished: validation features [n, D] (n <= 1,000), labels [n] and pictures
-  [n, C, H, W] (uint8, at most 48 pixels a side), class_means [K, D] and class_sizes [K] of the training set, prototypes
-  [K, D] of the head, decisions [2, N] (label and the head's choice, of the whole validation set), and the class names
-  (a JSON list) in its metadata;
+  [n, C, H, W] (uint8, at most 48 pixels a side), class_means [K, D] of the training set, at length 1,
+  mean_lengths [K] that they had before (means of unit features), class_sizes [K], prototypes [K, D] of the head,
+  decisions [2, N] (label and the head's choice, of the whole validation set), and the class names (a JSON list) in its
+  metadata;
 - report.html, after that: see `hypercontrast.report`.
 
 Everything random is a function of (seed, epoch, step, rank), so a run that was killed and resumed, inside an epoch too,
@@ -25,6 +26,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -38,7 +40,7 @@ from hypercontrast import checkpoint, data
 from hypercontrast._agreement import LostRankError, connected
 from hypercontrast._ops import resolve_backend
 from hypercontrast.checkpoint import Checkpoint, CheckpointError
-from hypercontrast.config import Config, UsageError, parse, read_config, resume_folder, to_yaml
+from hypercontrast.config import Config, UsageError, holds, parse, read_config, resume_folder, to_yaml
 from hypercontrast.data import AUGMENTATIONS, Share, derived_seed, epoch_batches, limited_order, steps_per_epoch
 from hypercontrast.data.streamed import check_damage
 from hypercontrast.environment import environment
@@ -56,15 +58,17 @@ from hypercontrast.launch import (
     start_ranks,
     stop_signals,
 )
+from hypercontrast.lock import locked
 from hypercontrast.metrics import NeuralCollapse
 from hypercontrast.models import ProjectionHead, check_model
 from hypercontrast.objective import VIEWS, LossRecord, NotFinite, Objective, TrainingError
+from hypercontrast.output import say
 from hypercontrast.plan import learning_rate, plan
 from hypercontrast.progress import Progress, command, fail, to_json, working
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
 from hypercontrast.report import write_report
 from hypercontrast.step import Step, compiles
-from hypercontrast.workspace import Workspace, load_network
+from hypercontrast.workspace import Workspace, check_batches, load_network
 
 EMBEDDINGS_LIMIT = 1000
 THUMBNAIL = 48  # pixels a side that pictures are reduced to, for the report
@@ -104,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RankError as error:
         return fail_for(error, FORESEEN)
     if is_main():
-        print(result)
+        say(result)
     return 0
 
 
@@ -126,7 +130,8 @@ def train(config: Config, on_epoch: OnEpoch | None = None) -> Path:
 
     on_epoch: called with that line as a dict once the epoch is saved; only where this process trains (as rank 0).
 
-    Raises UsageError before anything starts if the config cannot be run here, TrainingError before the update if a loss
+    Raises UsageError before anything starts if the config cannot be run here, or another process trains in the run's
+    folder, TrainingError before the update if a loss
     or a gradient is not finite, CheckpointError if a run to resume has no intact checkpoint or the run's folder cannot
     be written to, RankError if a rank fails, LostRankError in a rank that another has left alone, Interrupted (a
     KeyboardInterrupt) on a signal to stop.
@@ -137,8 +142,13 @@ def train(config: Config, on_epoch: OnEpoch | None = None) -> Path:
             raise UsageError(f"on_epoch must be None for a run that starts {config.ranks} ranks, got {on_epoch!r}")
         _start_ranks(config)
         return Path(config.run_dir)
-    with joined(config) as ranks:
-        config = ranks.agree(lambda: _placed(config))
+    with joined(config) as ranks, ExitStack() as held:
+
+        def place() -> Config:
+            held.enter_context(locked(Path(config.run_dir)))
+            return _placed(config)
+
+        config = ranks.agree(place)
         with working(f"reading {config.dataset}", silent=_is_silent(config, ranks)):
             run = _Run(config, ranks)
         return run.train(on_epoch)
@@ -159,6 +169,7 @@ def prepare(config: Config) -> Config:
         raise UsageError(str(error)) from None
     if backend == "reference" and config.ranks > 1:
         raise UsageError(f"backend 'reference' must run on one rank, got {config.ranks}")
+    check_batches(config, None, config.ranks)
     return _placed(config)
 
 
@@ -167,7 +178,7 @@ def _placed(config: Config) -> Config:
     if config.resume == "none":
         name = f"{_slug(config.dataset)}-{config.loss}" if config.recipe == "none" else config.recipe
         folder = Path(config.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        if (folder / "config.yaml").exists():
+        if holds(folder, "config.yaml"):
             raise UsageError(
                 f"run_dir must not hold a run yet, got {folder}: continue it with --resume {folder}, or name another"
             )
@@ -177,11 +188,11 @@ def _placed(config: Config) -> Config:
     folder = Path(resume_folder(config))
     if config.run_dir and Path(config.run_dir) != folder:
         raise UsageError(f"run_dir must be the folder to resume, {folder}, or be left out, got {config.run_dir}")
-    if config.resume != "auto" and not (folder / "config.yaml").is_file():
+    if config.resume != "auto" and not holds(folder, "config.yaml"):
         raise UsageError(f"resume must be auto, none or the folder of a run, got {config.resume}")
-    if (folder / "embeddings.safetensors").exists():
+    if holds(folder, "embeddings.safetensors"):
         raise UsageError(f"{folder} holds a finished run: name another --run-dir, or delete it to start again")
-    if (folder / "config.yaml").is_file():
+    if holds(folder, "config.yaml"):
         _check_same_run(config, read_config(folder / "config.yaml"), folder)
     return dataclasses.replace(config, run_dir=str(folder), resume="auto")
 
@@ -220,6 +231,7 @@ def _train_rank(config: Config) -> None:
 class Evaluation:
     metrics: dict[str, float]
     class_means: Tensor
+    mean_lengths: Tensor
     decisions: Tensor
 
 
@@ -246,6 +258,7 @@ class _Run:
         self.started = 0.0  # when that epoch did, on the clock of time.perf_counter
         self.damaged: list[str] = []
         self.class_means = torch.zeros_like(self.network.head.prototypes)
+        self.mean_lengths: Tensor | None = None  # none where a checkpoint of an older version was restored
         self.decisions = torch.empty(2, 0, dtype=torch.int32)  # of the last evaluation: labels, choices of the head
         self.stop: int | None = None  # the signal that asks for it
 
@@ -289,7 +302,8 @@ class _Run:
                     evaluation = self._evaluate()
             except ValueError as error:  # features or weights that are not finite
                 raise self._failure(f"after epoch {epoch}: {error}") from error
-            self.class_means, self.decisions = evaluation.class_means, evaluation.decisions
+            self.class_means, self.mean_lengths = evaluation.class_means, evaluation.mean_lengths
+            self.decisions = evaluation.decisions
             record |= evaluation.metrics
         self.damaged = self._damaged()
         if self.damaged:
@@ -393,6 +407,7 @@ class _Run:
                 **collapse.compute(head.prototypes),
             },
             class_means,
+            means.sums.norm(dim=1) / means.counts.clamp(min=1),
             torch.cat(ranks.gathered(torch.cat([part.cpu() for part in decisions], 1)), 1),
         )
 
@@ -420,6 +435,7 @@ class _Run:
             self.unfinished = saved.state["unfinished"]
             self.damaged = saved.state["damaged"]
             self.decisions = saved.state["decisions"]
+            self.mean_lengths = saved.state.get("mean_lengths")
             self.objective.load_state(saved.state["queues"])
         if self.ranks.rank == 0:
             checkpoint.make_folder(self.folder)
@@ -465,6 +481,7 @@ class _Run:
             "unfinished": unfinished,
             "damaged": self.damaged,
             "decisions": self.decisions,
+            "mean_lengths": self.mean_lengths,
             "queues": queues,
         }
         measured = [record for record in self.history if "accuracy" in record]
@@ -501,6 +518,8 @@ class _Run:
             "prototypes": self.network.head.prototypes,
             "decisions": self.decisions,
         }
+        if self.mean_lengths is not None:
+            tensors["mean_lengths"] = self.mean_lengths
         content = save(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             metadata={"class_names": json.dumps(self.dataset.class_names)},
@@ -510,6 +529,8 @@ class _Run:
     def _write_report(self) -> None:
         try:
             write_report([self.folder])
+        except UsageError as error:
+            print(error, file=sys.stderr)
         except Exception as error:  # a picture of the run is no reason to lose it
             print(f"{self.folder / 'report.html'} could not be written: {error}", file=sys.stderr)
 
@@ -521,7 +542,7 @@ def _thumbnails(pixels: Tensor) -> Tensor:
 
 
 def _interrupted(folder: str) -> str:
-    if not Path(folder, "config.yaml").is_file():
+    if not holds(folder, "config.yaml"):
         return "interrupted before anything was saved"
     resume = f"{command('train')} --resume {folder}"
     return f"interrupted; {checkpoint.last_good(Path(folder))}; to continue: {resume}"

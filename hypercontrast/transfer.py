@@ -46,6 +46,7 @@ from hypercontrast.frozen import FrozenRun, restored_network, run_config
 from hypercontrast.launch import Ranks, device_of
 from hypercontrast.models import LinearHead
 from hypercontrast.objective import TrainingError
+from hypercontrast.output import say
 from hypercontrast.probes import fit_features
 from hypercontrast.progress import Parser, Progress, command, fail, to_json
 from hypercontrast.workspace import EVALUATION_BATCH
@@ -92,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail(130, f"interrupted; the data sets that were finished are in {RESULT}")
     if as_json:
-        print(to_json(record))
+        say(to_json(record))
     elif options.quiet:
-        print(table(record))
+        say(table(record))
     return 0
 
 

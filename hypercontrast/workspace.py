@@ -118,12 +118,20 @@ def load_dataset(config: Config) -> Dataset:
     return dataset if config.imbalance == 1 else dataset.long_tailed(config.imbalance, config.imbalance_shape)
 
 
-def check_batches(config: Config, samples: int, world: int) -> None:
-    """Batch norm needs two samples in the smallest chunk of the smallest batch of every rank."""
-    smallest = samples // steps_per_epoch(samples, config.batch_size)
+def check_batches(config: Config, samples: int | None, world: int) -> None:
+    """Batch norm needs two samples in the smallest chunk of the smallest batch of every rank.
+
+    samples: None while they are not counted, for what no number of them can satisfy.
+    """
+    if samples is None:
+        pictures = f" and limit={config.limit}" * (config.limit > 0)
+        smallest = min(config.batch_size, config.limit or config.batch_size)
+    else:
+        pictures = f" and {samples} pictures"
+        smallest = samples // steps_per_epoch(samples, config.batch_size)
     if smallest // world // config.accumulate < 2:
         chunks = "" if config.accumulate == 1 else f" and each of accumulate={config.accumulate} chunks"
         raise UsageError(
             f"batch_size must leave every one of {world} ranks{chunks} two pictures, got batches of {smallest} from"
-            f" batch_size={config.batch_size} and {samples} pictures"
+            f" batch_size={config.batch_size}{pictures}"
         )

@@ -4,6 +4,7 @@ One table a part: operators, settings, data, checkpoints, commands. The test of 
 that what it counts is what it ran.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -562,11 +563,16 @@ TRAIN = [
     (["--epochs", "0"], "epochs must be at least 1, got 0"),
     (["--epochs"], "--epochs"),
     (["--bogus"], "--bogus"),
-    (["--recipe", "secret"], "recipe must be auto, none or one of cifar10-ce"),
+    (["--temperature", "1e-30"], "temperature must be at least 1.2e-07, got 1e-30"),
+    (["--final-temperature", "1e-8"], "final_temperature must be at least 1.2e-07, got 1e-08"),
+    (["--recipe", "secret"], "recipe must be auto, none or one of the "),
+    (["--recipe", "cifar10-nnol"], "got 'cifar10-nnol', close to cifar10-nonl"),
     (["--resume", "auto"], "resume auto needs run_dir"),
     (["--resume", "/nowhere"], "resume must be auto, none or the folder of a run, got /nowhere"),
     (["--backend", "reference", "--cpu-ranks", "2"], "backend 'reference' must run on one rank, got 2"),
     (["--backend", "triton", "--cpu-ranks", "1"], "backend='triton' needs features on a GPU"),
+    (["--cpu-ranks", "1000"], "every one of 1000 ranks two pictures, got batches of 128 from batch_size=128"),
+    (["--cpu-ranks", "30", "--limit", "50"], "got batches of 50 from batch_size=128 and limit=50"),
     (["--batch-size", "1", "--limit", "20", "--dry-run"], "two pictures, got batches of 1"),
     (
         ["--batch-size", "50", "--limit", "50", "--accumulate", "30", "--dry-run"],
@@ -710,6 +716,31 @@ def test_commands(figure, run, tmp_path, monkeypatch, capsys):
         # A checkpoint that does not fit ends a run that would go on with code 1, a command that reads it with 2.
         outcomes[f"{n} {main.__module__}, {says}"] = told(main, argv, capsys, says, codes=(1, 2))
     all_passed("commands", outcomes, figure)
+
+
+@pytest.mark.parametrize("main", [train.main, evaluate.main, transfer.main, corruptions.main, table.main, report.main])
+def test_a_folder_that_cannot_be_read(main, tmp_path, monkeypatch, capsys):
+    """As one of another user: root may read all, so the system's answer is a made one."""
+    folder, real = str(tmp_path / "run"), os.stat
+
+    def stat(path, **options):
+        if str(path).startswith(folder):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    argvs = {train.main: [["--resume", folder], ["--run-dir", folder]], table.main: [["1", folder]]}
+    for argv in argvs.get(main, [[folder]]):
+        assert told(main, argv, capsys, f"{folder} cannot be read: Permission denied") == ""
+
+
+def test_files_that_cannot_be_read_or_written(run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for argv in (["--run-dir", str(tmp_path / "file")], ["--run-dir", str(tmp_path / "file" / "run")]):
+        assert told(train.main, [*argv, "--quiet"], capsys, f"{argv[1]} cannot be written: ") == ""
+    output = str(tmp_path / "file" / "page.html")
+    assert told(report.main, [str(run), "--output", output], capsys, f"{output} cannot be written: ") == ""
+    assert told(table.main, ["figure2", str(run), "--output", output], capsys, f"{output} cannot be written: ") == ""
 
 
 def cifar(root):

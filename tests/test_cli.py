@@ -280,7 +280,7 @@ def test_ctrl_c_anywhere_is_one_line(module, words, work, monkeypatch, capsys):
 # Terminals and pipes.
 
 
-def on_a_terminal(*words, cwd, environment=None):
+def on_a_terminal(*words, cwd, environment=None, code=0):
     """What a command writes on a terminal."""
     ours, theirs = pty.openpty()
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
@@ -297,7 +297,7 @@ def on_a_terminal(*words, cwd, environment=None):
 
     listener = threading.Thread(target=listen)
     listener.start()
-    assert process.wait(TIMEOUT) == 0
+    assert process.wait(TIMEOUT) == code
     listener.join(TIMEOUT)
     os.close(ours)
     return b"".join(parts).decode()
@@ -313,6 +313,35 @@ def test_bars_and_colours_are_for_terminals(tmp_path):
     code, out, err = command("train", *FAST, "--run-dir", "three", cwd=tmp_path)
     assert (code, "\x1b" in out + err) == (0, False)
     assert [line.split(" ")[0] for line in out.splitlines()] == ["epoch", "three:"]
+
+
+def test_a_mistake_on_a_terminal_is_one_plain_line():
+    shown = on_a_terminal("train", "--loss", "hinge", cwd=ROOT, code=2)
+    assert re.fullmatch(r"error: [^\x1b\r\n]*invalid choice 'hinge'[^\x1b\r\n]*\r\n", shown)
+
+
+def test_help_has_colours_on_a_terminal_that_wants_them(monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for no_color, coloured in (("", True), ("1", False)):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        with pytest.raises(SystemExit):
+            cli.main(["train", "--help"])
+        shown = capsys.readouterr().out
+        assert "--temperature" in shown
+        assert bool(STYLE.search(shown)) == coloured
+
+
+def test_nobody_reads_the_output(tmp_path):
+    """As with `| head -1`: what is to be done is done, without a word."""
+    train = ["train", *FAST, "--run-dir", "run"]
+    calls = {tuple(words): None for words in (train, ["train", "--help"], ["doctor", "--help"], ["table", "all"])}
+    for words in calls:
+        calls[words] = started(*words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        calls[words].stdout.close()
+    for words, process in calls.items():
+        assert (process.stderr.read(), process.wait(TIMEOUT)) == ("", 0), words
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 def test_evaluation_shows_what_it_is_at(run):

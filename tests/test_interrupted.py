@@ -1,5 +1,6 @@
 """Runs that are killed, stopped or out of room: nothing is lost, and they end as if nothing had happened."""
 
+import errno
 import os
 import random
 import re
@@ -16,6 +17,8 @@ from pictures import make_folder
 from runs import as_from_a_prompt, assert_same_run, records
 
 from hypercontrast.checkpoint import load_checkpoint
+from hypercontrast.config import UsageError
+from hypercontrast.lock import locked
 
 for extra in ("PIL", "safetensors", "tyro", "yaml"):
     pytest.importorskip(extra)
@@ -244,12 +247,70 @@ mount -o remount,ro /mnt
 def test_a_read_only_folder_is_one_line(tmp_path, pictures):
     done = in_a_namespace(READ_ONLY, tmp_path, *command(pictures, "/mnt/run", 1))
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "said").read_text() == ("error: /mnt/run/config.yaml cannot be written: Read-only file system\n")
-    assert (tmp_path / "code").read_text() == "1\n"
+    assert (tmp_path / "said").read_text() == "error: /mnt/run cannot be written: Read-only file system\n"
+    assert (tmp_path / "code").read_text() == "2\n"
 
 
 def test_a_file_in_the_folders_place_is_one_line(tmp_path, pictures):
     (tmp_path / "file").write_text("")
     place = tmp_path / "file" / "run"
     done = subprocess.run(command(pictures, place, 1), capture_output=True, text=True, env=ENVIRONMENT)
-    assert (done.returncode, done.stderr) == (1, f"error: {place} cannot be written: Not a directory\n")
+    assert (done.returncode, done.stderr) == (2, f"error: {place} cannot be written: Not a directory\n")
+
+
+# Two at once
+
+
+def in_a_fork(work):
+    """The id of a process that does it, ending with 0, or with 1 where that is a UsageError."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        work()
+    except UsageError:
+        os._exit(1)
+    os._exit(0)
+
+
+def ended(process):
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def hold(folder):
+    with locked(folder):
+        time.sleep(LIMIT)
+
+
+def try_to_hold(folder):
+    with locked(folder):
+        pass
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path, pictures):
+    folder = tmp_path / "run"
+    with locked(folder):
+        done = subprocess.run(command(pictures, folder, 1), capture_output=True, text=True, env=ENVIRONMENT)
+        assert (done.returncode, done.stderr) == (2, f"error: {folder} is being trained by another process\n")
+        assert ended(in_a_fork(lambda: try_to_hold(folder))) == 1
+    assert not folder.exists()  # nothing was written there
+    assert ended(in_a_fork(lambda: try_to_hold(folder))) == 0
+
+
+def test_a_killed_process_holds_no_folder(tmp_path):
+    holder = in_a_fork(lambda: hold(tmp_path))
+    deadline = time.monotonic() + LIMIT
+    while ended(in_a_fork(lambda: try_to_hold(tmp_path))) == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    assert ended(in_a_fork(lambda: try_to_hold(tmp_path))) == 0
+
+
+def test_a_file_system_without_locks_locks_nothing(tmp_path, monkeypatch):
+    def unsupported(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", unsupported)
+    with locked(tmp_path):
+        assert ended(in_a_fork(lambda: try_to_hold(tmp_path))) == 0

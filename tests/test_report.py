@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from hypercontrast import config, figures, mistakes, report, runs
+from hypercontrast import config, figures, mistakes, neural_collapse, report, runs
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 yaml = pytest.importorskip("yaml")
@@ -24,10 +25,22 @@ yaml = pytest.importorskip("yaml")
 VOID = {"meta", "path", "circle", "image", "img", "br"}
 
 
-def make_run(folder, *, loss="nonl", cosine=0.0, classes=10, dim=16, epochs=3, class_names=None, extra=None, **config):
+def make_run(
+    folder,
+    *,
+    loss="nonl",
+    cosine=0.0,
+    classes=10,
+    dim=16,
+    epochs=3,
+    class_names=None,
+    extra=None,
+    extra_metrics=None,
+    **config,
+):
     """A run folder whose class means meet at exactly `cosine`, with the metrics that follow from it.
 
-    extra: further arrays in embeddings.safetensors, such as decisions and pictures.
+    extra: further arrays in embeddings.safetensors, such as decisions and pictures. extra_metrics: of every epoch.
     """
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"loss": loss, "dataset": "mnist5k"} | config))
@@ -42,6 +55,7 @@ def make_run(folder, *, loss="nonl", cosine=0.0, classes=10, dim=16, epochs=3, c
             "samples": 4000,
         }
         | {"nc2_angle_std": cosine / e, "cos_mean": cosine, "distance_etf": 2 * cosine, "distance_frame": 3 * cosine}
+        | (extra_metrics or {})
         for e in range(1, epochs + 1)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -107,6 +121,10 @@ class Page(HTMLParser):
 
     def count(self, tag):
         return sum(name == tag for name, _ in self.tags)
+
+
+def words_of(text):
+    return " ".join("".join(Page(text).words).split())
 
 
 def test_page_of_two_runs(pair):
@@ -253,6 +271,106 @@ def test_chart_stays_inside_its_box(values, ideal):
     assert min(np.diff(labels)) >= 13.9
 
 
+def test_names_on_the_sphere_stand_apart():
+    rng = np.random.default_rng(0)
+    names = [f"class {c}" for c in range(20)]
+    for means in (np.repeat([[0.0, 0.0, 1.0]], 20, axis=0), runs.unit_rows(rng.normal(size=(20, 3)))):
+        drawing = figures.sphere(means, means, np.arange(20), names, "x")
+        places = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" class="centre mid name', drawing)
+        assert len(places) == 20
+        for n, (x, y) in enumerate(np.array(places, float)):
+            assert 0 <= y <= figures.SQUARE
+            apart = np.abs(np.array(places[:n], float).reshape(-1, 2) - (x, y))
+            assert np.all((apart[:, 0] > 50) | (apart[:, 1] > 12))
+
+
+def axis_of(text, title):
+    """The least and the largest word on the vertical axis of a chart on the page."""
+    drawing = text[text.index(f"<h3>{title}</h3>") :].partition("</svg>")[0]
+    words = [float(word.replace("−", "-")) for word in re.findall(r'class="end mid">([^<]+)<', drawing)]
+    return min(words), max(words)
+
+
+def test_a_flat_curve_stays_among_the_values_that_there_are(tmp_path):
+    run = make_run(tmp_path / "r", extra_metrics={"accuracy": 1.0, "nc1": 0.0, "nc4": 1.0, "cos_mean": 1.0})
+    text = report.render(report.load_runs([run]))
+    assert axis_of(text, "Accuracy, %")[1] == 100
+    assert axis_of(text, "NC1, variability collapse")[0] == 0
+    assert axis_of(text, "NC4, nearest mean decides")[1] <= 1
+    assert axis_of(text, "Mean cosine of class means")[1] <= 1
+
+
+def test_classes_without_training_pictures_are_left_out(tmp_path):
+    """Four of ten had none: the page is that of the six, but for the confusion, which is of all."""
+    run = with_everything(tmp_path / "r", cosine=0.3)
+    path = run / "embeddings.safetensors"
+    arrays = safetensors_numpy.load_file(path)
+    absent = np.array([1, 4, 6, 9])
+    arrays["class_means"][absent] = 0
+    for sizes in (arrays.pop("class_sizes"), None):
+        if sizes is not None:
+            sizes[absent] = 0
+            arrays["class_sizes"] = sizes
+        else:
+            arrays.pop("class_sizes")
+        safetensors_numpy.save_file(arrays, path)
+        (loaded,) = report.load_runs([run])
+        seen = loaded.embeddings.trained
+        assert seen.class_names == ("0", "2", "3", "5", "7", "8")
+        assert seen.class_means_KD @ seen.class_means_KD.T == pytest.approx(0.3 + 0.7 * np.eye(6))
+        assert seen.centred_means_KD @ seen.centred_means_KD.T == pytest.approx(-0.2 + 1.2 * np.eye(6))
+        names = [loaded.embeddings.class_names[label] for label in loaded.embeddings.labels_n]
+        assert [seen.class_names[label] for label in seen.labels_n] == [n for n in names if n in seen.class_names]
+        assert len(seen.labels_n) == len(seen.features_nD) == len(seen.pictures_nCHW) == 30
+        words = words_of(report.render([loaded]))
+        assert "6 of 10 classes had training pictures." in words
+        assert "every one is −1/5 = −0.200" in words
+        assert f"{6**-0.5:.3f} for 6 classes" in words
+        assert "−1/9" not in words
+        assert "Right: 170 of 200" in words
+
+
+def test_the_centre_is_that_of_the_metrics(tmp_path):
+    """Means at their own lengths; where these were not saved, of length 1, and the page says so."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 6
+    features = rng.normal(size=(6, 16))[labels] + (0.3 + labels[:, None] / 2) * rng.normal(size=(60, 16))
+    metrics = neural_collapse(torch.tensor(features), torch.tensor(labels))
+    units = runs.unit_rows(features)
+    means = np.stack([units[labels == c].mean(axis=0) for c in range(6)])
+    lengths = np.linalg.norm(means, axis=1).astype(np.float32)
+    arrays = {"class_means": runs.unit_rows(means).astype(np.float32), "mean_lengths": lengths}
+    run = make_run(tmp_path / "r", classes=6, extra=arrays)
+    (loaded,) = report.load_runs([run])
+    off = report._off_diagonal(loaded.embeddings.centred_means_KD)
+    assert off.std() == pytest.approx(metrics["nc2_angle_std"], abs=1e-6)
+    assert "the lengths of the means were not saved" not in words_of(report.render([loaded]))
+    older = make_run(tmp_path / "older", classes=6, extra={"class_means": arrays["class_means"]})
+    (loaded,) = report.load_runs([older])
+    assert report._off_diagonal(loaded.embeddings.centred_means_KD).std() != pytest.approx(off.std(), abs=1e-3)
+    assert "the lengths of the means were not saved" in words_of(report.render([loaded]))
+
+
+def test_one_class_has_no_view_from_the_centre_and_leads_nobody(tmp_path):
+    one = make_run(tmp_path / "one", classes=1, extra_metrics={"classes_seen": 1, "nc2_angle_std": 0.0})
+    text = report.write_report([one]).read_text()
+    assert "One class, so there is nothing off the diagonal." in text
+    assert "from the centre of the class means</h3>" not in text
+    assert "1 classes" not in text
+    many = make_run(tmp_path / "many", cosine=0.3)
+    text = report.render(report.load_runs([one, many]))
+    assert 'class="best"' not in text
+    assert "for one against" not in text
+
+
+def test_a_comparison_says_at_its_top_what_is_unfinished(tmp_path, pair):
+    stopped = make_run(tmp_path / "stopped", epochs=2)
+    (stopped / "config.yaml").write_text(yaml.safe_dump({"loss": "nonl", "dataset": "mnist5k", "epochs": 9}))
+    text = report.render(report.load_runs([*pair, stopped]))
+    assert "Not all are finished: stopped stopped after epoch 2 of 9." in text.partition("<nav")[0]
+    assert "Not all are finished" not in report.render(report.load_runs(pair))
+
+
 def test_chart_leaves_out_what_is_not_finite(tmp_path):
     run = make_run(tmp_path / "r")
     rows = [{"epoch": 1, "loss": math.nan, "nc1": math.nan}, {"epoch": 2, "loss": 3.0, "nc1": math.nan}]
@@ -349,10 +467,6 @@ def test_names_tell_runs_apart(tmp_path):
 # What a finished run adds.
 
 
-def words_of(text):
-    return " ".join("".join(Page(text).words).split())
-
-
 def test_the_numbers_are_those_of_the_log(tmp_path):
     run = with_everything(tmp_path / "r", cosine=0.3)
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
@@ -408,7 +522,7 @@ def test_pictures_are_the_nearest_and_the_surest_mistakes(tmp_path):
     assert shades == [1, 0, 2, 3, 4, 5, 3]  # four nearest, then the mistaken from 80 to 50 degrees
     assert "Mistaken, 3 of 6" in section
     margin = math.cos(math.radians(10)) - math.cos(math.radians(80))
-    assert f"→ b<br>+{margin:.2f}" in section
+    assert f"→\u00a0b<br>+{margin:.2f}" in section
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

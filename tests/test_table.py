@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -159,9 +160,37 @@ def test_running_says_the_epoch(tmp_path, root):
 
 
 def test_one_seed_running_beside_a_finished_one(tmp_path, root):
-    runs = [make_run(tmp_path / "a", "cifar10-nonl", accuracy=0.949), make_run(tmp_path / "b", "cifar10-nonl", until=3)]
+    runs = [
+        make_run(tmp_path / "a", "cifar10-nonl", accuracy=0.949),
+        make_run(tmp_path / "b", "cifar10-nonl", until=3, seed=7),
+    ]
     line = line_of("1", "NONL", "CIFAR-10", runs, root)
     assert (line.ours, line.state, line.note) == ("94.90, n = 1", "reproduced", "others running, epoch 3 of 1000")
+
+
+def test_a_seed_counts_once(tmp_path, root):
+    """Its newest finished run, in whatever order they are named; the others are named below the tables."""
+    runs = {}
+    for age, (name, options) in enumerate({"under way": {"until": 3}, "newer": {}, "older": {}}.items()):
+        run = make_run(tmp_path / name, "cifar10-nonl", accuracy=0.94 + 0.01 * (name == "newer"), **options)
+        os.utime(run / "metrics.jsonl", (1000 - age, 1000 - age))
+        runs[name] = run
+    other = make_run(tmp_path / "other", "cifar10-nonl", accuracy=0.95, seed=1)
+    for order in (["older", "newer", "under way"], ["under way", "newer", "older"]):
+        groups = read_groups([other, *(runs[name] for name in order)])
+        line = line_of("1", "NONL", "CIFAR-10", [run.path for g in groups for run in (*g.runs, *g.repeats)], root)
+        assert line.ours == "95.00 ± 0.00, n = 2"
+        others = ", ".join(str(runs[name]) for name in order if name != "newer")
+        text = " ".join(render(["1"], groups, root).split())
+        assert f"Not counted, for another run has the same seed: {others}." in text
+
+
+def test_a_run_without_a_place_is_named(tmp_path, root):
+    digits = make_run(tmp_path / "digits", "cifar10-nonl", accuracy=0.9, classes=7, dataset="folder:seven")
+    groups = read_groups([digits, make_run(tmp_path / "a", "cifar10-nonl", accuracy=0.949)])
+    assert f"No place in this table: {digits}." in " ".join(render(["1"], groups, root).split())
+    assert f"No place in these tables: {digits}." in " ".join(render(["1", "6"], groups, root).split())
+    assert "No place" not in render(["1"], groups[1:], root)
 
 
 def test_five_seeds_for_table_13(tmp_path, root):

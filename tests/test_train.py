@@ -26,6 +26,7 @@ from hypercontrast.launch import Ranks
 from hypercontrast.losses import CELoss
 from hypercontrast.metrics import DESCRIPTIONS
 from hypercontrast.objective import inverse_weights
+from hypercontrast.runs import load_runs
 from hypercontrast.train import LossRecord, NotFinite, TrainingError, learning_rate, main, plan, prepare, train
 
 for extra in ("mlxtend", "safetensors", "tyro", "yaml"):
@@ -153,6 +154,9 @@ def test_a_run_leaves_what_it_promises(finished):
     accuracy = ((features @ means.T).argmax(1) == labels).float().mean().item()
     assert accuracy == pytest.approx(lines[2]["prototype_accuracy"])
     assert sizes.tolist() == [20] * 10
+    (run,) = load_runs([finished])
+    cosines = run.embeddings.centred_means_KD @ run.embeddings.centred_means_KD.T
+    assert cosines[~torch.eye(10, dtype=bool)].std() == pytest.approx(lines[2]["nc2_angle_std"], abs=1e-5)
     assert decisions[0].bincount().tolist() == labels.bincount().tolist()
     assert (decisions[0] == decisions[1]).float().mean().item() == pytest.approx(lines[2]["accuracy"])
     assert pictures.shape == (200, 1, 28, 28)
