@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import signal
 import statistics
 import sys
 import time
@@ -306,8 +307,8 @@ def captured(run: Run) -> Run:
 def in_fresh_process(work: Callable, *args: Any) -> Any:
     """work(*args) in a process that has done nothing before, with this one's threads and memory budget.
 
-    It is forked from a server that has only imported torch. What it raises is raised here; if it is killed, that is
-    out of memory.
+    It is forked from a server that has only imported torch. What it raises is raised here. If it is killed, as Linux
+    does where memory ends, that is out of memory; any other death is a fault.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.measure"])
@@ -320,7 +321,8 @@ def in_fresh_process(work: Callable, *args: Any) -> Any:
         result = here.recv()
     except EOFError:
         process.join()
-        raise MemoryError(f"its process ended with code {process.exitcode}") from None
+        kind = MemoryError if process.exitcode == -signal.SIGKILL else RuntimeError
+        raise kind(f"its process ended with code {process.exitcode}") from None
     process.join()
     if isinstance(result, Exception):
         raise result

@@ -394,13 +394,20 @@ def test_out_of_memory_is_a_result():
     assert rows["eager K x M"].speedup == 1
 
 
-def end_of_process():
-    os.kill(os.getpid(), signal.SIGKILL)
+def end_of_process(number, *case):
+    os.kill(os.getpid(), number)
 
 
-def test_a_killed_process_is_out_of_memory():
-    with pytest.raises(MemoryError, match="ended with code -9"):
-        in_fresh_process(end_of_process)
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGKILL, MemoryError), (signal.SIGSEGV, RuntimeError)])
+def test_a_killed_process_is_out_of_memory_and_a_crash_is_not(number, kind):
+    with pytest.raises(kind, match=f"ended with code -{number.value}"):
+        in_fresh_process(end_of_process, number)
+
+
+def test_a_crash_of_ours_fails_the_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(measuring, "peak_of_step", partial(end_of_process, signal.SIGSEGV))
+    outcome = matrix.measure_all([matrix.Entry(Case("ntce", 32, 8, 16), ())], tmp_path / "matrix.csv", "cpu", 0)
+    assert [row.reason for row in outcome.wrong] == ["RuntimeError: its process ended with code -11"]
 
 
 def test_other_errors_come_out_of_the_process():
