@@ -131,5 +131,5 @@ def _fields(case: Case, device: str, seconds: float) -> dict[str, Fields]:
     for name in exchanges.keys() - {EAGER}:
         if not found[name]["error"] <= bound:
             found[name] |= {"status": "wrong", "reason": f"error {found[name]['error']:.1e} is past {bound:.1e}"}
-    add_times(found, interleaved(runs, seconds, clock(device), least=ROUNDS), first=EAGER)
+    add_times(found, interleaved(runs, seconds, clock(device), least=ROUNDS))
     return found

@@ -25,6 +25,7 @@ COLLAPSED = 1e-2  # distance of collapsed features from their class's direction,
 TAIL = 0.01  # the rarest class's share of the most frequent one's samples, in a long tail
 LABELS = ("uniform", "longtail", "single", "instances")
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EPS = 2**-23  # of float32
 TF32_EPS = 2**-10
 ERROR_LOGITS = 1 << 22  # that a float64 truth is computed of
 ERROR_SAMPLES = (1024, 4096)  # of a prototype loss, whose specification may be N x N: at least, at most
@@ -184,11 +185,16 @@ def _relative(distance: float, size: float) -> float:
 
 
 class Judged(NamedTuple):
-    """Errors of a step against float64, as in `record.Row`, and why it is wrong, if it is."""
+    """Errors of a step against float64, as in `record.Row`, and why it is wrong, if it is.
+
+    apart: how far it may be from the yardstick's step, in units of `_rounding`, a number for each part: as far as it
+    may be from float64 and the yardstick is.
+    """
 
     error: float
     tangential_error: float
     reason: str
+    apart: tuple[float, ...] = ()
 
 
 def judge(case: Case, leaves: Sequence[Tensor], y: Tensor, steps: Mapping[str, Sequence[Tensor]]) -> dict[str, Judged]:
@@ -199,19 +205,56 @@ def judge(case: Case, leaves: Sequence[Tensor], y: Tensor, steps: Mapping[str, S
     want = _parts(step(truth(case.op, case.temperature), wide, y), leaves)
     got = {name: _parts(outputs, leaves) for name, outputs in steps.items()}
     eager = [got[name] for name in EAGER[case.op] if name in got]
+    floors = _rounding(case, leaves, y, want)
     limits = [
         max(2 * min((d for of in eager if math.isfinite(d := _distance(of[i], want[i]))), default=0.0), floor)
-        for i, floor in enumerate(_rounding(case, leaves, y, want))
+        for i, floor in enumerate(floors)
     ]
+    nearest = got.get(yardstick(case.op), want)
+    apart = tuple(
+        (limit + _distance(a, b)) / floor if floor else math.inf
+        for limit, floor, a, b in zip(limits, floors, nearest, want, strict=True)
+    )
     first = 1 + len(leaves)
     return {
         name: Judged(
             deviation(mine[:first], want[:first]),
             deviation(mine[first:], want[first:]),
             "" if name in EAGER[case.op] else _excess(mine, want, limits),
+            apart,
         )
         for name, mine in got.items()
     }
+
+
+def differs(
+    case: Case,
+    leaves: Sequence[Tensor],
+    y: Tensor,
+    apart: Sequence[float],
+    got: Sequence[Tensor],
+    eager: Sequence[Tensor],
+) -> str:
+    """Why a step is wrong beside the yardstick's of the same inputs, if it is: at a size that float64 cannot do.
+
+    `apart` is that of the reduced case. A loss may be off by a rounding of a logit in either form, for in one number
+    the errors of fewer samples may have cancelled. Roundings that samples share, as of a prototype's direction, add up
+    where a gradient's own terms cancel, by the root of their number; and a class's positives are summed one by one.
+    Of float16 the loss alone is compared: what a logit of many samples has of a gradient is less than its smallest
+    number, and eager gradients vanish.
+    """
+    want = _parts(eager, leaves)
+    if not all(x.isfinite().all() for x in want):
+        return ""
+    more, one_by_one = math.sqrt(case.n / reduced(case).n), EPS * y.bincount().max().item()
+    limits = [
+        more * times * floor + one_by_one * unit
+        for times, floor, unit in zip(apart, _rounding(case, leaves, y, want), _units(case, leaves, y), strict=True)
+    ]
+    limits[0] = 2 * torch.finfo(DTYPES[case.dtype]).eps / case.temperature
+    compared = 1 if case.dtype == "float16" else len(limits)
+    reason = _excess(_parts(got, leaves)[:compared], want[:compared], limits[:compared])
+    return reason and f"at full size, beside {yardstick(case.op)}, {reason}"
 
 
 def _parts(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -224,22 +267,28 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return (a - b).norm().item()
 
 
-def _rounding(case: Case, leaves: Sequence[Tensor], y: Tensor, want: Sequence[Tensor]) -> list[float]:
-    """How far rounding alone may take each of the parts from float64's.
-
-    A logit of size 1/τ is rounded in float32, hence so are the loss and every exponential. A probability near 1 less
-    its positive's 1 leaves a rounding of one positive's gradient, which is all that counts near collapse. Results are
-    rounded to their dtype and to its smallest numbers.
-    """
+def _units(case: Case, leaves: Sequence[Tensor], y: Tensor) -> list[float]:
+    """How large what cancels in each of the parts is: a logit, or the positives' share of a gradient."""
     scale = 1 / case.temperature
     lengths = [x.detach().double().norm(dim=1) for x in leaves]
     shares = [torch.full_like(lengths[0], 2 if case.op == "supcon" else 1), torch.bincount(y, minlength=case.k)]
     positive = [(share / length).norm().item() * scale / case.n for share, length in zip(shares, lengths, strict=False)]
+    return [scale, *positive, *positive]
+
+
+def _rounding(case: Case, leaves: Sequence[Tensor], y: Tensor, want: Sequence[Tensor]) -> list[float]:
+    """How far rounding alone may take each of the parts from float64's.
+
+    A logit of size 1/τ is rounded in float32, hence so are the loss and every exponential: by a unit in the last place,
+    five times what all forms do on random features. A probability near 1 less its positive's 1 leaves roundings of one
+    positive's gradient, up to 8, which is all that counts near collapse. Results are rounded to their dtype and to its
+    smallest numbers.
+    """
     info = torch.finfo(DTYPES[case.dtype])
     found = []
-    for i, (part, unit) in enumerate(zip(want, (scale, *positive, *positive), strict=True)):
+    for i, (part, unit) in enumerate(zip(want, _units(case, leaves, y), strict=True)):
         size = part.norm().item()
-        floor = 8 * torch.finfo(torch.float32).eps * (size * (1 + scale) + unit)
+        floor = EPS * (size * (1 + 1 / case.temperature) + (8 if i else 1) * unit)
         if case.dtype == "tf32":
             floor += TF32_EPS * (size + unit)
         elif i:

@@ -10,7 +10,8 @@ memory    On a CPU the kernel's high-water mark of a fresh process (Linux), whos
           memory does: what does not fit is out of memory, and not timed. On a GPU the allocator's peak.
 error     Against float64 at the size of `forms.reduced`, on the same rounded inputs, with the memory budget
           reduced alike, so that exponentials are kept or recomputed as they are at full size.
-verdict   The eager forms set the bound (`forms.bound`); any other is wrong past it.
+verdict   The eager forms set the bound (`forms.judge`); any other is wrong past it. At full size, which float64
+          cannot do, its first step is compared with the yardstick's, where that fits (`forms.differs`).
 graph     CUDA graphs of forward and backward, and of the forward alone without gradients, where a step takes less
           than GRAPH_MS: only there do they matter.
 """
@@ -33,7 +34,7 @@ from torch import Tensor
 
 import hypercontrast as hc
 from bench import forms, peers
-from bench.peers import Absent, Form
+from bench.peers import OURS, Absent, Form
 from bench.record import Case, Row, environment
 
 LEAST_ROUNDS = 3
@@ -60,16 +61,17 @@ def measure(
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
     try:
         work = _Forms(candidates)
-        _judge(case, work, device)
+        judged = _judge(case, work, device)
         if device == "cpu" and memory and sys.platform == "linux":
             work.each(lambda name, form: in_fresh_process(peak_of_step, case, name))
         leaves, y = forms.of_case(case, device)
         runs: dict[tuple[str, str], Run] = {}
         timer = clock(device)
-        work.each(lambda name, form: _prepare(name, form, leaves, y, runs, timer))
+        beside = partial(_beside, case, leaves, y, judged, [])
+        work.each(lambda name, form: _prepare(name, form, leaves, y, runs, timer, beside))
         if work.alive:
             times = interleaved({PRODUCTS: forms.products(case.op, leaves), **runs}, seconds, timer)
-            add_times(work.fields, times, first=next((name for name in forms.EAGER[case.op] if name in work.alive), ""))
+            add_times(work.fields, times)
             _add_rates(case, work.fields, times)
         return [row(case, name, device, fields) for name, fields in work.fields.items()]
     finally:
@@ -120,7 +122,7 @@ def reason_of(error: Exception) -> str:
 # Errors
 
 
-def _judge(case: Case, work: _Forms, device: str) -> None:
+def _judge(case: Case, work: _Forms, device: str) -> dict[str, forms.Judged]:
     """Errors of every form, and which are wrong."""
     small = forms.reduced(case)
     leaves, y = forms.of_case(small, device)
@@ -135,10 +137,27 @@ def _judge(case: Case, work: _Forms, device: str) -> None:
         work.each(one)
     finally:
         hc.set_memory_budget(budget)
-    for name, found in forms.judge(small, leaves, y, steps).items():
+    judged = forms.judge(small, leaves, y, steps)
+    for name, found in judged.items():
         work.fields[name] |= {"error": found.error, "tangential_error": found.tangential_error}
         if found.reason:
             work.fields[name] |= {"status": "wrong", "reason": found.reason}
+    return judged
+
+
+def _beside(
+    case: Case, leaves: Sequence[Tensor], y: Tensor, judged: Mapping[str, forms.Judged], yardstick: list[Tensor],
+    name: str, first: Sequence[Tensor],
+) -> Fields:  # fmt: skip
+    """Whether a form that was right at the reduced size is wrong at full size, beside the `yardstick`'s first step,
+    which stays there for the others. Eager forms come before all others, so those are never compared.
+    """
+    if name == forms.yardstick(case.op):
+        yardstick += first
+    elif yardstick and not judged[name].reason:
+        reason = forms.differs(case, leaves, y, judged[name].apart, first, yardstick)
+        return {"status": "wrong", "reason": reason} if reason else {}
+    return {}
 
 
 # Time
@@ -200,8 +219,9 @@ def _issued(run: Run) -> float:
 
 
 def _prepare(
-    name: str, form: Form, leaves: Sequence[Tensor], y: Tensor, runs: dict, timer: Callable[[Run], float]
-) -> Fields:
+    name: str, form: Form, leaves: Sequence[Tensor], y: Tensor, runs: dict, timer: Callable[[Run], float],
+    beside: Callable[[str, Sequence[Tensor]], Fields],
+) -> Fields:  # fmt: skip
     """What needs no rounds of a form at full size; what does goes to `runs`."""
     run, forward = partial(forms.step, form, leaves, y), partial(_forward, form, leaves, y)
     first = run()  # compiles, tunes, fills caches
@@ -210,6 +230,7 @@ def _prepare(
         "repeats": all(map(torch.equal, first, again)),
         "outputs_mib": sum(x.numel() * x.itemsize for x in first) / MIB,
     }
+    wrong = beside(name, first)
     del first, again
     mine: dict[tuple[str, str], Run] = {(name, "fwd_bwd"): run, (name, "fwd"): forward}
     if isinstance(timer, _DeviceClock):
@@ -220,7 +241,7 @@ def _prepare(
             except Exception as error:  # a form that waits for the device cannot be captured: that is a finding
                 fields["reason"] = f"not captured: {reason_of(error)}"
     runs |= mine
-    return fields
+    return fields | wrong
 
 
 @torch.no_grad()
@@ -228,8 +249,9 @@ def _forward(form: Form, leaves: Sequence[Tensor], y: Tensor) -> Tensor:
     return form(*leaves, y)
 
 
-def add_times(fields: dict[str, Fields], times: dict[tuple[str, str], list[float]], first: str) -> None:
-    """Median and percentiles of each form, and its speed over the `first` one's."""
+def add_times(fields: dict[str, Fields], times: dict[tuple[str, str], list[float]]) -> None:
+    """Median and percentiles of each form, and the ratio of its times to ours, unless ours is wrong."""
+    right = "status" not in fields.get(OURS, {})
     for (name, what), found in times.items():
         if what.startswith("graph"):
             fields[name][f"{what}_ms"] = statistics.median(found)
@@ -237,8 +259,8 @@ def add_times(fields: dict[str, Fields], times: dict[tuple[str, str], list[float
             low, *_, high = statistics.quantiles(found, n=5, method="inclusive")
             median = statistics.median(found)
             fields[name] |= {f"{what}_ms": median, f"{what}_p20": low, f"{what}_p80": high, "rounds": len(found)}
-        if what == "fwd_bwd" and (first, what) in times:
-            fields[name]["speedup"] = ratio(times[first, what], found)
+            if right and (OURS, what) in times:
+                fields[name][f"{what}_ratio"] = ratio(found, times[OURS, what])
 
 
 def _add_rates(case: Case, fields: dict[str, Fields], times: dict[tuple[str, str], list[float]]) -> None:

@@ -61,11 +61,20 @@ class Quantity:
     title: str
     unit: str
     columns: tuple[str, ...]
-    is_time: bool = True
+    ratio: str = ""  # the column of a time's ratio to ours
+
+    @property
+    def is_time(self) -> bool:
+        return bool(self.ratio)
 
     def value(self, row: Row) -> float | None:
         """None for a wrong result: however fast, it is no measurement."""
         return None if row.status in ("wrong", "failed") else getattr(row, self.columns[0])
+
+    def times_ours(self, row: Row) -> str:
+        """How many times the time of ours, in words; nothing of ours itself and where it was not measured beside it."""
+        times = getattr(row, self.ratio) if self.is_time and row.form != OURS else None
+        return "" if times is None or self.value(row) is None else f"  {times:.2g}×"
 
     def band(self, row: Row) -> tuple[float, float] | None:
         ends = tuple(getattr(row, column) for column in self.columns[1:])
@@ -73,9 +82,11 @@ class Quantity:
 
 
 QUANTITIES = (
-    Quantity("time", "Time of forward and backward", "ms", ("fwd_bwd_ms", "fwd_bwd_p20", "fwd_bwd_p80")),
-    Quantity("forward", "Time of the forward", "ms", ("fwd_ms", "fwd_p20", "fwd_p80")),
-    Quantity("memory", "Peak memory beyond inputs and outputs", "MiB", ("scratch_mib",), is_time=False),
+    Quantity(
+        "time", "Time of forward and backward", "ms", ("fwd_bwd_ms", "fwd_bwd_p20", "fwd_bwd_p80"), "fwd_bwd_ratio"
+    ),
+    Quantity("forward", "Time of the forward", "ms", ("fwd_ms", "fwd_p20", "fwd_p80"), "fwd_ratio"),
+    Quantity("memory", "Peak memory beyond inputs and outputs", "MiB", ("scratch_mib",)),
 )
 
 
@@ -300,8 +311,9 @@ def _draw_lines(axes: Axes, panel: Sequence[Row], quantity: Quantity, style: dic
             ha="right", va="center", fontsize=8.5, color=SOFT,
         )  # fmt: skip
     for place, (_, form, look) in zip(_apart([y for y, _, _ in labels], 0.07), labels, strict=True):
+        beside = next(filter(None, map(quantity.times_ours, reversed(by_form[form]))), "")
         axes.text(
-            1.03, place, form + _ratio(by_form, form, quantity), transform=axes.transAxes, va="center",
+            1.03, place, form + beside, transform=axes.transAxes, va="center",
             color=look.colour, fontsize=9.5, weight=look.weight,
         )  # fmt: skip
 
@@ -337,15 +349,6 @@ def _apart(places: Sequence[float], gap: float) -> list[float]:
     return moved
 
 
-def _ratio(by_form: dict[str, list[Row]], form: str, quantity: Quantity) -> str:
-    """How many times the time of ours, at the last N that both were measured at."""
-    ours = {row.n: quantity.value(row) for row in by_form.get(OURS, ())}
-    both = [row for row in by_form[form] if quantity.value(row) is not None and ours.get(row.n) is not None]
-    if form == OURS or not quantity.is_time or not both:
-        return ""
-    return f"  {quantity.value(both[-1]) / ours[both[-1].n]:.2g}×"
-
-
 def _draw_guide(axes: Axes, rows: Sequence[Row], quantity: Quantity, sizes: Sequence[int]) -> None:
     """Dashes with the slope of F1, through the largest case."""
     largest = max((row for row in rows if quantity.value(row) is not None), key=lambda row: row.n, default=None)
@@ -370,7 +373,6 @@ def _draw_bars(axes: Axes, panel: Sequence[Row], quantity: Quantity, style: dict
     """Ours first, then the others, the fastest first; a linear scale from zero."""
     rows = sorted(panel, key=lambda row: (quantity.value(row) is None, row.form != OURS, quantity.value(row)))
     largest = max((value for row in rows if (value := quantity.value(row))), default=1.0)
-    ours = next((quantity.value(row) for row in rows if row.form == OURS), None)
     for place, row in enumerate(rows):
         look, value = style[row.form], quantity.value(row)
         if value is None:
@@ -382,9 +384,8 @@ def _draw_bars(axes: Axes, panel: Sequence[Row], quantity: Quantity, style: dict
             if ends:
                 spread = [[max(value - ends[0], 0)], [max(ends[1] - value, 0)]]
                 axes.errorbar(value, place, xerr=spread, ecolor="black", elinewidth=1, capsize=2)
-            text, end = f"{record.short(value)} {quantity.unit}", max(value, ends[1] if ends else value)
-            if quantity.is_time and ours and row.form != OURS:
-                text += f"  {value / ours:.2g}×"
+            text = f"{record.short(value)} {quantity.unit}{quantity.times_ours(row)}"
+            end = max(value, ends[1] if ends else value)
         axes.annotate(
             text, (end, place), (8, 0), textcoords="offset points", va="center", annotation_clip=False,
             fontsize=9, weight=look.weight,
