@@ -30,7 +30,7 @@ OPS = ("nonl", "ntce", "normface", "supcon", "buffer", "step")
 # Where --shape is not given: N, K (supcon: classes, buffer: rows of its queue), D.
 SHAPES = {"supcon": (8192, 100, 128), "buffer": (512, 16_384, 128)}
 SHAPE = (4096, 1000, 512)
-PAIRWISE = ("eager M x M",)
+PUBLISHED = ("eager M x M", "published N x N")  # what papers' code computes
 STEP = Case("step", 512, 10, 512)  # stands for those of bench/step.py
 
 
@@ -47,10 +47,13 @@ class Entry:
 
 def quick() -> list[Entry]:
     """The headline ratios, growth with N, exponentials kept and recomputed, collapse, the buffer."""
-    entries = [Entry(Case("ntce", *SHAPE), (*PAIRWISE, "compiled"))]
-    entries += [Entry(Case(op, *SHAPES.get(op, SHAPE)), ()) for op in ("nonl", "normface", "supcon")]
+    entries = [
+        Entry(Case("ntce", *SHAPE), (*PUBLISHED, "compiled")),
+        Entry(Case("supcon", *SHAPES["supcon"]), PUBLISHED),
+    ]
+    entries += [Entry(Case(op, *SHAPE), ()) for op in ("nonl", "normface")]
     entries += [
-        Entry(Case("ntce", n, 1000, 128), PAIRWISE if n <= 4096 else ()) for n in (256, 1024, 4096, 16384, 65536)
+        Entry(Case("ntce", n, 1000, 128), PUBLISHED if n <= 4096 else ()) for n in (256, 1024, 4096, 16384, 65536)
     ]
     entries += [Entry(Case("supcon", n, 100, 128), ()) for n in (1024, 2048, 4096)]
     entries += [Entry(Case(op, 1024, 100, 128, features="collapsed"), ()) for op in forms.EAGER]
@@ -61,7 +64,7 @@ def quick() -> list[Entry]:
 def standard_cpu() -> list[Entry]:
     entries = [Entry(Case(op, *SHAPES.get(op, SHAPE))) for op in forms.EAGER]
     for op, n, d in itertools.product(forms.PROTOTYPE_LOSSES, (256, 1024, 4096, 16384, 65536), (128, 512)):
-        entries.append(Entry(Case(op, n, 1000, d), PAIRWISE))
+        entries.append(Entry(Case(op, n, 1000, d), PUBLISHED))
     entries += [Entry(Case("supcon", n, 100, 128), ("pytorch-metric-learning",)) for n in (1024, 2048, 4096, 32768)]
     for op in forms.EAGER:
         case = Case(op, *((4096, 100, 128) if op == "supcon" else SHAPE))
@@ -78,7 +81,7 @@ def standard_gpu() -> list[Entry]:
     shapes = [(4096, 1000, 2048), (65536, 1000, 128), (32768, 100_000, 512), (256, 1000, 2048)]
     table = [Case(op, *shape, "bfloat16") for shape in shapes for op in forms.PROTOTYPE_LOSSES]
     table += [Case("supcon", n, 1000, 128, "bfloat16") for n in (8192, 65536, 262144)]
-    uncompiled = (*PAIRWISE, *(name for name in peers.PEERS if name != "compiled"))
+    uncompiled = (*PUBLISHED, *(name for name in peers.PEERS if name != "compiled"))
     entries = [Entry(case, uncompiled) for case in table]
     entries += [Entry(STEP), Entry(Case("buffer", *SHAPES["buffer"], "bfloat16"))]
     for case in (table[0], table[1], table[2], table[-3]):
@@ -86,7 +89,7 @@ def standard_gpu() -> list[Entry]:
         entries += [Entry(case._replace(**variant), ()) for variant in variants]
     entries += [Entry(Case("normface", 16384, 16384, 256, "bfloat16", "instances"), uncompiled)]
     entries += [Entry(Case("supcon", 8192, 4096, 128, "bfloat16", "instances"), uncompiled)]
-    entries += [Entry(Case("ntce", n, 1000, 512, "bfloat16"), PAIRWISE) for n in (1024, 4096, 16384, 65536, 262144)]
+    entries += [Entry(Case("ntce", n, 1000, 512, "bfloat16"), PUBLISHED) for n in (1024, 4096, 16384, 65536, 262144)]
     return entries + [Entry(case, ("compiled",)) for case in table]
 
 
@@ -246,6 +249,8 @@ def _check(case: Case) -> None:
     if not case.temperature > 0:
         raise ValueError(f"--temperature must be positive, got {case.temperature}")
     views = 2 if case.op == "supcon" else 1
+    if case.op == "supcon" and case.k > case.n:  # whose eager form sums classes into N rows
+        raise ValueError(f"--shape needs K <= N for supcon, got {case.n} {case.k}")
     if case.labels == "instances" and case.op in forms.EAGER and case.n != views * case.k:
         raise ValueError(f"--labels instances needs N = {views}K for {case.op}, got {case.n} {case.k}")
 
