@@ -1,6 +1,6 @@
 """One case, every form of it, measured alike on a CPU and a GPU: `measure` gives a row a form.
 
-time      All forms run in one process on the same inputs, in turn (A B C A B C ...), so that ratios within a round
+time      All forms run in one process on the same inputs, in turn (A B C B C A ...), so that ratios within a round
           hold on a noisy machine; a row has the median, 20th and 80th percentile. On a CPU by the clock; on a GPU
           by events, the device's own time: it waits first, so that the host has issued the whole step by the time
           it begins, and then empties its L2 cache. What only the host takes is no part of it, but of `host_ms`.
@@ -24,7 +24,8 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,25 +125,31 @@ def reason_of(error: Exception) -> str:
 
 def _judge(case: Case, work: _Forms, device: str) -> dict[str, forms.Judged]:
     """Errors of every form, and which are wrong."""
-    small = forms.reduced(case)
-    leaves, y = forms.of_case(small, device)
-    budget, steps = hc.memory_budget(), {}
+    steps: dict[str, list[Tensor]] = {}
 
     def one(name: str, form: Form) -> Fields:
         steps[name] = forms.step(form, leaves, y)
         return {}
 
-    hc.set_memory_budget(budget * forms.logits(small) // forms.logits(case))
-    try:
+    with reduced(case, device) as (small, leaves, y):
         work.each(one)
-    finally:
-        hc.set_memory_budget(budget)
     judged = forms.judge(small, leaves, y, steps)
     for name, found in judged.items():
         work.fields[name] |= {"error": found.error, "tangential_error": found.tangential_error}
         if found.reason:
             work.fields[name] |= {"status": "wrong", "reason": found.reason}
     return judged
+
+
+@contextmanager
+def reduced(case: Case, device: str) -> Iterator[tuple[Case, tuple[Tensor, ...], Tensor]]:
+    """The case of `forms.reduced` and its inputs, while the memory budget is as much smaller as the logits are."""
+    small, budget = forms.reduced(case), hc.memory_budget()
+    hc.set_memory_budget(budget * forms.logits(small) // forms.logits(case))
+    try:
+        yield small, *forms.of_case(small, device)
+    finally:
+        hc.set_memory_budget(budget)
 
 
 def _beside(
@@ -166,14 +173,18 @@ def _beside(
 def interleaved(
     runs: Mapping[Any, Run], seconds: float, clock: Callable[[Run], float], least: int = LEAST_ROUNDS
 ) -> dict[Any, list[float]]:
-    """Milliseconds of each run, round by round: A B C A B C, for `seconds` and a `least` number of rounds."""
+    """Milliseconds of each run, round by round: A B C B C A C A B, for `seconds` and a `least` number of rounds.
+
+    None always comes after the same other, whose caches and clocks it would have. All ranks have the same order.
+    """
     found: dict[Any, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
-    end, rounds = time.perf_counter() + seconds, 0
+    turn, end, rounds = list(runs), time.perf_counter() + seconds, 0
     while rounds < least or time.perf_counter() < end:
-        for name, run in runs.items():
-            found[name].append(clock(run))
+        for name in turn:
+            found[name].append(clock(runs[name]))
+        turn = turn[1:] + turn[:1]
         rounds += 1
     return found
 

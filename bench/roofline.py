@@ -40,7 +40,7 @@ import torch
 
 import hypercontrast as hc
 from bench import forms, record
-from bench.measure import Run, clock, interleaved
+from bench.measure import Run, clock, interleaved, reduced
 from bench.peers import OURS
 from bench.record import Case
 from hypercontrast import blockwise_pairs
@@ -227,11 +227,10 @@ def measure(case: Case, device: str, seconds: float, square: int, copy_bytes: in
 
 def _judged(case: Case, ours: Callable, device: str) -> dict[str, float | str]:
     """Errors of ours at a size that float64 can do, beside eager code's."""
-    small = forms.reduced(case)
-    leaves, y = forms.of_case(small, device)
     name = forms.yardstick(case.op)
     eager = partial(forms.EAGER[case.op][name], temperature=case.temperature)
-    steps = {name: forms.step(eager, leaves, y), OURS: forms.step(ours, leaves, y)}
+    with reduced(case, device) as (small, leaves, y):
+        steps = {name: forms.step(eager, leaves, y), OURS: forms.step(ours, leaves, y)}
     found = forms.judge(small, leaves, y, steps)[OURS]
     return {"error": found.error, "tangential_error": found.tangential_error, "wrong": found.reason}
 

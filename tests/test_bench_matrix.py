@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench import diff, forms, matrix, peers
+from bench import diff, forms, matrix, peers, roofline
 from bench import measure as measuring
 from bench.__main__ import main
 from bench.measure import in_fresh_process, interleaved, measure, peak_of_step
@@ -62,8 +62,8 @@ def test_forms_run_in_turn():
     ran = []
     runs = {name: partial(ran.append, name) for name in "abc"}
     times = interleaved(runs, 0, lambda run: run() or float(len(ran)), least=4)
-    assert "".join(ran) == "abc" * 5  # a warm-up and four rounds
-    assert times["b"] == [5, 8, 11, 14]
+    assert "".join(ran) == "abc" + "abc" + "bca" + "cab" + "abc"  # a warm-up and four rounds
+    assert times["b"] == [5, 7, 12, 14]
 
 
 def test_rounds_go_on_for_the_time_asked():
@@ -238,6 +238,25 @@ def test_errors_are_measured_at_a_size_that_float64_can_do(case, size):
     assert small._replace(n=case.n, k=case.k) == case
 
 
+@pytest.mark.parametrize("judge", ["matrix", "roofline"])
+def test_errors_are_measured_with_a_budget_as_much_smaller(judge, monkeypatch):
+    """Or exponentials would be kept that are recomputed at full size."""
+    case, budget, seen = Case("ntce", 8192, 2000, 4), measuring.hc.memory_budget(), []
+    right = forms.ours("ntce")
+
+    def ours(*inputs):
+        seen.append((len(inputs[0]), measuring.hc.memory_budget()))
+        return right(*inputs)
+
+    if judge == "roofline":
+        roofline._judged(case, ours, "cpu")
+    else:
+        rows_of(case, {OURS: ours})
+    small = forms.reduced(case).n
+    assert seen[0] == (small, budget * small // case.n)
+    assert measuring.hc.memory_budget() == budget
+
+
 def radial(z, w, y, temperature=0.1):
     """The right value, and gradients with a part along their vectors."""
     loss = forms.ntce_eager(z, w, y, temperature)
@@ -356,10 +375,26 @@ def test_a_buffer_is_measured(ranks):
     from bench import buffer
 
     rows = buffer.measure(Case("buffer", 8, 32, 12, ranks=ranks), "cpu", 0)
-    assert [row.form for row in rows] == [buffer.EAGER, buffer.TWIN, OURS]
+    assert [row.form for row in rows] == [buffer.CAT, buffer.RING, buffer.TWIN, OURS]
     for row in rows:
-        assert row.status == ("ok" if buffer.operators(row.form) or row.form == buffer.EAGER else "absent")
+        assert row.status == ("ok" if buffer.operators(row.form) or row.form in buffer.EAGER else "absent")
         assert row.status != "ok" or (row.error < 1e-6 and row.fwd_ms > 0 and row.rounds >= buffer.ROUNDS)
+
+
+@pytest.mark.parametrize("shape", [(8, 32, 4), (8, 35, 4), (8, 5, 4)])
+def test_a_queue_that_does_not_hold_what_was_pushed_is_wrong(shape, monkeypatch):
+    """The ring goes round at any place; a push that forgets is told, unless the queue holds no whole batch."""
+    from bench import buffer
+
+    case, push = Case("buffer", *shape), buffer.Ours.push
+    forgets = iter([True, *[False] * 10_000])
+    monkeypatch.setattr(buffer.Ours, "push", lambda self: None if next(forgets) else push(self))
+    rows = {row.form: row for row in buffer.measure(case, "cpu", 0)}
+    assert rows[buffer.CAT].error == rows[buffer.RING].error < 1e-6
+    assert rows[buffer.TWIN].status == "ok"  # forgot the oldest alone
+    monkeypatch.setattr(buffer.Ours, "push", lambda self: None)
+    rows = {row.form: row for row in buffer.measure(case, "cpu", 0)}
+    assert rows[buffer.TWIN].status == ("ok" if shape[1] < shape[0] else "wrong")
 
 
 def test_the_training_step_has_rows_of_its_own(monkeypatch, tmp_path):
