@@ -1,7 +1,8 @@
 """The matrix: which cases, the table, the CSV file, the pictures, and a non-zero exit where a form of ours is wrong.
 
 Without options: the standard cases of this machine, a GPU's or a CPU's. --quick: few of a CPU's, under 3 minutes on two
-cores. --op alone selects among them; --shape, --dtype, --labels, --temperature and --features make cases of their own.
+cores; on a slow machine those that would begin too late are named and left out. --op alone selects among them; --shape,
+--dtype, --labels, --temperature and --features make cases of their own.
 
 A row is judged by its error and its tangential error against float64, of 4,096 samples at most, and at full size by its
 distance to the yardstick, the eager form that does the least work, where that fits into memory. A peer past a bound is
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +24,7 @@ from pathlib import Path
 import torch
 
 from bench import forms, peers
+from bench.arguments import positive, seconds
 from bench.measure import measure, reason_of, row
 from bench.peers import OURS
 from bench.record import Case, Row, Writer, environment, markdown, markdown_line, results_folder, short
@@ -31,6 +34,7 @@ OPS = ("nonl", "ntce", "normface", "supcon", "buffer", "step")
 SHAPES = {"supcon": (8192, 100, 128), "buffer": (512, 16_384, 128)}
 SHAPE = (4096, 1000, 512)
 PUBLISHED = ("eager M x M", "published N x N")  # what papers' code computes
+QUICK_SECONDS = 120  # within which its cases begin: the slowest takes most of a minute on a slow machine
 STEP = Case("step", 512, 10, 512)  # stands for those of bench/step.py
 
 
@@ -190,7 +194,11 @@ def draw(csv: Path) -> list[Path]:
         return []
     from bench import plot
 
-    return plot.draw([csv], csv.parent)
+    try:
+        return plot.draw([csv], csv.parent)
+    except ValueError as error:  # nothing was measured
+        print(f"no pictures: {error}")
+        return []
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -211,8 +219,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vs", nargs="*", choices=everyone, metavar="PEER",
         help=f"of {', '.join(everyone)} (default: what a case calls for; none: the cheapest eager form alone)",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, metavar="S", help="of rounds a case (default: 5, quick: 1)")
-    parser.add_argument("--threads", type=int, metavar="T", help="of the CPU (default: torch's choice)")
+    parser.add_argument("--seconds", type=seconds, metavar="S", help="of rounds a case (default: 5, quick: 1)")
+    parser.add_argument("--threads", type=positive, metavar="T", help="of the CPU (default: torch's choice)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/bench/DATE-DEVICE")
 
 
@@ -235,19 +243,24 @@ def chosen(args: argparse.Namespace, device: str) -> list[Entry]:
             entries += [Entry(Case(op, *shape, *rest)) for shape, *rest in itertools.product(*values)]
     else:
         entries = quick() if args.quick else standard_gpu() if device == "cuda" else standard_cpu()
+        if missing := sorted(set(args.op or ()) - {entry.case.op for entry in entries}):
+            raise ValueError(f"--quick has no case of {', '.join(missing)}: leave out --quick")
         entries = [entry for entry in entries if args.op is None or entry.case.op in args.op]
-    if not entries:
-        raise ValueError(f"no standard case of {', '.join(args.op)}: give a --shape")
     for entry in entries:
         _check(entry.case)
+    known = {name for entry in entries for name in peers.fitting(entry.case)}
+    if unknown := sorted(set(args.vs or ()) - known):
+        raise ValueError(
+            f"--vs must be of {', '.join(sorted(known)) or 'nothing'} for these cases, got {', '.join(unknown)}"
+        )
     return entries if args.vs is None else [Entry(entry.case, tuple(args.vs)) for entry in entries]
 
 
 def _check(case: Case) -> None:
     if min(case.n, case.k, case.d) < 1:
         raise ValueError(f"--shape must be positive, got {case.n} {case.k} {case.d}")
-    if not case.temperature > 0:
-        raise ValueError(f"--temperature must be positive, got {case.temperature}")
+    if not 0 < case.temperature < math.inf:
+        raise ValueError(f"--temperature must be positive and finite, got {case.temperature}")
     views = 2 if case.op == "supcon" else 1
     if case.op == "supcon" and case.k > case.n:  # whose eager form sums classes into N rows
         raise ValueError(f"--shape needs K <= N for supcon, got {case.n} {case.k}")
@@ -268,8 +281,13 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     folder = args.output or results_folder(device)
     print("# " + ", ".join(f"{name} {value}" for name, value in where.items() if value), flush=True)
-    seconds = args.seconds if args.seconds is not None else 1.0 if args.quick else 5.0
-    outcome = measure_all(entries, folder / "matrix.csv", device, seconds)
+    a_case = args.seconds if args.seconds is not None else 1.0 if args.quick else 5.0
+    limit = QUICK_SECONDS if args.quick else None
+    try:
+        outcome = measure_all(entries, folder / "matrix.csv", device, a_case, limit)
+    except OSError as error:  # of the file: a case's own are in its row
+        print(f"bench: --output must be a folder that can be written: {error}", file=sys.stderr)
+        return 2
     (folder / "matrix.md").write_text(f"{markdown(outcome.rows)}\n\n{headlines(outcome.rows)}\n")
     print(f"\n{headlines(outcome.rows)}\n")
     for path in [folder / "matrix.csv", folder / "matrix.md", *draw(folder / "matrix.csv")]:

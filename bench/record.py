@@ -176,16 +176,23 @@ def read(path: Path, kind: type[Record] = Row) -> list[Record]:
         found = list(reader.fieldnames or ())
         if found != [name for name in columns(kind) if name in found or name not in added]:
             raise ValueError(f"{path} must have the columns of a {kind.__name__}, got {found}")
-        return [kind(**{name: _parsed(text, kinds[name]) for name, text in line.items()}) for line in reader]
+        try:
+            return [kind(**{name: _parsed(text, kinds[name]) for name, text in line.items()}) for line in reader]
+        except (csv.Error, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} must have a {kind.__name__} a line, got another in line {reader.line_num}"
+            ) from error
 
 
-def _parsed(text: str, kind: Any) -> Any:
+def _parsed(text: str | None, kind: Any) -> Any:
+    if text is None:
+        raise ValueError("a line has fewer cells than there are columns")
     if kind is str:
         return text
-    if text == "":
+    if text == "" and "None" in str(kind):
         return None
     if "bool" in str(kind):
-        return text == "True"
+        return {"True": True, "False": False}[text]
     return int(text) if "int" in str(kind) else float(text)
 
 

@@ -40,6 +40,7 @@ import torch
 
 import hypercontrast as hc
 from bench import forms, record
+from bench.arguments import positive, seconds
 from bench.measure import Run, clock, interleaved, reduced
 from bench.peers import OURS
 from bench.record import Case
@@ -272,12 +273,6 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: float32; on a GPU bfloat16)")
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text}")
-    return int(text)
-
-
 def case_of(args: argparse.Namespace, op: str, device: str) -> Case:
     shape = args.shape or (SHAPES if op in forms.PROTOTYPE_LOSSES else PAIRS)[device]
     return Case(op, *shape, args.dtype or DTYPE[device])
@@ -289,14 +284,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--op", nargs="+", choices=ops, default=ops, metavar="OP", help=f"of {', '.join(ops)} (default: all)"
     )
     add_case_arguments(parser)
-    parser.add_argument("--seconds", type=float, default=8, metavar="S", help="of rounds an op (default: 8)")
+    parser.add_argument("--seconds", type=seconds, default=8, metavar="S", help="of rounds an op (default: 8)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/bench/DATE-DEVICE")
 
 
 def run(args: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = args.output or record.results_folder(device)
-    writer = record.Writer(folder / "roofline.csv", Point)
+    try:
+        writer = record.Writer(folder / "roofline.csv", Point)
+    except OSError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
     probes, wrong = [], []
     print(HEADER, flush=True)
     for op in args.op:

@@ -50,6 +50,23 @@ def test_a_record_made_before_a_column_was_added(tmp_path):
             read(tmp_path / "other.csv")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ntce,ours,8,4,2,float32",
+        "ntce,ours,8,4,2,float32,fast",
+        "ntce,ours,8,4,2,float32,1.5,more",
+        "ntce,ours,8,,2,float32,1.5",
+    ],
+)
+@pytest.mark.parametrize("command", ["diff", "plot"])
+def test_a_file_that_is_cut_off_or_bent_is_one_line(line, command, tmp_path, capsys):
+    path = tmp_path / "bent.csv"
+    path.write_text(f"op,form,n,k,d,dtype,fwd_ms\nntce,other,8,4,2,float32,1.5\n{line}\n")
+    assert main([command, *[str(path)] * (1 + (command == "diff"))]) == 2
+    assert capsys.readouterr().err == f"bench: {path} must have a Row a line, got another in line 3\n"
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*/matrix.csv")), ids=lambda p: p.parent.name)
 def test_the_records_that_are_kept_can_be_read(path):
     assert {row.status for row in read(path)} >= {"ok"}
@@ -550,6 +567,14 @@ def test_standard_cases_can_be_made():
     assert {entry.case.n for entry in matrix.standard_gpu() if entry.case.op == "supcon"} >= {8192, 65536, 262144}
 
 
+def test_quick_ends_in_time(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(matrix, "QUICK_SECONDS", -1)
+    assert main(["--quick", "--output", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "not begun after -1 s: ntce 4096 x 1000 x 512 against" in said
+    assert "0 rows in" in said
+
+
 def test_cases_past_the_limit_are_named(tmp_path, capsys):
     entries = [matrix.Entry(Case("ntce", 32, 8, 16), ())]
     outcome = matrix.measure_all(entries, tmp_path / "matrix.csv", "cpu", 0, limit=-1)
@@ -562,10 +587,24 @@ def test_cases_past_the_limit_are_named(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--quick", "--shape", "8", "4", "2"], "--quick has its own cases"),
-        (["--quick", "--op", "step"], "no standard case of step"),
+        (["--quick", "--op", "step"], "--quick has no case of step: leave out --quick"),
+        (["--quick", "--op", "ntce", "step"], "--quick has no case of step"),
+        (["--threads", "-1"], "must be a positive integer, got -1"),
+        (["--threads", "0"], "must be a positive integer, got 0"),
+        (["--seconds", "-1"], "must be a number of at least 0, got -1"),
+        (["--seconds", "nan"], "must be a number of at least 0, got nan"),
+        (["roofline", "--seconds", "some"], "must be a number of at least 0, got some"),
+        (["--op", "ntce", "--temperature", "inf"], "--temperature must be positive and finite, got inf"),
+        (
+            ["--op", "nonl", "--vs", "eager M x M"],
+            "--vs must be of compiled, eager K x M for these cases, got eager M x M",
+        ),
+        (["--op", "supcon", "--shape", "8", "4", "2", "--vs", "lightly"], "for these cases, got lightly"),
+        (["--op", "ntce", *SMALL, "--output", __file__], "--output must be a folder that can be written: "),
+        (["roofline", "--output", __file__], "File exists"),
         (["--op", "step", "--dtype", "float32"], "--op step has its own cases"),
         (["--shape", "8", "0", "2"], "--shape must be positive, got 8 0 2"),
-        (["--op", "ntce", "--temperature", "-1"], "--temperature must be positive, got -1.0"),
+        (["--op", "ntce", "--temperature", "-1"], "--temperature must be positive and finite, got -1.0"),
         (["--op", "supcon", "--labels", "instances", "--shape", "8", "8", "2"], "N = 2K"),
         (["--op", "supcon", "--shape", "8", "9", "2"], "K <= N for supcon, got 8 9"),
         (["unheard"], "must be one of matrix, diff"),
