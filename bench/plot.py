@@ -49,8 +49,9 @@ NAMES = {"ntce": "NTCE", "nonl": "NONL", "normface": "NormFace", "supcon": "SupC
 DPI = 150
 COLUMNS = 2
 WIDTH, LINES_HEIGHT, BAR_HEIGHT = 6.6, 3.5, 0.27
-TOP, GAP, BOTTOM = 1.25, 1.0, 0.6
+TOP, GAP, BOTTOM = 1.4, 1.0, 0.6
 LETTER, LINE = 0.078, 0.17
+ABOVE = 1.04  # of the height of the axes: where crosses are
 
 
 @dataclass(frozen=True)
@@ -184,11 +185,13 @@ def _page(width: float, height: float, title: str, subtitle: str) -> Figure:
     return page
 
 
-def _axes(page: Figure, left: float, top: float, width: float, height: float, title: str, indent: float = 0) -> Axes:
+def _axes(
+    page: Figure, left: float, top: float, width: float, height: float, title: str, indent: float = 0, pad: float = 8
+) -> Axes:
     """Axes that many inches from the page's top left corner; their title begins so many inches further left."""
     across, down = page.get_size_inches()
     axes = page.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
-    axes.set_title(title, loc="left", x=-indent / width, fontsize=11, weight="bold", pad=8)
+    axes.set_title(title, loc="left", x=-indent / width, fontsize=11, weight="bold", pad=pad)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)
     axes.grid(True, color=GRID, linewidth=0.8)
@@ -225,8 +228,11 @@ def growth_figure(rows: Sequence[Row], quantity: Quantity) -> Figure:
         for column, panel in enumerate(line):
             several, left = _is_lines(panel), column * WIDTH
             before, after = (0.75, label_width + 1.1) if several else (label_width + 0.35, 1.1)
+            pad = 20 if several else 8  # room for crosses
             indent = before - 0.75  # titles of a column begin together, and have all of its width
-            axes = _axes(page, left + before, top, WIDTH - before - after, _height(panel), _panel_title(panel), indent)
+            axes = _axes(
+                page, left + before, top, WIDTH - before - after, _height(panel), _panel_title(panel), indent, pad
+            )
             (_draw_lines if several else _draw_bars)(axes, panel, quantity, style)
         top += height_there + GAP
     for i, note in enumerate(reversed(notes)):
@@ -263,6 +269,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 def _draw_lines(axes: Axes, panel: Sequence[Row], quantity: Quantity, style: dict[str, Look]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+    from matplotlib.transforms import ScaledTranslation
 
     by_form = {form: sorted(there, key=lambda row: row.n) for form, there in _grouped(panel, lambda x: x.form).items()}
     measured = [value for row in panel if (value := quantity.value(row)) is not None]
@@ -297,17 +304,15 @@ def _draw_lines(axes: Axes, panel: Sequence[Row], quantity: Quantity, style: dic
             axes.fill_between(*zip(*bands, strict=True), color=look.colour, alpha=0.22, linewidth=0, zorder=look.layer)
         if form in out:
             earlier = [other for other in out if out[other] == out[form]].index(form)
-            place = 1.04 + 0.06 * earlier  # above all values, for it is none
-            axes.plot(out[form], place, transform=axes.get_xaxis_transform(), **_cross(look))
+            beside = ScaledTranslation(earlier * 0.16, 0, axes.figure.dpi_scale_trans)
+            # Above all values, for it is none.
+            axes.plot(out[form], ABOVE, transform=axes.get_xaxis_transform() + beside, **_cross(look))
         ends.append((math.inf if form in out else points[-1][1], line))
     if out:
         axes.annotate(
-            "out of memory", (min(out.values()), 1.04), (-9, 0), xycoords=axes.get_xaxis_transform(),
+            "out of memory", (min(out.values()), ABOVE), (-9, 0), xycoords=axes.get_xaxis_transform(),
             textcoords="offset points", ha="right", va="center", fontsize=8.5, color=SOFT, annotation_clip=False,
         )  # fmt: skip
-        axes.set_title(
-            axes.get_title(loc="left"), loc="left", pad=8 + 16 * max(map([*out.values()].count, out.values()))
-        )
     # In the order of their last values, as the eye meets them.
     lines = [line for _, line in sorted(ends, key=lambda end: -end[0])]
     lines += _draw_guide(axes, by_form.get(OURS, panel), quantity, sizes) if quantity.is_time else []
