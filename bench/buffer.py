@@ -1,13 +1,16 @@
 """The negative buffer's gather and push against what training code writes: `measure` gives a row a form.
 
-Forms are ours (the C++ extension), its Python twin, and eager code: normalise, all_gather features and labels, cat the
-queue. Over several ranks each is a process of its own over Gloo, all take the same rounds, and rank 0 is timed.
-An error is that of the gathered directions; there is no gradient.
+Forms are ours (the C++ extension), its Python twin, and eager code: normalise, all_gather features and labels, then cat
+the queue, or as MoCo's code does write them into it as a ring, the yardstick. Over several ranks each is a process of
+its own over Gloo, all take the same rounds, and rank 0 is timed. An error is that of the directions, gathered and once
+the queue has gone round of those that it holds, infinite where one is not what was pushed; there is no gradient.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,8 @@ from bench.record import Case, Row
 from hypercontrast import _extension
 from hypercontrast.buffer import _Twin
 
-EAGER, TWIN = "eager all_gather, cat", "python twin"
+CAT, RING, TWIN = "eager all_gather, cat", "eager all_gather, ring", "python twin"
+EAGER = (CAT, RING)
 ROUNDS = 50
 
 
@@ -35,7 +39,7 @@ def operators(form: str) -> Any:
     return _Twin if form == TWIN else _extension.load()
 
 
-class _Eager:
+class _Cat:
     def __init__(self, queue: int, d: int, dtype: torch.dtype, device: str) -> None:
         self.queue = torch.zeros(queue, d, dtype=dtype, device=device)
         self.labels = torch.full((queue,), hc.NegativeBuffer.ABSENT, device=device)
@@ -48,6 +52,23 @@ class _Eager:
         features, labels = self.gathered
         self.queue = torch.cat([features, self.queue])[: len(self.queue)]
         self.labels = torch.cat([labels, self.labels])[: len(self.labels)]
+
+    def queued(self) -> tuple[Tensor, Tensor]:
+        return self.queue, self.labels
+
+
+class _Ring(_Cat):
+    begin = 0
+
+    def push(self) -> None:
+        features, labels = (x[-len(self.queue) :] for x in self.gathered)
+        first = min(len(features), len(self.queue) - self.begin)  # what does not fit at the end goes to the start
+        rest = len(features) - first
+        for queue, rows in ((self.queue, features), (self.labels, labels)):
+            queue[self.begin : self.begin + first] = rows[:first]
+            if rest:
+                queue[:rest] = rows[first:]
+        self.begin = (self.begin + len(features)) % len(self.queue)
 
 
 def _everyone(x: Tensor) -> Tensor:
@@ -69,8 +90,11 @@ class Ours:
     def push(self) -> None:
         self.buffer.push()
 
+    def queued(self) -> tuple[Tensor, Tensor]:
+        return self.buffer.queued()
 
-def step(exchange: _Eager | Ours, z: Tensor, y: Tensor) -> None:
+
+def step(exchange: _Cat | Ours, z: Tensor, y: Tensor) -> None:
     exchange.gather(z, y)
     exchange.push()
 
@@ -105,31 +129,58 @@ def _samples(case: Case, rank: int, device: str) -> tuple[Tensor, Tensor]:
     return z, torch.randint(0, 100, (case.n,), generator=g, device=device)
 
 
+def _rank_here() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _directions(case: Case, seeds: Iterable[int], device: str) -> Tensor:
+    """In float64, of the samples of these seeds, one after another."""
+    z = torch.cat([_samples(case, seed, device)[0] for seed in seeds]).double()
+    return z / z.norm(dim=1, keepdim=True)
+
+
+def _queue_error(exchange: _Cat | Ours, case: Case, device: str) -> float:
+    """Of the whole batches that the queue holds once more were pushed than fit; their labels tell the samples apart."""
+    everyone = case.n * case.ranks
+    fit = case.k // everyone
+    for turn in range(fit + 2):
+        seed = turn * case.ranks + _rank_here()
+        step(exchange, _samples(case, seed, device)[0], seed * case.n + torch.arange(case.n, device=device))
+    features, labels = exchange.queued()
+    labels, order = labels.sort()
+    newest = slice(len(labels) - fit * everyone, None)
+    want = torch.arange(2 * everyone, (fit + 2) * everyone, device=device)
+    if not torch.equal(labels[newest], want):
+        return math.inf
+    seeds = range(2 * case.ranks, (fit + 2) * case.ranks)
+    return forms.deviation([features[order[newest]]], [_directions(case, seeds, device)]) if fit else 0.0
+
+
 def _fields(case: Case, device: str, seconds: float) -> dict[str, Fields]:
     """Of each form, as this rank measures it."""
-    exchanges: dict[str, _Eager | Ours] = {EAGER: _Eager(case.k, case.d, forms.DTYPES[case.dtype], device)}
-    found: dict[str, Fields] = {EAGER: {}, TWIN: {}, OURS: {}}
+    empty = case.k, case.d, forms.DTYPES[case.dtype], device
+    exchanges: dict[str, _Cat | Ours] = {CAT: _Cat(*empty), RING: _Ring(*empty)}
+    found: dict[str, Fields] = {name: {} for name in (*EAGER, TWIN, OURS)}
     for name in (TWIN, OURS):
         if operators(name) is None:
             found[name] |= {"status": "absent", "reason": "python setup.py build_ext --inplace"}
         else:
             exchanges[name] = Ours(case, device, operators(name))
 
-    z, y = _samples(case, dist.get_rank() if dist.is_initialized() else 0, device)
-    want = torch.cat([_samples(case, rank, device)[0] for rank in range(case.ranks)]).double()
-    want = want / want.norm(dim=1, keepdim=True)
+    z, y = _samples(case, _rank_here(), device)
+    want = _directions(case, range(case.ranks), device)
     runs: dict[tuple[str, str], Run] = {}
     for name, exchange in exchanges.items():
         first, again = exchange.gather(z, y).clone(), exchange.gather(z, y)
         found[name] |= {
-            "error": forms.deviation([first], [want]),
+            "error": max(forms.deviation([first], [want]), _queue_error(exchange, case, device)),
             "repeats": torch.equal(first, again),
             "outputs_mib": again.numel() * again.itemsize / MIB,
         }
         runs |= {(name, "fwd_bwd"): partial(step, exchange, z, y), (name, "fwd"): partial(exchange.gather, z, y)}
-    bound = max(2 * found[EAGER]["error"], torch.finfo(forms.DTYPES[case.dtype]).eps)
-    for name in exchanges.keys() - {EAGER}:
+    bound = max(2 * min(found[name]["error"] for name in EAGER), torch.finfo(forms.DTYPES[case.dtype]).eps)
+    for name in exchanges.keys() - set(EAGER):
         if not found[name]["error"] <= bound:
             found[name] |= {"status": "wrong", "reason": f"error {found[name]['error']:.1e} is past {bound:.1e}"}
-    add_times(found, interleaved(runs, seconds, clock(device), least=ROUNDS), first=EAGER)
+    add_times(found, interleaved(runs, seconds, clock(device), least=ROUNDS))
     return found

@@ -32,7 +32,8 @@ def pairs(before: Sequence[Row], after: Sequence[Row]) -> Iterator[tuple[Row, Ro
 def overlap(a: Row, b: Row, what: str) -> bool:
     """Whether the ranges from the 20th to the 80th percentile have a time in common."""
     (a_low, a_high), (b_low, b_high) = ((getattr(x, f"{what}_p20"), getattr(x, f"{what}_p80")) for x in (a, b))
-    return a_low <= b_high and b_low <= a_high
+    known = None not in (a_low, a_high, b_low, b_high)
+    return known and a_low <= b_high and b_low <= a_high
 
 
 def worse(a: Row, b: Row, tolerance: float) -> list[str]:

@@ -1,8 +1,9 @@
 """What the bench runs: the losses as eager code writes them, ours, their inputs, a step, its error and its bound.
 
 A form is a function of (*leaves, labels): leaves are (features, prototypes) for the prototype losses, (features,) for
-SupCon. Eager forms compute in the inputs' dtype and reduce in float32, as a careful user would write them. The last one
-of a loss does the least work: it is the yardstick of errors and the honest baseline of times.
+SupCon. Eager forms compute in the inputs' dtype and reduce in float32, as a careful user would write them; of NTCE and
+SupCon there is also the one of their published code. The last one of a loss does the least work: it is the yardstick of
+errors and the honest baseline of times.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ COLLAPSED = 1e-2  # distance of collapsed features from their class's direction,
 TAIL = 0.01  # the rarest class's share of the most frequent one's samples, in a long tail
 LABELS = ("uniform", "longtail", "single", "instances")
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EPS = 2**-23  # of float32
 TF32_EPS = 2**-10
 ERROR_LOGITS = 1 << 22  # that a float64 truth is computed of
 ERROR_SAMPLES = (1024, 4096)  # of a prototype loss, whose specification may be N x N: at least, at most
@@ -61,7 +63,7 @@ def normface_eager(z, w, y, temperature=TAU):
     return F.cross_entropy((F.normalize(z, dim=1) @ F.normalize(w, dim=1).T / temperature).float(), y)
 
 
-def supcon_dense(z, y, temperature=TAU):
+def supcon_published(z, y, temperature=TAU):
     """SupCon with the N x N matrices that its published code makes: logits less their row maximum, two masks, their
     exponentials and the log-probabilities of all pairs. Anchors without positives are left out of the mean.
     """
@@ -75,11 +77,24 @@ def supcon_dense(z, y, temperature=TAU):
     return -((positive * log_prob).sum(1) / count.clamp(min=1)).sum() / (count > 0).sum()
 
 
+def supcon_lean(z, y, temperature=TAU):
+    """SupCon with one N x N matrix: its rows' logsumexp without the diagonal, and the positives of an anchor by the sum
+    of its class. Labels lie below N.
+    """
+    u = F.normalize(z, dim=1)
+    lse = ((u / temperature) @ u.T).float().fill_diagonal_(-torch.inf).logsumexp(1)
+    u = u.float()
+    own = torch.zeros_like(u).index_add(0, y, u)[y] - u
+    count = torch.zeros_like(lse).index_add(0, y, torch.ones_like(lse))[y] - 1
+    positive = (u * own).sum(1) / temperature / count.clamp(min=1)
+    return ((lse - positive) * (count > 0)).sum() / (count > 0).sum()
+
+
 EAGER: dict[str, dict[str, Callable]] = {
     "ntce": {"eager M x M": ntce_pairwise, "eager K x M": ntce_eager},
     "nonl": {"eager K x M": nonl_eager},
     "normface": {"eager K x M": normface_eager},
-    "supcon": {"dense N x N": supcon_dense},
+    "supcon": {"published N x N": supcon_published, "eager N x N": supcon_lean},
 }
 PROTOTYPE_LOSSES = ("ntce", "nonl", "normface")
 
@@ -184,11 +199,16 @@ def _relative(distance: float, size: float) -> float:
 
 
 class Judged(NamedTuple):
-    """Errors of a step against float64, as in `record.Row`, and why it is wrong, if it is."""
+    """Errors of a step against float64, as in `record.Row`, and why it is wrong, if it is.
+
+    apart: how far it may be from the yardstick's step, in units of `_rounding`, a number for each part: as far as it
+    may be from float64 and the yardstick is.
+    """
 
     error: float
     tangential_error: float
     reason: str
+    apart: tuple[float, ...] = ()
 
 
 def judge(case: Case, leaves: Sequence[Tensor], y: Tensor, steps: Mapping[str, Sequence[Tensor]]) -> dict[str, Judged]:
@@ -199,19 +219,56 @@ def judge(case: Case, leaves: Sequence[Tensor], y: Tensor, steps: Mapping[str, S
     want = _parts(step(truth(case.op, case.temperature), wide, y), leaves)
     got = {name: _parts(outputs, leaves) for name, outputs in steps.items()}
     eager = [got[name] for name in EAGER[case.op] if name in got]
+    floors = _rounding(case, leaves, y, want)
     limits = [
         max(2 * min((d for of in eager if math.isfinite(d := _distance(of[i], want[i]))), default=0.0), floor)
-        for i, floor in enumerate(_rounding(case, leaves, y, want))
+        for i, floor in enumerate(floors)
     ]
+    nearest = got.get(yardstick(case.op), want)
+    apart = tuple(
+        (limit + _distance(a, b)) / floor if floor else math.inf
+        for limit, floor, a, b in zip(limits, floors, nearest, want, strict=True)
+    )
     first = 1 + len(leaves)
     return {
         name: Judged(
             deviation(mine[:first], want[:first]),
             deviation(mine[first:], want[first:]),
             "" if name in EAGER[case.op] else _excess(mine, want, limits),
+            apart,
         )
         for name, mine in got.items()
     }
+
+
+def differs(
+    case: Case,
+    leaves: Sequence[Tensor],
+    y: Tensor,
+    apart: Sequence[float],
+    got: Sequence[Tensor],
+    eager: Sequence[Tensor],
+) -> str:
+    """Why a step is wrong beside the yardstick's of the same inputs, if it is: at a size that float64 cannot do.
+
+    `apart` is that of the reduced case. A loss may be off by a rounding of a logit in either form, for in one number
+    the errors of fewer samples may have cancelled. Roundings that samples share, as of a prototype's direction, add up
+    where a gradient's own terms cancel, by the root of their number; and a class's positives are summed one by one.
+    Of float16 the loss alone is compared: what a logit of many samples has of a gradient is less than its smallest
+    number, and eager gradients vanish.
+    """
+    want = _parts(eager, leaves)
+    if not all(x.isfinite().all() for x in want):
+        return ""
+    more, one_by_one = math.sqrt(case.n / reduced(case).n), EPS * y.bincount().max().item()
+    limits = [
+        more * times * floor + one_by_one * unit
+        for times, floor, unit in zip(apart, _rounding(case, leaves, y, want), _units(case, leaves, y), strict=True)
+    ]
+    limits[0] += 2 * torch.finfo(DTYPES[case.dtype]).eps / case.temperature
+    compared = 1 if case.dtype == "float16" else len(limits)
+    reason = _excess(_parts(got, leaves)[:compared], want[:compared], limits[:compared])
+    return reason and f"at full size, beside {yardstick(case.op)}, {reason}"
 
 
 def _parts(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -224,22 +281,28 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return (a - b).norm().item()
 
 
-def _rounding(case: Case, leaves: Sequence[Tensor], y: Tensor, want: Sequence[Tensor]) -> list[float]:
-    """How far rounding alone may take each of the parts from float64's.
-
-    A logit of size 1/τ is rounded in float32, hence so are the loss and every exponential. A probability near 1 less
-    its positive's 1 leaves a rounding of one positive's gradient, which is all that counts near collapse. Results are
-    rounded to their dtype and to its smallest numbers.
-    """
+def _units(case: Case, leaves: Sequence[Tensor], y: Tensor) -> list[float]:
+    """How large what cancels in each of the parts is: a logit, or the positives' share of a gradient."""
     scale = 1 / case.temperature
     lengths = [x.detach().double().norm(dim=1) for x in leaves]
     shares = [torch.full_like(lengths[0], 2 if case.op == "supcon" else 1), torch.bincount(y, minlength=case.k)]
     positive = [(share / length).norm().item() * scale / case.n for share, length in zip(shares, lengths, strict=False)]
+    return [scale, *positive, *positive]
+
+
+def _rounding(case: Case, leaves: Sequence[Tensor], y: Tensor, want: Sequence[Tensor]) -> list[float]:
+    """How far rounding alone may take each of the parts from float64's.
+
+    A logit of size 1/τ is rounded in float32, hence so are the loss and every exponential: by a unit in the last place,
+    five times what all forms do on random features. A probability near 1 less its positive's 1 leaves roundings of one
+    positive's gradient, up to 8, which is all that counts near collapse. Results are rounded to their dtype and to its
+    smallest numbers.
+    """
     info = torch.finfo(DTYPES[case.dtype])
     found = []
-    for i, (part, unit) in enumerate(zip(want, (scale, *positive, *positive), strict=True)):
+    for i, (part, unit) in enumerate(zip(want, _units(case, leaves, y), strict=True)):
         size = part.norm().item()
-        floor = 8 * torch.finfo(torch.float32).eps * (size * (1 + scale) + unit)
+        floor = EPS * (size * (1 + 1 / case.temperature) + (8 if i else 1) * unit)
         if case.dtype == "tf32":
             floor += TF32_EPS * (size + unit)
         elif i:

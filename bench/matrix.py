@@ -1,10 +1,12 @@
 """The matrix: which cases, the table, the CSV file, the pictures, and a non-zero exit where a form of ours is wrong.
 
 Without options: the standard cases of this machine, a GPU's or a CPU's. --quick: few of a CPU's, under 3 minutes on two
-cores. --op alone selects among them; --shape, --dtype, --labels, --temperature and --features make cases of their own.
+cores; on a slow machine those that would begin too late are named and left out. --op alone selects among them; --shape,
+--dtype, --labels, --temperature and --features make cases of their own.
 
-A row is judged by its error and its tangential error against float64. A peer past the bound is a finding, one of ours
-past it, or failing, ends the run with exit code 1. What does not fit into memory is a result.
+A row is judged by its error and its tangential error against float64, of 4,096 samples at most, and at full size by its
+distance to the yardstick, the eager form that does the least work, where that fits into memory. A peer past a bound is
+a finding, one of ours past it, or failing, ends the run with exit code 1. What does not fit into memory is a result.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +24,7 @@ from pathlib import Path
 import torch
 
 from bench import forms, peers
+from bench.arguments import positive, seconds
 from bench.measure import measure, reason_of, row
 from bench.peers import OURS
 from bench.record import Case, Row, Writer, environment, markdown, markdown_line, results_folder, short
@@ -29,7 +33,8 @@ OPS = ("nonl", "ntce", "normface", "supcon", "buffer", "step")
 # Where --shape is not given: N, K (supcon: classes, buffer: rows of its queue), D.
 SHAPES = {"supcon": (8192, 100, 128), "buffer": (512, 16_384, 128)}
 SHAPE = (4096, 1000, 512)
-PAIRWISE = ("eager M x M",)
+PUBLISHED = ("eager M x M", "published N x N")  # what papers' code computes
+QUICK_SECONDS = 120  # within which its cases begin: the slowest takes most of a minute on a slow machine
 STEP = Case("step", 512, 10, 512)  # stands for those of bench/step.py
 
 
@@ -46,12 +51,12 @@ class Entry:
 
 def quick() -> list[Entry]:
     """The headline ratios, growth with N, exponentials kept and recomputed, collapse, the buffer."""
-    entries = [Entry(Case("ntce", *SHAPE), (*PAIRWISE, "compiled"))]
-    entries += [Entry(Case(op, *SHAPES.get(op, SHAPE)), ()) for op in ("nonl", "normface", "supcon")]
+    entries = [Entry(Case("ntce", *SHAPE), (*PUBLISHED, "compiled"))]
+    entries += [Entry(Case(op, *SHAPES.get(op, SHAPE)), ()) for op in ("supcon", "nonl", "normface")]
     entries += [
-        Entry(Case("ntce", n, 1000, 128), PAIRWISE if n <= 4096 else ()) for n in (256, 1024, 4096, 16384, 65536)
+        Entry(Case("ntce", n, 1000, 128), PUBLISHED if n <= 4096 else ()) for n in (256, 1024, 4096, 16384, 65536)
     ]
-    entries += [Entry(Case("supcon", n, 100, 128), ()) for n in (1024, 2048, 4096)]
+    entries += [Entry(Case("supcon", n, 100, 128), PUBLISHED) for n in (1024, 2048, 4096)]
     entries += [Entry(Case(op, 1024, 100, 128, features="collapsed"), ()) for op in forms.EAGER]
     entries += [Entry(Case("supcon", 2048, 1024, 128, labels="instances"), ("lightly", "pytorch-metric-learning"))]
     return [*entries, Entry(Case("buffer", *SHAPES["buffer"]))]
@@ -60,7 +65,7 @@ def quick() -> list[Entry]:
 def standard_cpu() -> list[Entry]:
     entries = [Entry(Case(op, *SHAPES.get(op, SHAPE))) for op in forms.EAGER]
     for op, n, d in itertools.product(forms.PROTOTYPE_LOSSES, (256, 1024, 4096, 16384, 65536), (128, 512)):
-        entries.append(Entry(Case(op, n, 1000, d), PAIRWISE))
+        entries.append(Entry(Case(op, n, 1000, d), PUBLISHED))
     entries += [Entry(Case("supcon", n, 100, 128), ("pytorch-metric-learning",)) for n in (1024, 2048, 4096, 32768)]
     for op in forms.EAGER:
         case = Case(op, *((4096, 100, 128) if op == "supcon" else SHAPE))
@@ -77,7 +82,7 @@ def standard_gpu() -> list[Entry]:
     shapes = [(4096, 1000, 2048), (65536, 1000, 128), (32768, 100_000, 512), (256, 1000, 2048)]
     table = [Case(op, *shape, "bfloat16") for shape in shapes for op in forms.PROTOTYPE_LOSSES]
     table += [Case("supcon", n, 1000, 128, "bfloat16") for n in (8192, 65536, 262144)]
-    uncompiled = (*PAIRWISE, *(name for name in peers.PEERS if name != "compiled"))
+    uncompiled = (*PUBLISHED, *(name for name in peers.PEERS if name != "compiled"))
     entries = [Entry(case, uncompiled) for case in table]
     entries += [Entry(STEP), Entry(Case("buffer", *SHAPES["buffer"], "bfloat16"))]
     for case in (table[0], table[1], table[2], table[-3]):
@@ -85,7 +90,7 @@ def standard_gpu() -> list[Entry]:
         entries += [Entry(case._replace(**variant), ()) for variant in variants]
     entries += [Entry(Case("normface", 16384, 16384, 256, "bfloat16", "instances"), uncompiled)]
     entries += [Entry(Case("supcon", 8192, 4096, 128, "bfloat16", "instances"), uncompiled)]
-    entries += [Entry(Case("ntce", n, 1000, 512, "bfloat16"), PAIRWISE) for n in (1024, 4096, 16384, 65536, 262144)]
+    entries += [Entry(Case("ntce", n, 1000, 512, "bfloat16"), PUBLISHED) for n in (1024, 4096, 16384, 65536, 262144)]
     return entries + [Entry(case, ("compiled",)) for case in table]
 
 
@@ -117,7 +122,8 @@ def measure_all(
         if limit is not None and time.perf_counter() - start > limit:
             outcome.skipped.append(entry)
             continue
-        known = {(x.case, x.form) for x in outcome.rows}  # a case that returns for one more peer keeps its rows
+        # A case that returns for one more peer keeps its rows. The peer's own has its ratio to ours of that return.
+        known = {(x.case, x.form) for x in outcome.rows}
         for found in _rows(entry, device, seconds, memory):
             if (found.case, found.form) not in known:
                 writer.add(found)
@@ -163,15 +169,14 @@ def headlines(rows: Sequence[Row]) -> str:
         "| case | ours against | speed | error, ours / theirs | scratch MiB, ours / theirs |",
         "|---|---|---|---|---|",
     ]
-    ours = {x.case: x for x in rows if x.form == OURS and x.speedup}
+    ours = {x.case: x for x in rows if x.form == OURS}
     for theirs in rows:
         mine = ours.get(theirs.case)
-        if mine is None or theirs.form == OURS or not theirs.speedup:
+        if mine is None or theirs.form == OURS or not theirs.fwd_bwd_ratio:
             continue
-        speed = mine.speedup / theirs.speedup
         errors = _both(mine.error, theirs.error, "{:.1e}".format)
         scratch = _both(mine.scratch_mib, theirs.scratch_mib, short)
-        lines.append(f"| {_short(mine.case)} | {theirs.form} | {speed:.2f}x | {errors} | {scratch} |")
+        lines.append(f"| {_short(mine.case)} | {theirs.form} | {theirs.fwd_bwd_ratio:.2f}x | {errors} | {scratch} |")
     return "\n".join(lines)
 
 
@@ -186,7 +191,11 @@ def draw(csv: Path) -> list[Path]:
         return []
     from bench import plot
 
-    return plot.draw([csv], csv.parent)
+    try:
+        return plot.draw([csv], csv.parent)
+    except ValueError as error:  # nothing was measured
+        print(f"no pictures: {error}")
+        return []
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,8 +216,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vs", nargs="*", choices=everyone, metavar="PEER",
         help=f"of {', '.join(everyone)} (default: what a case calls for; none: the cheapest eager form alone)",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, metavar="S", help="of rounds a case (default: 5, quick: 1)")
-    parser.add_argument("--threads", type=int, metavar="T", help="of the CPU (default: torch's choice)")
+    parser.add_argument("--seconds", type=seconds, metavar="S", help="of rounds a case (default: 5, quick: 1)")
+    parser.add_argument("--threads", type=positive, metavar="T", help="of the CPU (default: torch's choice)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/bench/DATE-DEVICE")
 
 
@@ -231,20 +240,27 @@ def chosen(args: argparse.Namespace, device: str) -> list[Entry]:
             entries += [Entry(Case(op, *shape, *rest)) for shape, *rest in itertools.product(*values)]
     else:
         entries = quick() if args.quick else standard_gpu() if device == "cuda" else standard_cpu()
+        if missing := sorted(set(args.op or ()) - {entry.case.op for entry in entries}):
+            raise ValueError(f"--quick has no case of {', '.join(missing)}: leave out --quick")
         entries = [entry for entry in entries if args.op is None or entry.case.op in args.op]
-    if not entries:
-        raise ValueError(f"no standard case of {', '.join(args.op)}: give a --shape")
     for entry in entries:
         _check(entry.case)
+    known = {name for entry in entries for name in peers.fitting(entry.case)}
+    if unknown := sorted(set(args.vs or ()) - known):
+        raise ValueError(
+            f"--vs must be of {', '.join(sorted(known)) or 'nothing'} for these cases, got {', '.join(unknown)}"
+        )
     return entries if args.vs is None else [Entry(entry.case, tuple(args.vs)) for entry in entries]
 
 
 def _check(case: Case) -> None:
     if min(case.n, case.k, case.d) < 1:
         raise ValueError(f"--shape must be positive, got {case.n} {case.k} {case.d}")
-    if not case.temperature > 0:
-        raise ValueError(f"--temperature must be positive, got {case.temperature}")
+    if not 0 < case.temperature < math.inf:
+        raise ValueError(f"--temperature must be positive and finite, got {case.temperature}")
     views = 2 if case.op == "supcon" else 1
+    if case.op == "supcon" and case.k > case.n:  # whose eager form sums classes into N rows
+        raise ValueError(f"--shape needs K <= N for supcon, got {case.n} {case.k}")
     if case.labels == "instances" and case.op in forms.EAGER and case.n != views * case.k:
         raise ValueError(f"--labels instances needs N = {views}K for {case.op}, got {case.n} {case.k}")
 
@@ -262,8 +278,13 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     folder = args.output or results_folder(device)
     print("# " + ", ".join(f"{name} {value}" for name, value in where.items() if value), flush=True)
-    seconds = args.seconds if args.seconds is not None else 1.0 if args.quick else 5.0
-    outcome = measure_all(entries, folder / "matrix.csv", device, seconds)
+    a_case = args.seconds if args.seconds is not None else 1.0 if args.quick else 5.0
+    limit = QUICK_SECONDS if args.quick else None
+    try:
+        outcome = measure_all(entries, folder / "matrix.csv", device, a_case, limit)
+    except OSError as error:  # of the file: a case's own are in its row
+        print(f"bench: --output must be a folder that can be written: {error}", file=sys.stderr)
+        return 2
     (folder / "matrix.md").write_text(f"{markdown(outcome.rows)}\n\n{headlines(outcome.rows)}\n")
     print(f"\n{headlines(outcome.rows)}\n")
     for path in [folder / "matrix.csv", folder / "matrix.md", *draw(folder / "matrix.csv")]:

@@ -1,6 +1,6 @@
 """One case, every form of it, measured alike on a CPU and a GPU: `measure` gives a row a form.
 
-time      All forms run in one process on the same inputs, in turn (A B C A B C ...), so that ratios within a round
+time      All forms run in one process on the same inputs, in turn (A B C B C A ...), so that ratios within a round
           hold on a noisy machine; a row has the median, 20th and 80th percentile. On a CPU by the clock; on a GPU
           by events, the device's own time: it waits first, so that the host has issued the whole step by the time
           it begins, and then empties its L2 cache. What only the host takes is no part of it, but of `host_ms`.
@@ -10,7 +10,8 @@ memory    On a CPU the kernel's high-water mark of a fresh process (Linux), whos
           memory does: what does not fit is out of memory, and not timed. On a GPU the allocator's peak.
 error     Against float64 at the size of `forms.reduced`, on the same rounded inputs, with the memory budget
           reduced alike, so that exponentials are kept or recomputed as they are at full size.
-verdict   The eager forms set the bound (`forms.bound`); any other is wrong past it.
+verdict   The eager forms set the bound (`forms.judge`); any other is wrong past it. At full size, which float64
+          cannot do, its first step is compared with the yardstick's, where that fits (`forms.differs`).
 graph     CUDA graphs of forward and backward, and of the forward alone without gradients, where a step takes less
           than GRAPH_MS: only there do they matter.
 """
@@ -19,10 +20,12 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,7 @@ from torch import Tensor
 
 import hypercontrast as hc
 from bench import forms, peers
-from bench.peers import Absent, Form
+from bench.peers import OURS, Absent, Form
 from bench.record import Case, Row, environment
 
 LEAST_ROUNDS = 3
@@ -60,16 +63,17 @@ def measure(
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
     try:
         work = _Forms(candidates)
-        _judge(case, work, device)
+        judged = _judge(case, work, device)
         if device == "cpu" and memory and sys.platform == "linux":
             work.each(lambda name, form: in_fresh_process(peak_of_step, case, name))
         leaves, y = forms.of_case(case, device)
         runs: dict[tuple[str, str], Run] = {}
         timer = clock(device)
-        work.each(lambda name, form: _prepare(name, form, leaves, y, runs, timer))
+        beside = partial(_beside, case, leaves, y, judged, [])
+        work.each(lambda name, form: _prepare(name, form, leaves, y, runs, timer, beside))
         if work.alive:
             times = interleaved({PRODUCTS: forms.products(case.op, leaves), **runs}, seconds, timer)
-            add_times(work.fields, times, first=next((name for name in forms.EAGER[case.op] if name in work.alive), ""))
+            add_times(work.fields, times)
             _add_rates(case, work.fields, times)
         return [row(case, name, device, fields) for name, fields in work.fields.items()]
     finally:
@@ -120,25 +124,48 @@ def reason_of(error: Exception) -> str:
 # Errors
 
 
-def _judge(case: Case, work: _Forms, device: str) -> None:
+def _judge(case: Case, work: _Forms, device: str) -> dict[str, forms.Judged]:
     """Errors of every form, and which are wrong."""
-    small = forms.reduced(case)
-    leaves, y = forms.of_case(small, device)
-    budget, steps = hc.memory_budget(), {}
+    steps: dict[str, list[Tensor]] = {}
 
     def one(name: str, form: Form) -> Fields:
         steps[name] = forms.step(form, leaves, y)
         return {}
 
-    hc.set_memory_budget(budget * forms.logits(small) // forms.logits(case))
-    try:
+    with reduced(case, device) as (small, leaves, y):
         work.each(one)
-    finally:
-        hc.set_memory_budget(budget)
-    for name, found in forms.judge(small, leaves, y, steps).items():
+    judged = forms.judge(small, leaves, y, steps)
+    for name, found in judged.items():
         work.fields[name] |= {"error": found.error, "tangential_error": found.tangential_error}
         if found.reason:
             work.fields[name] |= {"status": "wrong", "reason": found.reason}
+    return judged
+
+
+@contextmanager
+def reduced(case: Case, device: str) -> Iterator[tuple[Case, tuple[Tensor, ...], Tensor]]:
+    """The case of `forms.reduced` and its inputs, while the memory budget is as much smaller as the logits are."""
+    small, budget = forms.reduced(case), hc.memory_budget()
+    hc.set_memory_budget(budget * forms.logits(small) // forms.logits(case))
+    try:
+        yield small, *forms.of_case(small, device)
+    finally:
+        hc.set_memory_budget(budget)
+
+
+def _beside(
+    case: Case, leaves: Sequence[Tensor], y: Tensor, judged: Mapping[str, forms.Judged], yardstick: list[Tensor],
+    name: str, first: Sequence[Tensor],
+) -> Fields:  # fmt: skip
+    """Whether a form that was right at the reduced size is wrong at full size, beside the `yardstick`'s first step,
+    which stays there for the others. Eager forms come before all others, so those are never compared.
+    """
+    if name == forms.yardstick(case.op):
+        yardstick += first
+    elif yardstick and not judged[name].reason:
+        reason = forms.differs(case, leaves, y, judged[name].apart, first, yardstick)
+        return {"status": "wrong", "reason": reason} if reason else {}
+    return {}
 
 
 # Time
@@ -147,14 +174,18 @@ def _judge(case: Case, work: _Forms, device: str) -> None:
 def interleaved(
     runs: Mapping[Any, Run], seconds: float, clock: Callable[[Run], float], least: int = LEAST_ROUNDS
 ) -> dict[Any, list[float]]:
-    """Milliseconds of each run, round by round: A B C A B C, for `seconds` and a `least` number of rounds."""
+    """Milliseconds of each run, round by round: A B C B C A C A B, for `seconds` and a `least` number of rounds.
+
+    None always comes after the same other, whose caches and clocks it would have. All ranks have the same order.
+    """
     found: dict[Any, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
-    end, rounds = time.perf_counter() + seconds, 0
+    turn, end, rounds = list(runs), time.perf_counter() + seconds, 0
     while rounds < least or time.perf_counter() < end:
-        for name, run in runs.items():
-            found[name].append(clock(run))
+        for name in turn:
+            found[name].append(clock(runs[name]))
+        turn = turn[1:] + turn[:1]
         rounds += 1
     return found
 
@@ -200,8 +231,9 @@ def _issued(run: Run) -> float:
 
 
 def _prepare(
-    name: str, form: Form, leaves: Sequence[Tensor], y: Tensor, runs: dict, timer: Callable[[Run], float]
-) -> Fields:
+    name: str, form: Form, leaves: Sequence[Tensor], y: Tensor, runs: dict, timer: Callable[[Run], float],
+    beside: Callable[[str, Sequence[Tensor]], Fields],
+) -> Fields:  # fmt: skip
     """What needs no rounds of a form at full size; what does goes to `runs`."""
     run, forward = partial(forms.step, form, leaves, y), partial(_forward, form, leaves, y)
     first = run()  # compiles, tunes, fills caches
@@ -210,6 +242,7 @@ def _prepare(
         "repeats": all(map(torch.equal, first, again)),
         "outputs_mib": sum(x.numel() * x.itemsize for x in first) / MIB,
     }
+    wrong = beside(name, first)
     del first, again
     mine: dict[tuple[str, str], Run] = {(name, "fwd_bwd"): run, (name, "fwd"): forward}
     if isinstance(timer, _DeviceClock):
@@ -220,7 +253,7 @@ def _prepare(
             except Exception as error:  # a form that waits for the device cannot be captured: that is a finding
                 fields["reason"] = f"not captured: {reason_of(error)}"
     runs |= mine
-    return fields
+    return fields | wrong
 
 
 @torch.no_grad()
@@ -228,8 +261,9 @@ def _forward(form: Form, leaves: Sequence[Tensor], y: Tensor) -> Tensor:
     return form(*leaves, y)
 
 
-def add_times(fields: dict[str, Fields], times: dict[tuple[str, str], list[float]], first: str) -> None:
-    """Median and percentiles of each form, and its speed over the `first` one's."""
+def add_times(fields: dict[str, Fields], times: dict[tuple[str, str], list[float]]) -> None:
+    """Median and percentiles of each form, and the ratio of its times to ours, unless ours is wrong."""
+    right = "status" not in fields.get(OURS, {})
     for (name, what), found in times.items():
         if what.startswith("graph"):
             fields[name][f"{what}_ms"] = statistics.median(found)
@@ -237,8 +271,8 @@ def add_times(fields: dict[str, Fields], times: dict[tuple[str, str], list[float
             low, *_, high = statistics.quantiles(found, n=5, method="inclusive")
             median = statistics.median(found)
             fields[name] |= {f"{what}_ms": median, f"{what}_p20": low, f"{what}_p80": high, "rounds": len(found)}
-        if what == "fwd_bwd" and (first, what) in times:
-            fields[name]["speedup"] = ratio(times[first, what], found)
+            if right and (OURS, what) in times:
+                fields[name][f"{what}_ratio"] = ratio(found, times[OURS, what])
 
 
 def _add_rates(case: Case, fields: dict[str, Fields], times: dict[tuple[str, str], list[float]]) -> None:
@@ -307,8 +341,8 @@ def captured(run: Run) -> Run:
 def in_fresh_process(work: Callable, *args: Any) -> Any:
     """work(*args) in a process that has done nothing before, with this one's threads and memory budget.
 
-    It is forked from a server that has only imported torch. What it raises is raised here; if it is killed, that is
-    out of memory.
+    It is forked from a server that has only imported torch. What it raises is raised here. If it is killed, as Linux
+    does where memory ends, that is out of memory; any other death is a fault.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.measure"])
@@ -321,7 +355,8 @@ def in_fresh_process(work: Callable, *args: Any) -> Any:
         result = here.recv()
     except EOFError:
         process.join()
-        raise MemoryError(f"its process ended with code {process.exitcode}") from None
+        kind = MemoryError if process.exitcode == -signal.SIGKILL else RuntimeError
+        raise kind(f"its process ended with code {process.exitcode}") from None
     process.join()
     if isinstance(result, Exception):
         raise result

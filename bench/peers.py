@@ -153,6 +153,11 @@ def names(op: str) -> list[str]:
     return [*forms.EAGER.get(op, ()), *PEERS]
 
 
+def fitting(case: Case) -> list[str]:
+    """Of the forms that compute a case's number, whether they can run here or not."""
+    return [*forms.EAGER.get(case.op, ()), *(name for name, peer in PEERS.items() if peer.fits(case))]
+
+
 def candidates(case: Case, device: str, vs: Iterable[str] | None = None) -> dict[str, Form | Absent]:
     """The forms of a case by name: the yardstick, what `vs` names of eager forms and peers (None: all), ours.
 

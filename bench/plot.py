@@ -8,9 +8,9 @@ From rows of the matrix, for each dtype (and each device, where there are severa
     memory-DTYPE.png    peak MiB beyond inputs and outputs against N
 
 and from points of the roofline roofline-DTYPE.png. Cases that differ in N alone share a panel: lines show the growth,
-dashes that of the products, F1; cases of one N are bars. A form that ran out of memory has a cross; what is missing for
-another reason, a wrong result among them, is named below. Where files have the same form of the same case, the later
-file counts.
+dashes that of the products, F1; cases of one N are bars. A form that ran out of memory has a cross above the axes, at
+the least such N; what is missing for another reason, a wrong result among them, is named below. Where files have the
+same form of the same case, the later file counts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +34,7 @@ from bench.roofline import Point
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 # Okabe and Ito's, darkened where thin lines on white need it: told apart in every colour vision. Ours alone has the
 # vermilion, a thick line and round marks.
@@ -49,8 +49,9 @@ NAMES = {"ntce": "NTCE", "nonl": "NONL", "normface": "NormFace", "supcon": "SupC
 DPI = 150
 COLUMNS = 2
 WIDTH, LINES_HEIGHT, BAR_HEIGHT = 6.6, 3.5, 0.27
-TOP, GAP, BOTTOM = 1.25, 1.0, 0.6
+TOP, GAP, BOTTOM = 1.4, 1.0, 0.6
 LETTER, LINE = 0.078, 0.17
+ABOVE = 1.04  # of the height of the axes: where crosses are
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,20 @@ class Quantity:
     title: str
     unit: str
     columns: tuple[str, ...]
-    is_time: bool = True
+    ratio: str = ""  # the column of a time's ratio to ours
+
+    @property
+    def is_time(self) -> bool:
+        return bool(self.ratio)
 
     def value(self, row: Row) -> float | None:
         """None for a wrong result: however fast, it is no measurement."""
         return None if row.status in ("wrong", "failed") else getattr(row, self.columns[0])
+
+    def times_ours(self, row: Row) -> str:
+        """How many times the time of ours, in words; nothing of ours itself and where it was not measured beside it."""
+        times = getattr(row, self.ratio) if self.is_time and row.form != OURS else None
+        return "" if times is None or self.value(row) is None else f"  {times:.2g}×"
 
     def band(self, row: Row) -> tuple[float, float] | None:
         ends = tuple(getattr(row, column) for column in self.columns[1:])
@@ -73,9 +83,11 @@ class Quantity:
 
 
 QUANTITIES = (
-    Quantity("time", "Time of forward and backward", "ms", ("fwd_bwd_ms", "fwd_bwd_p20", "fwd_bwd_p80")),
-    Quantity("forward", "Time of the forward", "ms", ("fwd_ms", "fwd_p20", "fwd_p80")),
-    Quantity("memory", "Peak memory beyond inputs and outputs", "MiB", ("scratch_mib",), is_time=False),
+    Quantity(
+        "time", "Time of forward and backward", "ms", ("fwd_bwd_ms", "fwd_bwd_p20", "fwd_bwd_p80"), "fwd_bwd_ratio"
+    ),
+    Quantity("forward", "Time of the forward", "ms", ("fwd_ms", "fwd_p20", "fwd_p80"), "fwd_ratio"),
+    Quantity("memory", "Peak memory beyond inputs and outputs", "MiB", ("scratch_mib",)),
 )
 
 
@@ -173,11 +185,13 @@ def _page(width: float, height: float, title: str, subtitle: str) -> Figure:
     return page
 
 
-def _axes(page: Figure, left: float, top: float, width: float, height: float, title: str, indent: float = 0) -> Axes:
+def _axes(
+    page: Figure, left: float, top: float, width: float, height: float, title: str, indent: float = 0, pad: float = 8
+) -> Axes:
     """Axes that many inches from the page's top left corner; their title begins so many inches further left."""
     across, down = page.get_size_inches()
     axes = page.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
-    axes.set_title(title, loc="left", x=-indent / width, fontsize=11, weight="bold", pad=8)
+    axes.set_title(title, loc="left", x=-indent / width, fontsize=11, weight="bold", pad=pad)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)
     axes.grid(True, color=GRID, linewidth=0.8)
@@ -213,9 +227,12 @@ def growth_figure(rows: Sequence[Row], quantity: Quantity) -> Figure:
     for line, height_there in zip(lines, heights, strict=True):
         for column, panel in enumerate(line):
             several, left = _is_lines(panel), column * WIDTH
-            before, after = (0.75, label_width + 0.75) if several else (label_width + 0.35, 1.1)
+            before, after = (0.75, label_width + 1.1) if several else (label_width + 0.35, 1.1)
+            pad = 20 if several else 8  # room for crosses
             indent = before - 0.75  # titles of a column begin together, and have all of its width
-            axes = _axes(page, left + before, top, WIDTH - before - after, _height(panel), _panel_title(panel), indent)
+            axes = _axes(
+                page, left + before, top, WIDTH - before - after, _height(panel), _panel_title(panel), indent, pad
+            )
             (_draw_lines if several else _draw_bars)(axes, panel, quantity, style)
         top += height_there + GAP
     for i, note in enumerate(reversed(notes)):
@@ -252,6 +269,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 def _draw_lines(axes: Axes, panel: Sequence[Row], quantity: Quantity, style: dict[str, Look]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+    from matplotlib.transforms import ScaledTranslation
 
     by_form = {form: sorted(there, key=lambda row: row.n) for form, there in _grouped(panel, lambda x: x.form).items()}
     measured = [value for row in panel if (value := quantity.value(row)) is not None]
@@ -260,11 +278,11 @@ def _draw_lines(axes: Axes, panel: Sequence[Row], quantity: Quantity, style: dic
     if quantity.is_time:
         axes.set_yscale("log")
         low, high = min(measured), max(measured)
-        axes.set_ylim(low / 1.6, high * 1.6 * (high / low) ** (0.1 * bool(out)))
+        axes.set_ylim(low / 1.6, high * 1.6)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
     else:  # nothing at all is a result, and has no logarithm
         axes.set_yscale("symlog", linthresh=1, linscale=0.5)
-        axes.set_ylim(0, max(measured, default=1) * (6 if out else 2) + 1)
+        axes.set_ylim(0, max(measured, default=1) * 2 + 1)
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     sizes = sorted({row.n for row in panel})
@@ -275,35 +293,35 @@ def _draw_lines(axes: Axes, panel: Sequence[Row], quantity: Quantity, style: dic
     axes.set_xlabel("N", fontsize=10)
     axes.set_ylabel(quantity.unit, fontsize=10)
 
-    if quantity.is_time:
-        _draw_guide(axes, by_form.get(OURS, panel), quantity, sizes)
-    labels = []
+    ends = []
     for form, there in by_form.items():
         look = style[form]
         points = [(row.n, value) for row in there if (value := quantity.value(row)) is not None]
-        axes.plot(*zip(*points, strict=True), **_line(look), label=form) if points else None
+        label = form + next(filter(None, map(quantity.times_ours, reversed(there))), "")
+        (line,) = axes.plot(*zip(*points, strict=True) if points else ([], []), **_line(look), label=label)
         bands = [(row.n, *band) for row in there if quantity.value(row) is not None and (band := quantity.band(row))]
         if bands:
             axes.fill_between(*zip(*bands, strict=True), color=look.colour, alpha=0.22, linewidth=0, zorder=look.layer)
-        end = points[-1] if points else None
         if form in out:
             earlier = [other for other in out if out[other] == out[form]].index(form)
-            crossed, height = out[form], _at(axes, 0.96 - 0.07 * earlier)
-            axes.plot(crossed, height, **_cross(look))
-            if end:
-                axes.plot([end[0], crossed], [end[1], height], ":", color=look.colour, linewidth=1.3, zorder=look.layer)
-            end = (crossed, height)
-        labels.append((axes.transLimits.transform(axes.transScale.transform(end))[1], form, look))
+            beside = ScaledTranslation(earlier * 0.16, 0, axes.figure.dpi_scale_trans)
+            # Above all values, for it is none.
+            axes.plot(out[form], ABOVE, transform=axes.get_xaxis_transform() + beside, **_cross(look))
+        ends.append((math.inf if form in out else points[-1][1], line))
     if out:
         axes.annotate(
-            "out of memory", (min(out.values()), _at(axes, 0.96)), (-9, 0), textcoords="offset points",
-            ha="right", va="center", fontsize=8.5, color=SOFT,
+            "out of memory", (min(out.values()), ABOVE), (-9, 0), xycoords=axes.get_xaxis_transform(),
+            textcoords="offset points", ha="right", va="center", fontsize=8.5, color=SOFT, annotation_clip=False,
         )  # fmt: skip
-    for place, (_, form, look) in zip(_apart([y for y, _, _ in labels], 0.07), labels, strict=True):
-        axes.text(
-            1.03, place, form + _ratio(by_form, form, quantity), transform=axes.transAxes, va="center",
-            color=look.colour, fontsize=9.5, weight=look.weight,
-        )  # fmt: skip
+    # In the order of their last values, as the eye meets them.
+    lines = [line for _, line in sorted(ends, key=lambda end: -end[0])]
+    lines += _draw_guide(axes, by_form.get(OURS, panel), quantity, sizes) if quantity.is_time else []
+    legend = axes.legend(
+        handles=lines, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9.5,
+        labelcolor="linecolor", handlelength=1.6, labelspacing=0.7,
+    )  # fmt: skip
+    for text, line in zip(legend.get_texts(), lines, strict=True):
+        text.set_weight(style[OURS].weight if line.get_label() == OURS else "normal")
 
 
 def _line(look: Look) -> dict[str, Any]:
@@ -319,72 +337,32 @@ def _cross(look: Look) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _at(axes: Axes, fraction: float) -> float:
-    """The value at that fraction of the height of the axes."""
-    return axes.transScale.inverted().transform(axes.transLimits.inverted().transform((0, fraction)))[1]
-
-
-def _apart(places: Sequence[float], gap: float) -> list[float]:
-    """Places moved up, and those that would leave the axes back down, until a gap lies between neighbours."""
-    order = sorted(range(len(places)), key=places.__getitem__)
-    moved = list(places)
-    for before, here in pairwise(order):
-        moved[here] = max(moved[here], moved[before] + gap)
-    limit = 1.0
-    for here in reversed(order):
-        moved[here] = min(moved[here], limit)
-        limit = moved[here] - gap
-    return moved
-
-
-def _ratio(by_form: dict[str, list[Row]], form: str, quantity: Quantity) -> str:
-    """How many times the time of ours, at the last N that both were measured at."""
-    ours = {row.n: quantity.value(row) for row in by_form.get(OURS, ())}
-    both = [row for row in by_form[form] if quantity.value(row) is not None and ours.get(row.n) is not None]
-    if form == OURS or not quantity.is_time or not both:
-        return ""
-    return f"  {quantity.value(both[-1]) / ours[both[-1].n]:.2g}×"
-
-
-def _draw_guide(axes: Axes, rows: Sequence[Row], quantity: Quantity, sizes: Sequence[int]) -> None:
+def _draw_guide(axes: Axes, rows: Sequence[Row], quantity: Quantity, sizes: Sequence[int]) -> list[Line2D]:
     """Dashes with the slope of F1, through the largest case."""
     largest = max((row for row in rows if quantity.value(row) is not None), key=lambda row: row.n, default=None)
     if largest is None or largest.op not in GROWTH:
-        return
+        return []
     power, f1 = GROWTH[largest.op]
-    anchor = quantity.value(largest)
-
-    def guide(n: float) -> float:
-        return anchor * (n / largest.n) ** power
-
-    axes.plot(sizes, [guide(n) for n in sizes], "--", color=GUIDE, linewidth=1.2, zorder=2, label="F1")
-    visible = max(sizes[0], largest.n * (axes.get_ylim()[0] / anchor) ** (1 / power))
-    middle = visible**0.7 * largest.n**0.3
-    axes.annotate(
-        f"as F1 = {f1}", (middle, guide(middle)), (5, -5), textcoords="offset points", ha="left", va="top",
-        fontsize=8.5, color=SOFT,
-    )  # fmt: skip
+    times = [quantity.value(largest) * (n / largest.n) ** power for n in sizes]
+    return axes.plot(sizes, times, "--", color=GUIDE, linewidth=1.2, zorder=2, label=f"as F1 = {f1}")
 
 
 def _draw_bars(axes: Axes, panel: Sequence[Row], quantity: Quantity, style: dict[str, Look]) -> None:
     """Ours first, then the others, the fastest first; a linear scale from zero."""
     rows = sorted(panel, key=lambda row: (quantity.value(row) is None, row.form != OURS, quantity.value(row)))
     largest = max((value for row in rows if (value := quantity.value(row))), default=1.0)
-    ours = next((quantity.value(row) for row in rows if row.form == OURS), None)
     for place, row in enumerate(rows):
         look, value = style[row.form], quantity.value(row)
         if value is None:
-            axes.plot(largest, place, **_cross(look))
-            text, end = "out of memory", largest
+            text, end = "out of memory", 0.0
         else:
             axes.barh(place, value, color=look.colour, height=0.7, label=row.form)
             ends = quantity.band(row)
             if ends:
                 spread = [[max(value - ends[0], 0)], [max(ends[1] - value, 0)]]
                 axes.errorbar(value, place, xerr=spread, ecolor="black", elinewidth=1, capsize=2)
-            text, end = f"{record.short(value)} {quantity.unit}", max(value, ends[1] if ends else value)
-            if quantity.is_time and ours and row.form != OURS:
-                text += f"  {value / ours:.2g}×"
+            text = f"{record.short(value)} {quantity.unit}{quantity.times_ours(row)}"
+            end = max(value, ends[1] if ends else value)
         axes.annotate(
             text, (end, place), (8, 0), textcoords="offset points", va="center", annotation_clip=False,
             fontsize=9, weight=look.weight,

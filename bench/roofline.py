@@ -40,7 +40,8 @@ import torch
 
 import hypercontrast as hc
 from bench import forms, record
-from bench.measure import Run, clock, interleaved
+from bench.arguments import positive, seconds
+from bench.measure import Run, clock, interleaved, reduced
 from bench.peers import OURS
 from bench.record import Case
 from hypercontrast import blockwise_pairs
@@ -227,11 +228,10 @@ def measure(case: Case, device: str, seconds: float, square: int, copy_bytes: in
 
 def _judged(case: Case, ours: Callable, device: str) -> dict[str, float | str]:
     """Errors of ours at a size that float64 can do, beside eager code's."""
-    small = forms.reduced(case)
-    leaves, y = forms.of_case(small, device)
     name = forms.yardstick(case.op)
     eager = partial(forms.EAGER[case.op][name], temperature=case.temperature)
-    steps = {name: forms.step(eager, leaves, y), OURS: forms.step(ours, leaves, y)}
+    with reduced(case, device) as (small, leaves, y):
+        steps = {name: forms.step(eager, leaves, y), OURS: forms.step(ours, leaves, y)}
     found = forms.judge(small, leaves, y, steps)[OURS]
     return {"error": found.error, "tangential_error": found.tangential_error, "wrong": found.reason}
 
@@ -273,12 +273,6 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: float32; on a GPU bfloat16)")
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text}")
-    return int(text)
-
-
 def case_of(args: argparse.Namespace, op: str, device: str) -> Case:
     shape = args.shape or (SHAPES if op in forms.PROTOTYPE_LOSSES else PAIRS)[device]
     return Case(op, *shape, args.dtype or DTYPE[device])
@@ -290,14 +284,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--op", nargs="+", choices=ops, default=ops, metavar="OP", help=f"of {', '.join(ops)} (default: all)"
     )
     add_case_arguments(parser)
-    parser.add_argument("--seconds", type=float, default=8, metavar="S", help="of rounds an op (default: 8)")
+    parser.add_argument("--seconds", type=seconds, default=8, metavar="S", help="of rounds an op (default: 8)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/bench/DATE-DEVICE")
 
 
 def run(args: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = args.output or record.results_folder(device)
-    writer = record.Writer(folder / "roofline.csv", Point)
+    try:
+        writer = record.Writer(folder / "roofline.csv", Point)
+    except OSError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
     probes, wrong = [], []
     print(HEADER, flush=True)
     for op in args.op:
