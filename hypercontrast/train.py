@@ -131,10 +131,9 @@ def train(config: Config, on_epoch: OnEpoch | None = None) -> Path:
     on_epoch: called with that line as a dict once the epoch is saved; only where this process trains (as rank 0).
 
     Raises UsageError before anything starts if the config cannot be run here, or another process trains in the run's
-    folder, TrainingError before the update if a loss
-    or a gradient is not finite, CheckpointError if a run to resume has no intact checkpoint or the run's folder cannot
-    be written to, RankError if a rank fails, LostRankError in a rank that another has left alone, Interrupted (a
-    KeyboardInterrupt) on a signal to stop.
+    folder, TrainingError before the update if a loss or a gradient is not finite, CheckpointError if a run to resume
+    has no intact checkpoint or the run's folder cannot be written to, RankError if a rank fails, LostRankError in a rank
+    that another has left alone, Interrupted (a KeyboardInterrupt) on a signal to stop.
     """
     config = prepare(config)
     if (config.ranks > 1 or config.max_restarts) and not is_rank():
