@@ -68,6 +68,7 @@ def agree(describe: Callable[[], str], group: dist.ProcessGroup, like: Any) -> N
     """
     if torch.compiler.is_compiling():  # strings are no part of a graph: compiled calls are not compared
         return
+    world = len(ranks_of(group))
     global _calls
     _calls += 1
     error: Exception | None = None
@@ -78,7 +79,7 @@ def agree(describe: Callable[[], str], group: dist.ProcessGroup, like: Any) -> N
     device = _carried(like, group)
     known = _sent.get((group.group_name, words))
     mine = _encoded(words).to(device) if known is None else known
-    told = mine.new_empty(dist.get_world_size(group) * HEADER)
+    told = mine.new_empty(world * HEADER)
     with connected():
         dist.all_gather_into_tensor(told, mine, group=group)
     if error is not None:
@@ -102,6 +103,14 @@ def _carried(like: Any, group: dist.ProcessGroup) -> torch.device:
     else:  # a rank with bad input takes part all the same
         device = torch.device("cpu" if "cpu" in backends else "cuda")
     return torch.device("cpu") if backends.get(device.type) == "gloo" else device
+
+
+def ranks_of(group: dist.ProcessGroup | None) -> list[int]:
+    """The global ranks of a group. Raises ValueError for one that is no more."""
+    try:
+        return dist.get_process_group_ranks(group)
+    except KeyError:
+        raise ValueError("group must exist, got one that destroy_process_group has ended") from None
 
 
 def carriers(group: dist.ProcessGroup | None) -> dict[str, str]:

@@ -181,7 +181,7 @@ def _over_classes(rule: Rule, lse_K: Tensor, positive_total: Tensor, global_tota
     """
     a_K = batch.counts.to(lse_K.dtype) if batch.weight is None else batch.counts * batch.weight.to(lse_K.dtype)
     present, empty = batch.counts > 0, lse_K == -torch.inf
-    _refuse_empty(rule, present & empty)
+    _refuse_empty(rule, present & empty, None)
     lse_total = (a_K * torch.where(present & ~empty, lse_K, 0)).sum()
     if rule.empty == "zero":  # a class without negatives is the only one there is: all samples drop out, or none
         nothing = (present & empty).any()
@@ -196,7 +196,7 @@ def _over_classes(rule: Rule, lse_K: Tensor, positive_total: Tensor, global_tota
 def _over_samples(rule: Rule, lse_N: Tensor, positives: Tensor, batch: Batch) -> Tensor:
     """(1/M) Σ_j a_j (ℓ_j - s_j), or its terms."""
     empty = lse_N == -torch.inf
-    _refuse_empty(rule, empty & batch.in_range)
+    _refuse_empty(rule, empty & batch.in_range, batch.group)
     loss_N = torch.where(empty, 0, lse_N) - positives
     if rule.empty == "zero":
         loss_N = torch.where(empty, 0, loss_N)
@@ -231,6 +231,7 @@ def with_value(surrogate: Tensor, value: Tensor) -> Tensor:
     return surrogate + (value - surrogate).detach()
 
 
-def _refuse_empty(rule: Rule, empty: Tensor) -> None:
-    if rule.empty == "error" and empty.any():
+def _refuse_empty(rule: Rule, empty: Tensor, group: dist.ProcessGroup | None) -> None:
+    """`group`: whose ranks see other samples each, and are to raise together."""
+    if rule.empty == "error" and all_sum(empty.sum(), group):
         raise ValueError("labels must hold at least two classes for a loss over negatives (empty='error'), got one")

@@ -24,7 +24,7 @@ ABSENT = -(2**63)
 def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
     """The process group a loss spans: "auto" is the default group when there is one, None is this rank alone.
 
-    Raises ValueError for another string, TypeError for anything that is not a group.
+    Raises ValueError for another string and on a rank outside the group, TypeError for anything that is not a group.
     """
     if group is None:
         return None
@@ -34,6 +34,8 @@ def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
         if not (dist.is_available() and dist.is_initialized()):
             return None
         group = dist.group.WORLD
+    elif group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group must have this rank as a member, got what new_group gives the other ranks")
     elif not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be 'auto', None or a process group, got {type(group).__name__}")
     return group if dist.get_world_size(group) > 1 else None

@@ -45,7 +45,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hypercontrast import _autograd, _checks, _supcon, blockwise, reference
-from hypercontrast._agreement import agree
+from hypercontrast._agreement import agree, ranks_of
 from hypercontrast._autograd import Rule
 from hypercontrast._ops import resolve_backend
 from hypercontrast.buffer import NegativeBuffer
@@ -294,7 +294,8 @@ def supcon_loss(
         singletons: anchors without positives: "exclude" leaves them out of the mean, "zero" counts them with a loss of
             zero, "error" raises ValueError (on a GPU this reads the device).
         queue: past samples of any rank, columns of every anchor and positives of those of their class. A
-            `NegativeBuffer` over the loss's group carries the gather of the batch as well.
+            `NegativeBuffer` over the loss's group carries the gather of the batch as well; for `normalize=False` it has
+            to be one of `normalize=False`.
         return_singletons: return (loss, how many of this rank's anchors had no positive) instead of the loss.
         The others, dtypes, errors: see the module's docstring.
 
@@ -317,6 +318,8 @@ def supcon_loss(
             raise ValueError("mask must be None with a queue or over several ranks: it says nothing of their samples")
         if views_alone and queue is not None:
             raise ValueError("labels must be given with a queue: without, no past sample can be told from this one")
+        if buffer is not None and process_group is not None:  # it carries the gather
+            _check_carrier(buffer, process_group, normalize)
         return resolve_backend(backend, features), _queued(queue, features)
 
     def described() -> str:
@@ -358,6 +361,15 @@ def supcon_loss(
     if reduction == "none":
         loss = loss.reshape(shape)
     return (loss, alone) if return_singletons else loss
+
+
+def _check_carrier(buffer: NegativeBuffer, group: dist.ProcessGroup, normalize: bool) -> None:
+    """What it gathers must be the loss's own columns: from the same ranks, and as long as the anchors are."""
+    of_buffer, of_loss = ranks_of(buffer.group), ranks_of(group)
+    if of_buffer != of_loss:
+        raise ValueError(f"queue must be a NegativeBuffer over the loss's ranks {of_loss}, got one over {of_buffer}")
+    if buffer.normalize and not normalize:
+        raise ValueError("queue must be a NegativeBuffer with normalize=False for normalize=False, got normalize=True")
 
 
 def _queued(queue: Queue, features: Tensor) -> tuple[Tensor, Tensor] | None:

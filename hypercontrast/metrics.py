@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hypercontrast import _checks
-from hypercontrast._agreement import agree
+from hypercontrast._agreement import agree, connected
 from hypercontrast.distributed import resolve_group
 from hypercontrast.reference import unit_rows
 
@@ -203,6 +203,7 @@ class NeuralCollapse:
         self._sums_KD.index_add_(0, y, u)
         self._moment_DD.addmm_(u.T, u)
 
+    @connected()
     @torch.no_grad()
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Make every rank hold the statistics of all ranks of `group` (None: the default group, if there is one).
@@ -210,7 +211,7 @@ class NeuralCollapse:
         Call it once, after the last `update`, on every rank; ranks may hold any number of samples, or none. Kept
         samples travel within one memory budget for all ranks together. The statistics must be on a device that
         the group's backend can reach (`device="cuda"` for NCCL). Raises ValueError on every rank when the ranks
-        disagree on num_classes, dim or the samples kept a class.
+        disagree on num_classes, dim or the samples kept a class, LostRankError if one ended or does not answer.
         """
         resolved = resolve_group("auto" if group is None else group)
         if resolved is None:

@@ -337,7 +337,8 @@ def dcl_loss(
         _check_values(temperature, features=features)
         return (
             f"dcl_loss of {features.dtype} features [n, 2, {features.shape[-1]}], reduction {reduction},"
-            f" normalize {normalize}, backend {chosen}, {_gradient(features, temperature)} gradient"
+            f" normalize {normalize}, backend {chosen}, {_gradient(features)} gradient of features,"
+            f" {_gradient(temperature)} of temperature"
         )
 
     if process_group is not None:
