@@ -65,8 +65,8 @@ def buffer(features=None, arguments=None, **shape):
     made.gather(z if features is None else features(z), y)
 
 
-def class_means(k=K, d=D, **_):
-    hc.ClassMeans(k, d).all_reduce()
+def class_means(k=K, d=D, options=None, **_):
+    hc.ClassMeans(k, d, **(options or {})).all_reduce()
 
 
 def collapse(k=K, d=D, **_):
@@ -111,6 +111,7 @@ CASES: list[tuple[str, str | dict]] = [
     *[(call, {"options": {"reduction": reduction}}) for call in LOSSES for reduction in ("sum", "none")],
     *[(call, {"options": {"normalize": False}}) for call in LOSSES],
     *[(call, {"options": {"temperature": 0.001}}) for call in PROTOTYPE],  # needs another collective
+    ("class means", {"options": {"mode": "ema"}}),
     ("nonl", {"options": {"anchor": "both"}}),
     ("supcon", {"options": {"variant": "in"}}),
     *[("buffer", {"arguments": {name: value}}) for name, value in (("dim", 5), ("batch", 9), ("queue", 2))],
