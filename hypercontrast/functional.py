@@ -28,7 +28,7 @@ What holds for every loss here
   about 1,000 of each other. A batch with nothing to average has a loss of zero.
 - Several ranks compare their calls before data moves. Where they differ in shape, dtype or options, in the order of
   calls, or one of them has bad input, every rank raises (over NCCL a rank may notice at its next call); LostRankError
-  if a rank ended or does not answer.
+  if a rank ended or does not answer. Options are compared by value; those that are tensors on a GPU by shape.
 - Errors. ValueError or TypeError naming argument, rule and value. Label range and finite norms are read on the CPU
   (a length above 1.8e19 has squares beyond float32); on a GPU an out-of-range label counts as ignored and is reported
   by a later call (from a captured CUDA graph by none), and a norm that is not finite gives a loss that is not.
@@ -36,6 +36,7 @@ What holds for every loss here
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -215,10 +216,10 @@ def _prototype_loss(
         bounded = blockwise.is_bounded(*_checks.split_temperature(options["temperature"]), options["normalize"])
         return (
             f"{name} of {features.dtype} features [n, {features.shape[1]}] and {prototypes.dtype}"
-            f" prototypes {list(prototypes.shape)}, {_own_options(own)}reduction {options['reduction']},"
-            f" backend {chosen},"
-            f" normalize {options['normalize']}, ignore_index {options['ignore_index']},"
-            f" weight {options['weight'] is not None}, {'small' if bounded else 'large or unknown'} logits,"
+            f" prototypes {list(prototypes.shape)}, {''.join(f'{k} {_told(v)}, ' for k, v in own.items())}"
+            f"temperature {_told(_checks.number(options['temperature']))}, reduction {options['reduction']},"
+            f" backend {chosen}, normalize {options['normalize']}, ignore_index {options['ignore_index']},"
+            f" weight {_told(options['weight'])}, {'small' if bounded else 'large or unknown'} logits,"
             f" {_gradient(features, prototypes, options['temperature'])} gradient"
         )
 
@@ -250,9 +251,18 @@ def _under(rule: Rule) -> Callable[..., Tensor]:
     return partial(_autograd.prototype_loss, rule=rule)
 
 
-def _own_options(options: dict[str, Any]) -> str:
-    """Of one loss alone, as ranks compare them: of a tensor its shape."""
-    return "".join(f"{k} {list(v.shape) if isinstance(v, Tensor) else v}, " for k, v in options.items())
+def _told(option: Any) -> str:
+    """An option as ranks compare it: a number to nine digits, since it may have been computed; a tensor's shape, and on
+    the CPU, where reading is free, its values.
+    """
+    if not isinstance(option, Tensor):
+        return f"{option:.9g}" if isinstance(option, (int, float)) else str(option)
+    if option.device.type != "cpu":
+        return f"tensor {list(option.shape)}"
+    values = option.detach().double()
+    if values.numel() == 1:
+        return f"tensor of {values.item():.9g}"
+    return f"tensor {list(values.shape)} with checksum {zlib.crc32(values.numpy().tobytes()):08x}"
 
 
 def supcon_loss(
@@ -329,7 +339,8 @@ def supcon_loss(
         _check_values(temperature, features=features, ref_features=ref_features, queue=past and past[0])
         return (
             f"supcon_loss of {features.dtype} features [n, {features.shape[-1]}]"
-            f" by {'views' if views_alone else 'labels'}, variant {variant}, singletons {singletons},"
+            f" by {'views' if views_alone else 'labels'}, temperature {_told(_checks.number(temperature))},"
+            f" base_temperature {_told(base_temperature)}, variant {variant}, singletons {singletons},"
             f" reduction {reduction}, normalize {normalize}, backend {chosen}, references {ref_features is not None},"
             f" gathered by {'a NegativeBuffer' if buffer else 'itself'}, {_gradient(features, temperature)} gradient"
         )

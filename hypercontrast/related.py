@@ -21,7 +21,7 @@ from hypercontrast import _autograd, _checks, _ops, blockwise, reference
 from hypercontrast._agreement import agree
 from hypercontrast._autograd import Rule, logaddexp, with_value
 from hypercontrast.distributed import GatherWithGrad, GroupLike, global_lse, resolve_group, row_counts, world_size
-from hypercontrast.functional import _check_group, _check_values, _gradient, _prototype_loss, resolve_backend
+from hypercontrast.functional import _check_group, _check_values, _gradient, _prototype_loss, _told, resolve_backend
 
 __all__ = ["arcface_loss", "cosface_loss", "dcl_loss", "ldam_margins", "logit_adjusted_loss", "proxy_anchor_loss"]
 
@@ -336,9 +336,9 @@ def dcl_loss(
         _check_group(process_group, chosen)
         _check_values(temperature, features=features)
         return (
-            f"dcl_loss of {features.dtype} features [n, 2, {features.shape[-1]}], reduction {reduction},"
-            f" normalize {normalize}, backend {chosen}, {_gradient(features)} gradient of features,"
-            f" {_gradient(temperature)} of temperature"
+            f"dcl_loss of {features.dtype} features [n, 2, {features.shape[-1]}],"
+            f" temperature {_told(_checks.number(temperature))}, reduction {reduction}, normalize {normalize},"
+            f" backend {chosen}, {_gradient(features)} gradient of features, {_gradient(temperature)} of temperature"
         )
 
     if process_group is not None:

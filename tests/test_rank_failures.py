@@ -111,6 +111,8 @@ CASES: list[tuple[str, str | dict]] = [
     *[(call, {"options": {"reduction": reduction}}) for call in LOSSES for reduction in ("sum", "none")],
     *[(call, {"options": {"normalize": False}}) for call in LOSSES],
     *[(call, {"options": {"temperature": 0.001}}) for call in PROTOTYPE],  # needs another collective
+    *[(call, {"options": {"temperature": 0.2}}) for call in LOSSES],
+    ("supcon", {"options": {"base_temperature": 0.07}}),
     ("class means", {"options": {"mode": "ema"}}),
     ("nonl", {"options": {"anchor": "both"}}),
     ("supcon", {"options": {"variant": "in"}}),
