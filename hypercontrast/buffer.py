@@ -210,17 +210,35 @@ class NegativeBuffer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a queue back. Raises ValueError for one of another size or dtype."""
-        if not 0 <= state["cursor"] < max(self.queue, 1):
-            raise ValueError(f"state's cursor must lie in [0, {self.queue}), got {state['cursor']}")
-        for name, own in zip(("features", "labels"), self.queued(), strict=True):
+        """Take a queue back, whole or not at all. Raises ValueError for a state of another size or dtype or with parts
+        missing, and for features that are not finite where they are on the CPU; TypeError for what is no state.
+        """
+        if not isinstance(state, dict):
+            raise TypeError(f"state must be a dict, got {type(state).__name__}")
+        if set(state) != {"features", "labels", "cursor"}:
+            raise ValueError(
+                f"state must hold features, labels and cursor, got {', '.join(map(str, state)) or 'nothing'}"
+            )
+        cursor, queued = state["cursor"], dict(zip(("features", "labels"), self.queued(), strict=True))
+        if isinstance(cursor, bool) or not isinstance(cursor, int):
+            raise TypeError(f"state's cursor must be an integer, got {type(cursor).__name__}")
+        if not 0 <= cursor < max(self.queue, 1):
+            raise ValueError(f"state's cursor must lie in [0, {self.queue}), got {cursor}")
+        for name, own in queued.items():
             kept = state[name]
+            if not isinstance(kept, Tensor):
+                raise TypeError(f"state's {name} must be a tensor, got {type(kept).__name__}")
             if kept.shape != own.shape or kept.dtype != own.dtype:
                 raise ValueError(
                     f"state must hold {name} {list(own.shape)} of {own.dtype}, got {list(kept.shape)} of {kept.dtype}"
                 )
-            own.copy_(kept)
-        self._cursor = state["cursor"]
+        features = state["features"]
+        if features.device.type == "cpu":
+            norms = features.norm(dim=1, dtype=_checks.accumulator(features))
+            _checks.check_finite_norms("state's features", norms)
+        for name, own in queued.items():
+            own.copy_(state[name])
+        self._cursor = cursor
 
     def _start(self, features: Tensor, labels: Tensor, header: int) -> dist.Work | None:
         """Pack into this rank's slot and start the collective. Returns what the host has to wait for, if anything."""
