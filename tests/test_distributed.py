@@ -172,6 +172,19 @@ def test_class_means_over_ranks(tmp_path):
     ranks.spawn(class_means, 3, tmp_path)
 
 
+def twice(rank, world):
+    """The gradient may be asked for with a graph; going through that is refused, as it is in one process."""
+    features, labels, _, _ = make_batch((4, 3))
+    z = features.split([4, 3])[rank].requires_grad_()
+    (once,) = torch.autograd.grad(hc.supcon_loss(z, labels.split([4, 3])[rank]), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="pair_lse_backward.* no autograd formula"):
+        torch.autograd.grad(once.sum(), z)
+
+
+def test_a_gradient_of_pairs_has_none_itself(tmp_path):
+    ranks.spawn(twice, 2, tmp_path)
+
+
 def test_default_group_of_one_is_no_group(tmp_path):
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
