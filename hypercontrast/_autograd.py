@@ -102,6 +102,8 @@ def prototype_loss(
             own_N = _ClassGather.apply(lse_K, labels, batch.in_range, ignore_index, backend)
             lse_N = logaddexp(col_lse, own_N) if rule.cols else own_N
         loss = _over_samples(rule, lse_N, positives, batch)
+    if batch.class_sums is not None:
+        class_means.add(*batch.class_sums)
     return loss.to(_checks.accumulator(features))
 
 
@@ -124,6 +126,7 @@ class Batch:
     weight: Tensor | None
     group: dist.ProcessGroup | None
     reduction: str
+    class_sums: tuple[Tensor, ...] | None  # for `class_means`, once the loss is there
 
 
 def statistics(
@@ -168,11 +171,12 @@ def statistics(
             learned, inv_temperature, ignore_index, True, False, rule.exclude_own, normalize, budget, backend,
         )  # fmt: skip
         row_lse = logaddexp(row_lse, past_lse)
+    class_sums = None
     if class_means is not None:
-        class_means.add(*_ops.class_sums(features.detach(), inv_norms, labels, num_classes, ignore_index, backend))
+        class_sums = _ops.class_sums(features.detach(), inv_norms, labels, num_classes, ignore_index, backend)
     dtype = positives.dtype  # what the O(N + K) arithmetic on them runs in
     a_N = in_range.to(dtype) if weight is None else weight.to(dtype)[class_of] * in_range
-    return row_lse, col_lse, positives, Batch(labels, in_range, a_N, counts, weight, group, reduction)
+    return row_lse, col_lse, positives, Batch(labels, in_range, a_N, counts, weight, group, reduction, class_sums)
 
 
 def _over_classes(rule: Rule, lse_K: Tensor, positive_total: Tensor, global_total: Tensor, batch: Batch) -> Tensor:

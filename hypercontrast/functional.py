@@ -22,7 +22,8 @@ What holds for every loss here
   "auto".
 - `class_means`: a `ClassMeans` to update with this rank's batch from the norms computed anyway.
 - `queue`: past features as further columns of the log-sum-exps: a `NegativeBuffer`, or a pair (features [Q, D], labels
-  [Q]). They are constants and no anchors, count in no n_c and no mean. The loss only reads it; push after the backward.
+  [Q]), in places not yet used anything finite and `NegativeBuffer.ABSENT`. They are constants and no anchors, count in
+  no n_c and no mean. The loss only reads it; push after the backward.
 - Special cases. A feature or prototype no longer than 1e-12 has no direction: its logits are zero, its gradient is
   zero. Lengths up to 1e12 cost no accuracy; in float16 on a GPU, as long as those of one batch lie within a factor of
   about 1,000 of each other. A batch with nothing to average has a loss of zero.
@@ -230,11 +231,12 @@ def _prototype_loss(
         if features.device.type == "cpu":
             _checks.check_label_range(labels, len(prototypes), options["ignore_index"])
         _check_values(options["temperature"], features=features, prototypes=prototypes)
-        if class_means is not None:
-            class_means.update(features.detach(), labels, ignore_index=options["ignore_index"])
         if past is not None:
             options["queue"] = _present(past)
-        return specification(features, prototypes, labels, **options)
+        loss = specification(features, prototypes, labels, **options)
+        if class_means is not None:
+            class_means.update(features.detach(), labels, ignore_index=options["ignore_index"])
+        return loss
     return compute(
         features,
         prototypes,
@@ -392,8 +394,8 @@ def _queued(queue: Queue, features: Tensor) -> tuple[Tensor, Tensor] | None:
         raise TypeError(f"queue must be a NegativeBuffer or a pair (features, labels), got {type(queue).__name__}")
     _checks.check_queue(past, features)
     if _values_can_be_read(past[0]) and not isinstance(queue, NegativeBuffer):  # which has checked what it took
-        used, _ = _present(past)
-        _checks.check_finite_norms("queue", used.norm(dim=1, dtype=_checks.accumulator(used)))
+        # Places not yet used too: kernels multiply by them, and NaN times zero is NaN.
+        _checks.check_finite_norms("queue", past[0].norm(dim=1, dtype=_checks.accumulator(past[0])))
     return past
 
 

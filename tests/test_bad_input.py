@@ -142,6 +142,11 @@ QUEUED = [  # of ntce_loss and nonl_loss
     ((torch.randn(2, 5, requires_grad=True), torch.tensor([0, 1])), ValueError, "queue must not require a gradient"),
     ((torch.full((2, 5), NAN), torch.tensor([0, 1])), ValueError, "queue must have finite norms, got nan in row 0"),
     ((torch.full((2, 5), INF), torch.tensor([0, 1])), ValueError, "queue must have finite norms, got inf in row 0"),
+    (
+        (with_value(torch.randn(2, 5), (1, 1), NAN), torch.tensor([0, hc.NegativeBuffer.ABSENT])),
+        ValueError,
+        "queue must have finite norms, got nan in row 1",
+    ),
     ((torch.randn(2, 5, device="meta"), torch.tensor([0, 1])), ValueError, "queue must be on the features' device cpu"),
 ]
 SUPCON = [
@@ -161,6 +166,7 @@ SUPCON = [
     ({"ref_features": torch.full((2, 5), NAN), "ref_labels": torch.tensor([0, 1])}, ValueError, "ref_features must have finite norms, got nan in row 0"),
     ({"ref_features": torch.randn(2, 5).double(), "ref_labels": torch.tensor([0, 1])}, TypeError, "ref_features must be float64 exactly when features are"),
     ({"queue": (torch.full((2, 5), NAN), torch.tensor([0, 1]))}, ValueError, "queue must have finite norms, got nan in row 0"),
+    ({"queue": (torch.full((2, 5), NAN), torch.full((2,), hc.NegativeBuffer.ABSENT))}, ValueError, "queue must have finite norms, got nan in row 0"),
     ({"temperature": 0}, ValueError, "temperature must be positive and finite, got 0"),
     ({"base_temperature": -1}, ValueError, "base_temperature must be positive and finite, got -1"),
     ({"base_temperature": "1"}, TypeError, "base_temperature must be a number or None, got str"),
