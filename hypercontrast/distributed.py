@@ -106,8 +106,8 @@ def gather_rows(x: Tensor, rows: list[int], group: dist.ProcessGroup) -> Tensor:
     slot = x.new_zeros(max(rows), *x.shape[1:])
     slot[: x.shape[0]] = x
     slots = slot.new_empty(len(rows) * max(rows), *x.shape[1:])
-    with connected():
-        dist.all_gather_into_tensor(slots, slot, group=group)
+    with connected():  # as bytes, since a backend does not know every dtype
+        dist.all_gather_into_tensor(slots.view(torch.uint8), slot.view(torch.uint8), group=group)
     slots = slots.unflatten(0, (len(rows), max(rows)))
     return torch.cat([slot[:n] for slot, n in zip(slots, rows, strict=True)])
 
@@ -156,8 +156,8 @@ def gather_with_grad(x: Tensor, group: GroupLike = "auto") -> Tensor:
     tells whether a loss of your own is right.
 
     Args:
-        x: [n, ...], any number of rows on each rank, none included; any dtype the backend can send, integer labels
-            too. It travels in its own dtype; gradients add up in float32 at least.
+        x: [n, ...], any number of rows on each rank, none included; of any dtype, integer labels too. It travels in its
+            own dtype; gradients add up in float32 at least.
         group: the ranks to gather from; "auto" is the default group if there is one. A rank alone gets x back.
 
     The row counts are exchanged first, which makes the host wait for the device. The backward is a collective too:

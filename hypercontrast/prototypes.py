@@ -17,7 +17,7 @@ from hypercontrast.distributed import resolve_group
 from hypercontrast.reference import unit_rows
 
 
-def _check_sizes(dim: int, num_classes: int) -> None:
+def check_sizes(dim: int, num_classes: int) -> None:
     if any(isinstance(size, bool) or not isinstance(size, int) for size in (dim, num_classes)):
         raise TypeError(f"dim and num_classes must be integers, got {dim!r} and {num_classes!r}")
     if dim < 1 or num_classes < 1:
@@ -34,7 +34,7 @@ def simplex_etf(num_classes: int, dim: int, *, generator: torch.Generator | None
 
     K = 1 gives one random unit vector. Raises ValueError when dim < num_classes - 1.
     """
-    _check_sizes(dim, num_classes)
+    check_sizes(dim, num_classes)
     if dim < num_classes - 1:
         raise ValueError(f"dim must be at least num_classes - 1 = {num_classes - 1} for a simplex ETF, got {dim}")
     if num_classes == 1:
@@ -64,7 +64,7 @@ class PrototypeHead(nn.Module):
 
     def __init__(self, dim: int, num_classes: int, neck: str | None = None, *, fixed_etf: bool = False) -> None:
         super().__init__()
-        _check_sizes(dim, num_classes)
+        check_sizes(dim, num_classes)
         self.dim = dim
         if neck is None:
             self.neck: nn.Module = nn.Identity()
@@ -107,7 +107,7 @@ class ClassMeans(nn.Module):
 
     def __init__(self, num_classes: int, dim: int, *, mode: str = "mean", momentum: float = 0.9) -> None:
         super().__init__()
-        _check_sizes(dim, num_classes)
+        check_sizes(dim, num_classes)
         _checks.check_option("mode", mode, ("mean", "ema"))
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {momentum}")

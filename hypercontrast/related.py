@@ -94,6 +94,8 @@ def ldam_margins(counts: Tensor, max_margin: float = 0.5) -> Tensor:
     if bad.any():
         c = int(bad.nonzero()[0])
         raise ValueError(f"counts must be positive and finite, got {counts[c].item()} for class {c}")
+    if isinstance(max_margin, bool) or not isinstance(max_margin, (int, float)):
+        raise TypeError(f"max_margin must be a number, got {type(max_margin).__name__}")
     if not 0 < max_margin < math.inf:
         raise ValueError(f"max_margin must be positive and finite, got {max_margin}")
     return (max_margin * (wide.min() / wide) ** 0.25).to(counts.device, torch.float32)

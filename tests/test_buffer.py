@@ -387,10 +387,19 @@ def check_disagreements(rank, world, errors):
     attempt(errors, "order", lambda: pair[rank == 0].gather(*samples(2, 3)), expected=expected)
 
 
+def check_destroyed_group(rank, world, errors):
+    group = dist.new_group(list(range(world)))
+    b = hc.NegativeBuffer(3, 4, group=group)
+    dist.destroy_process_group(group)
+    expected = (ValueError, "group must exist, got one that destroy_process_group has ended")
+    attempt(errors, "destroyed", lambda: b.gather(*samples(2, 3)), expected=expected)
+
+
 def worker(rank, world):
     errors = []
     check_gathers(rank, world, errors)
     check_disagreements(rank, world, errors)
+    check_destroyed_group(rank, world, errors)
     return errors
 
 

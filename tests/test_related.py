@@ -572,6 +572,7 @@ BAD = {
     "a list of counts": (TypeError, "counts must be a tensor, got list", lambda: hc.ldam_margins([3, 4])),
     "counts of pairs": (ValueError, r"counts must have shape \[K\], one class each", lambda: hc.ldam_margins(torch.ones(2, 2))),
     "no largest margin": (ValueError, "max_margin must be positive and finite, got 0", lambda: hc.ldam_margins(torch.ones(2), 0)),
+    "a largest margin of text": (TypeError, "max_margin must be a number, got str", lambda: hc.ldam_margins(torch.ones(2), "a")),
     "one view": (ValueError, r"features must have shape \[B, 2, D\], got \[4, 3\]", lambda: hc.dcl_loss(Z)),
     "three views": (ValueError, r"features must have shape \[B, 2, D\], got \[4, 3, 3\]", lambda: hc.dcl_loss(torch.randn(4, 3, 3))),
     "views of integers": (TypeError, "features must be float32", lambda: hc.dcl_loss(V.long())),
