@@ -114,14 +114,15 @@ def _unchanged(encoder: Callable) -> Iterator[None]:
     """
     buffers = list(encoder.buffers()) if isinstance(encoder, nn.Module) else []
     before = [buffer.clone() for buffer in buffers]
-    broadcasts = encoder.require_forward_param_sync if isinstance(encoder, DistributedDataParallel) else None
+    ddp = encoder if isinstance(encoder, DistributedDataParallel) else None
+    broadcasts = ddp is not None and ddp.require_forward_param_sync
     try:
         yield
     finally:
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
-        if broadcasts is not None:
-            encoder.require_forward_param_sync = broadcasts
+        if ddp is not None:
+            ddp.require_forward_param_sync = broadcasts
 
 
 def _without_sync(encoder: Callable) -> AbstractContextManager:
