@@ -18,6 +18,7 @@ from torch import Tensor
 
 HEADER = 512  # bytes that say what call a rank makes; longer words are cut
 REFUSED = "!"  # begins the words of a rank that cannot make its call
+WAITED_FOR = 256  # words on a GPU, each kept there
 
 _sent: dict[tuple[str, str], Tensor] = {}  # headers on a GPU, by group and words
 _calls = 0
@@ -63,11 +64,13 @@ def agree(describe: Callable[[], str], group: dist.ProcessGroup, like: Any) -> N
     A rank that `describe` raises on raises just that, the others a ValueError that quotes it; where the words differ,
     every rank raises ValueError. No rank is then ahead of another, so the next call finds them in step.
 
-    The collective runs where `like` lives. On a GPU the host waits for it only where the words are new to this rank;
-    else another rank's error is raised by a later call.
+    The collective runs where `like` lives. On a GPU the host waits for it only where the words are new to this rank,
+    and no longer once it has met many (a temperature on a schedule has new ones every step); else another rank's error
+    is raised by a later call.
     """
     if torch.compiler.is_compiling():  # strings are no part of a graph: compiled calls are not compared
         return
+    world = len(ranks_of(group))
     global _calls
     _calls += 1
     error: Exception | None = None
@@ -77,8 +80,8 @@ def agree(describe: Callable[[], str], group: dist.ProcessGroup, like: Any) -> N
         words, error = f"{REFUSED}{type(refusal).__name__}: {refusal}", refusal
     device = _carried(like, group)
     known = _sent.get((group.group_name, words))
-    mine = _encoded(words).to(device) if known is None else known
-    told = mine.new_empty(dist.get_world_size(group) * HEADER)
+    mine = _on(device, _encoded(words)) if known is None else known
+    told = mine.new_empty(world * HEADER)
     with connected():
         dist.all_gather_into_tensor(told, mine, group=group)
     if error is not None:
@@ -86,7 +89,7 @@ def agree(describe: Callable[[], str], group: dist.ProcessGroup, like: Any) -> N
     told = told.view(-1, HEADER)
     if device.type == "cpu":
         _compare(told)
-    elif known is None and not torch.cuda.is_current_stream_capturing():
+    elif known is None and len(_sent) < WAITED_FOR and not torch.cuda.is_current_stream_capturing():
         _sent[group.group_name, words] = mine
         _compare(told.cpu())
     else:
@@ -104,9 +107,21 @@ def _carried(like: Any, group: dist.ProcessGroup) -> torch.device:
     return torch.device("cpu") if backends.get(device.type) == "gloo" else device
 
 
+def ranks_of(group: dist.ProcessGroup | None) -> list[int]:
+    """The global ranks of a group. Raises ValueError for one that is no more."""
+    try:
+        return dist.get_process_group_ranks(group)
+    except KeyError:
+        raise ValueError("group must exist, got one that destroy_process_group has ended") from None
+
+
 def carriers(group: dist.ProcessGroup | None) -> dict[str, str]:
     """Which backend carries which type of device: {"cpu": "gloo", "cuda": "nccl"}."""
     return {} if group is None else dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+
+
+def _on(device: torch.device, header: Tensor) -> Tensor:
+    return header if device.type == "cpu" else header.pin_memory().to(device, non_blocking=True)
 
 
 def _encoded(words: str) -> Tensor:

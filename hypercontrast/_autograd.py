@@ -102,6 +102,8 @@ def prototype_loss(
             own_N = _ClassGather.apply(lse_K, labels, batch.in_range, ignore_index, backend)
             lse_N = logaddexp(col_lse, own_N) if rule.cols else own_N
         loss = _over_samples(rule, lse_N, positives, batch)
+    if batch.class_sums is not None:
+        class_means.add(*batch.class_sums)
     return loss.to(_checks.accumulator(features))
 
 
@@ -124,6 +126,7 @@ class Batch:
     weight: Tensor | None
     group: dist.ProcessGroup | None
     reduction: str
+    class_sums: tuple[Tensor, ...] | None  # for `class_means`, once the loss is there
 
 
 def statistics(
@@ -168,11 +171,12 @@ def statistics(
             learned, inv_temperature, ignore_index, True, False, rule.exclude_own, normalize, budget, backend,
         )  # fmt: skip
         row_lse = logaddexp(row_lse, past_lse)
+    class_sums = None
     if class_means is not None:
-        class_means.add(*_ops.class_sums(features.detach(), inv_norms, labels, num_classes, ignore_index, backend))
+        class_sums = _ops.class_sums(features.detach(), inv_norms, labels, num_classes, ignore_index, backend)
     dtype = positives.dtype  # what the O(N + K) arithmetic on them runs in
     a_N = in_range.to(dtype) if weight is None else weight.to(dtype)[class_of] * in_range
-    return row_lse, col_lse, positives, Batch(labels, in_range, a_N, counts, weight, group, reduction)
+    return row_lse, col_lse, positives, Batch(labels, in_range, a_N, counts, weight, group, reduction, class_sums)
 
 
 def _over_classes(rule: Rule, lse_K: Tensor, positive_total: Tensor, global_total: Tensor, batch: Batch) -> Tensor:
@@ -181,7 +185,7 @@ def _over_classes(rule: Rule, lse_K: Tensor, positive_total: Tensor, global_tota
     """
     a_K = batch.counts.to(lse_K.dtype) if batch.weight is None else batch.counts * batch.weight.to(lse_K.dtype)
     present, empty = batch.counts > 0, lse_K == -torch.inf
-    _refuse_empty(rule, present & empty)
+    _refuse_empty(rule, present & empty, None)
     lse_total = (a_K * torch.where(present & ~empty, lse_K, 0)).sum()
     if rule.empty == "zero":  # a class without negatives is the only one there is: all samples drop out, or none
         nothing = (present & empty).any()
@@ -196,7 +200,7 @@ def _over_classes(rule: Rule, lse_K: Tensor, positive_total: Tensor, global_tota
 def _over_samples(rule: Rule, lse_N: Tensor, positives: Tensor, batch: Batch) -> Tensor:
     """(1/M) Σ_j a_j (ℓ_j - s_j), or its terms."""
     empty = lse_N == -torch.inf
-    _refuse_empty(rule, empty & batch.in_range)
+    _refuse_empty(rule, empty & batch.in_range, batch.group)
     loss_N = torch.where(empty, 0, lse_N) - positives
     if rule.empty == "zero":
         loss_N = torch.where(empty, 0, loss_N)
@@ -231,6 +235,7 @@ def with_value(surrogate: Tensor, value: Tensor) -> Tensor:
     return surrogate + (value - surrogate).detach()
 
 
-def _refuse_empty(rule: Rule, empty: Tensor) -> None:
-    if rule.empty == "error" and empty.any():
+def _refuse_empty(rule: Rule, empty: Tensor, group: dist.ProcessGroup | None) -> None:
+    """`group`: whose ranks see other samples each, and are to raise together."""
+    if rule.empty == "error" and all_sum(empty.sum(), group):
         raise ValueError("labels must hold at least two classes for a loss over negatives (empty='error'), got one")

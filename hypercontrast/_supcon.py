@@ -167,7 +167,8 @@ class _GlobalPairs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_lse, grad_positives):
         features, learned, columns, ids, column_ids, lse, positives, inv_features, inv_columns = ctx.saved_tensors
-        side = [lse, grad_lse, positives, grad_positives]
+        # Constants: with create_graph=True they would bring a graph into a collective's memory.
+        side = [x.detach() for x in (lse, grad_lse, positives, grad_positives)]
         agree(lambda: "backward of supcon_loss", ctx.group, features)
         column_side = gather_rows(torch.stack(side, 1), ctx.rows, ctx.group).unbind(1)
         grad, logit_grad_sum = _pair_ops.pair_lse_backward(

@@ -50,15 +50,25 @@ def accumulate_exact(
         The loss, detached.
 
     Raises:
-        ValueError: without chunks; when the features are not the same both times (the gradients are then useless).
+        ValueError: without chunks; when the features have no gradient, or are not the same both times (the gradients
+            are then useless); for a loss that is no scalar.
+        TypeError: for a loss that is no tensor.
+        RuntimeError: under `torch.no_grad()`.
     """
+    if not torch.is_grad_enabled():
+        raise RuntimeError("accumulate_exact must be called with gradients enabled, got it under no_grad()")
     if not len(chunks):
         raise ValueError("chunks must hold at least one, got none")
     parameters = [p for p in parameters if p.requires_grad]
     features, random_states = _encode_without_graph(encoder, chunks)
     everything = torch.cat(features).requires_grad_()
-    with torch.enable_grad():
-        loss = loss_fn(everything)
+    loss = loss_fn(everything)
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss_fn must return a tensor, got {type(loss).__name__}")
+    if loss.dim() != 0:
+        raise ValueError(f"loss_fn must return a scalar, got {list(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError("loss_fn must depend on the features it is given, got a loss without their gradient")
     grad_features, *grad_parameters = torch.autograd.grad(loss, [everything, *parameters], allow_unused=True)
     if grad_features is None:
         raise ValueError("loss_fn must depend on the features it is given, got a loss without their gradient")
@@ -71,6 +81,8 @@ def accumulate_exact(
         _set_random_state(state)
         with nullcontext() if last else _without_sync(encoder):
             again = _encode(encoder, chunk)
+            if not again.requires_grad:
+                raise ValueError("encoder must give features with a gradient, got a frozen one")
             roots = [(again, grad), *(used if last else [])]
             torch.autograd.backward([root for root, _ in roots], [g for _, g in roots])
         if len(first):
@@ -88,7 +100,7 @@ def _encode(encoder: Callable[..., Tensor], chunk: Any) -> Tensor:
 def _encode_without_graph(encoder: Callable[..., Tensor], chunks: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
     """Every chunk's features, and the random state each started from."""
     features, states = [], []
-    with _unchanged_buffers(encoder), _without_sync(encoder):
+    with _unchanged(encoder), _without_sync(encoder):
         for chunk in chunks:
             states.append(_random_state())
             features.append(_encode(encoder, chunk))
@@ -96,12 +108,21 @@ def _encode_without_graph(encoder: Callable[..., Tensor], chunks: Sequence[Any])
 
 
 @contextmanager
-def _unchanged_buffers(encoder: Callable) -> Iterator[None]:
+def _unchanged(encoder: Callable) -> Iterator[None]:
+    """Put back a module's buffers, and whether DDP's next forward will have those of rank 0, as the first one here may
+    have had: both passes then begin with the same.
+    """
     buffers = list(encoder.buffers()) if isinstance(encoder, nn.Module) else []
     before = [buffer.clone() for buffer in buffers]
-    yield
-    for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(value)
+    ddp = encoder if isinstance(encoder, DistributedDataParallel) else None
+    broadcasts = ddp is not None and ddp.require_forward_param_sync
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        if ddp is not None:
+            ddp.require_forward_param_sync = broadcasts
 
 
 def _without_sync(encoder: Callable) -> AbstractContextManager:

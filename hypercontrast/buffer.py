@@ -110,13 +110,14 @@ class NegativeBuffer:
         group: GroupLike = "auto",
         normalize: bool = True,
     ) -> None:
-        device = torch.get_default_device() if device is None else torch.device(device)
+        device = torch.get_default_device() if device is None else device
         self.group = resolve_group(group)
         backends = carriers(self.group)
         error = _argument_error(dim, batch, queue, dtype, normalize, device, backends)
         self._signature = 0
         if self.group is not None:
-            arguments = dict(dim=dim, batch=batch, queue=queue, dtype=dtype, normalize=normalize, device=device.type)
+            kind = None if error else torch.device(device).type
+            arguments = dict(dim=dim, batch=batch, queue=queue, dtype=dtype, normalize=normalize, device=kind)
             self._signature = _agree(arguments, error, self.group)
         elif error is not None:
             raise error
@@ -155,9 +156,8 @@ class NegativeBuffer:
     @torch.no_grad()
     def gather_async(self, features: Tensor, labels: Tensor) -> Gathering:
         """Start a gather, on a GPU on a stream of its own; `wait()` on the result ends it. One at a time."""
-        self._check_idle("gather")
         self._watch.check_arrived()
-        error = self._sample_error(features, labels, limit=self.batch)
+        error = self._idle_error("gather") or self._sample_error(features, labels, limit=self.batch)
         if error is not None and self.group is None:
             raise error
         if self.group is not None and self._by_gloo:
@@ -182,7 +182,8 @@ class NegativeBuffer:
         Of a gather the queue keeps whole slots, absent rows included, so that no rank's count needs to be known. Given
         samples are features [m, D] raw and labels [m] int64, any number of them. The newest `queue` rows stay.
         """
-        self._check_idle("push")
+        if (busy := self._idle_error("push")) is not None:
+            raise busy
         normalize = self.normalize
         if features is None and labels is None:
             if self._calls == 0:
@@ -209,17 +210,35 @@ class NegativeBuffer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a queue back. Raises ValueError for one of another size or dtype."""
-        if not 0 <= state["cursor"] < max(self.queue, 1):
-            raise ValueError(f"state's cursor must lie in [0, {self.queue}), got {state['cursor']}")
-        for name, own in zip(("features", "labels"), self.queued(), strict=True):
+        """Take a queue back, whole or not at all. Raises ValueError for a state of another size or dtype or with parts
+        missing, and for features that are not finite where they are on the CPU; TypeError for what is no state.
+        """
+        if not isinstance(state, dict):
+            raise TypeError(f"state must be a dict, got {type(state).__name__}")
+        if set(state) != {"features", "labels", "cursor"}:
+            raise ValueError(
+                f"state must hold features, labels and cursor, got {', '.join(map(str, state)) or 'nothing'}"
+            )
+        cursor, queued = state["cursor"], dict(zip(("features", "labels"), self.queued(), strict=True))
+        if isinstance(cursor, bool) or not isinstance(cursor, int):
+            raise TypeError(f"state's cursor must be an integer, got {type(cursor).__name__}")
+        if not 0 <= cursor < max(self.queue, 1):
+            raise ValueError(f"state's cursor must lie in [0, {self.queue}), got {cursor}")
+        for name, own in queued.items():
             kept = state[name]
+            if not isinstance(kept, Tensor):
+                raise TypeError(f"state's {name} must be a tensor, got {type(kept).__name__}")
             if kept.shape != own.shape or kept.dtype != own.dtype:
                 raise ValueError(
                     f"state must hold {name} {list(own.shape)} of {own.dtype}, got {list(kept.shape)} of {kept.dtype}"
                 )
-            own.copy_(kept)
-        self._cursor = state["cursor"]
+        features = state["features"]
+        if features.device.type == "cpu":
+            norms = features.norm(dim=1, dtype=_checks.accumulator(features))
+            _checks.check_finite_norms("state's features", norms)
+        for name, own in queued.items():
+            own.copy_(state[name])
+        self._cursor = cursor
 
     def _start(self, features: Tensor, labels: Tensor, header: int) -> dist.Work | None:
         """Pack into this rank's slot and start the collective. Returns what the host has to wait for, if anything."""
@@ -274,9 +293,10 @@ class NegativeBuffer:
         self._side.wait_stream(torch.cuda.current_stream(self.device))
         return torch.cuda.stream(self._side)
 
-    def _check_idle(self, call: str) -> None:
-        if self._pending is not None:
-            raise RuntimeError(f"{call} must come after wait() of the gather under way")
+    def _idle_error(self, call: str) -> Exception | None:
+        if self._pending is None:
+            return None
+        return RuntimeError(f"{call} must come after wait() of the gather under way")
 
     def _sample_error(self, features: Any, labels: Any, limit: int | None) -> Exception | None:
         """What is wrong with samples to be stored. Values are read off-GPU only."""
@@ -377,7 +397,7 @@ def _check_headers(headers: list[int], expected: int) -> None:
 
 
 def _argument_error(
-    dim: Any, batch: Any, queue: Any, dtype: Any, normalize: Any, device: torch.device, carriers: dict[str, str]
+    dim: Any, batch: Any, queue: Any, dtype: Any, normalize: Any, device: Any, carriers: dict[str, str]
 ) -> Exception | None:
     for name, value, least in (("dim", dim, 1), ("batch", batch, 1), ("queue", queue, 0)):
         if isinstance(value, bool) or not isinstance(value, int):
@@ -388,7 +408,11 @@ def _argument_error(
         return TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
     if not isinstance(normalize, bool):
         return TypeError(f"normalize must be True or False, got {normalize!r}")
-    if carriers and device.type not in carriers:
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        return ValueError(f"device must be one that torch knows, got {device!r}")
+    if carriers and kind not in carriers:
         return ValueError(f"device must be one that the group carries, {' or '.join(carriers)}, got {device}")
     return None
 
@@ -401,7 +425,8 @@ def _agree(arguments: dict[str, Any], error: Exception | None, group: dist.Proce
     agree(lambda: "NegativeBuffer()", group, None)
     told: list[Any] = [None] * dist.get_world_size(group)
     mine = (NegativeBuffer._next_serial, error and str(error), None if error else arguments)
-    dist.all_gather_object(told, mine, group=group)
+    with connected():
+        dist.all_gather_object(told, mine, group=group)
     serial = max(serial for serial, *_ in told)
     NegativeBuffer._next_serial = serial + 1
     if error is not None:

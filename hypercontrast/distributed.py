@@ -24,7 +24,7 @@ ABSENT = -(2**63)
 def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
     """The process group a loss spans: "auto" is the default group when there is one, None is this rank alone.
 
-    Raises ValueError for another string, TypeError for anything that is not a group.
+    Raises ValueError for another string and on a rank outside the group, TypeError for anything that is not a group.
     """
     if group is None:
         return None
@@ -34,6 +34,8 @@ def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
         if not (dist.is_available() and dist.is_initialized()):
             return None
         group = dist.group.WORLD
+    elif group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group must have this rank as a member, got what new_group gives the other ranks")
     elif not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be 'auto', None or a process group, got {type(group).__name__}")
     return group if dist.get_world_size(group) > 1 else None
@@ -104,8 +106,8 @@ def gather_rows(x: Tensor, rows: list[int], group: dist.ProcessGroup) -> Tensor:
     slot = x.new_zeros(max(rows), *x.shape[1:])
     slot[: x.shape[0]] = x
     slots = slot.new_empty(len(rows) * max(rows), *x.shape[1:])
-    with connected():
-        dist.all_gather_into_tensor(slots, slot, group=group)
+    with connected():  # as bytes, since a backend does not know every dtype
+        dist.all_gather_into_tensor(slots.view(torch.uint8), slot.view(torch.uint8), group=group)
     slots = slots.unflatten(0, (len(rows), max(rows)))
     return torch.cat([slot[:n] for slot, n in zip(slots, rows, strict=True)])
 
@@ -154,8 +156,8 @@ def gather_with_grad(x: Tensor, group: GroupLike = "auto") -> Tensor:
     tells whether a loss of your own is right.
 
     Args:
-        x: [n, ...], any number of rows on each rank, none included; any dtype the backend can send, integer labels
-            too. It travels in its own dtype; gradients add up in float32 at least.
+        x: [n, ...], any number of rows on each rank, none included; of any dtype, integer labels too. It travels in its
+            own dtype; gradients add up in float32 at least.
         group: the ranks to gather from; "auto" is the default group if there is one. A rank alone gets x back.
 
     The row counts are exchanged first, which makes the host wait for the device. The backward is a collective too:

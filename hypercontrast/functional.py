@@ -22,13 +22,14 @@ What holds for every loss here
   "auto".
 - `class_means`: a `ClassMeans` to update with this rank's batch from the norms computed anyway.
 - `queue`: past features as further columns of the log-sum-exps: a `NegativeBuffer`, or a pair (features [Q, D], labels
-  [Q]). They are constants and no anchors, count in no n_c and no mean. The loss only reads it; push after the backward.
+  [Q]), in places not yet used anything finite and `NegativeBuffer.ABSENT`. They are constants and no anchors, count in
+  no n_c and no mean. The loss only reads it; push after the backward.
 - Special cases. A feature or prototype no longer than 1e-12 has no direction: its logits are zero, its gradient is
   zero. Lengths up to 1e12 cost no accuracy; in float16 on a GPU, as long as those of one batch lie within a factor of
   about 1,000 of each other. A batch with nothing to average has a loss of zero.
 - Several ranks compare their calls before data moves. Where they differ in shape, dtype or options, in the order of
   calls, or one of them has bad input, every rank raises (over NCCL a rank may notice at its next call); LostRankError
-  if a rank ended or does not answer.
+  if a rank ended or does not answer. Options are compared by value; those that are tensors on a GPU by shape.
 - Errors. ValueError or TypeError naming argument, rule and value. Label range and finite norms are read on the CPU
   (a length above 1.8e19 has squares beyond float32); on a GPU an out-of-range label counts as ignored and is reported
   by a later call (from a captured CUDA graph by none), and a norm that is not finite gives a loss that is not.
@@ -36,6 +37,7 @@ What holds for every loss here
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -45,7 +47,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hypercontrast import _autograd, _checks, _supcon, blockwise, reference
-from hypercontrast._agreement import agree
+from hypercontrast._agreement import agree, ranks_of
 from hypercontrast._autograd import Rule
 from hypercontrast._ops import resolve_backend
 from hypercontrast.buffer import NegativeBuffer
@@ -215,10 +217,10 @@ def _prototype_loss(
         bounded = blockwise.is_bounded(*_checks.split_temperature(options["temperature"]), options["normalize"])
         return (
             f"{name} of {features.dtype} features [n, {features.shape[1]}] and {prototypes.dtype}"
-            f" prototypes {list(prototypes.shape)}, {_own_options(own)}reduction {options['reduction']},"
-            f" backend {chosen},"
-            f" normalize {options['normalize']}, ignore_index {options['ignore_index']},"
-            f" weight {options['weight'] is not None}, {'small' if bounded else 'large or unknown'} logits,"
+            f" prototypes {list(prototypes.shape)}, {''.join(f'{k} {_told(v)}, ' for k, v in own.items())}"
+            f"temperature {_told(_checks.number(options['temperature']))}, reduction {options['reduction']},"
+            f" backend {chosen}, normalize {options['normalize']}, ignore_index {options['ignore_index']},"
+            f" weight {_told(options['weight'])}, {'small' if bounded else 'large or unknown'} logits,"
             f" {_gradient(features, prototypes, options['temperature'])} gradient"
         )
 
@@ -229,11 +231,12 @@ def _prototype_loss(
         if features.device.type == "cpu":
             _checks.check_label_range(labels, len(prototypes), options["ignore_index"])
         _check_values(options["temperature"], features=features, prototypes=prototypes)
-        if class_means is not None:
-            class_means.update(features.detach(), labels, ignore_index=options["ignore_index"])
         if past is not None:
             options["queue"] = _present(past)
-        return specification(features, prototypes, labels, **options)
+        loss = specification(features, prototypes, labels, **options)
+        if class_means is not None:
+            class_means.update(features.detach(), labels, ignore_index=options["ignore_index"])
+        return loss
     return compute(
         features,
         prototypes,
@@ -250,9 +253,18 @@ def _under(rule: Rule) -> Callable[..., Tensor]:
     return partial(_autograd.prototype_loss, rule=rule)
 
 
-def _own_options(options: dict[str, Any]) -> str:
-    """Of one loss alone, as ranks compare them: of a tensor its shape."""
-    return "".join(f"{k} {list(v.shape) if isinstance(v, Tensor) else v}, " for k, v in options.items())
+def _told(option: Any) -> str:
+    """An option as ranks compare it: a number to nine digits, since it may have been computed; a tensor's shape, and on
+    the CPU, where reading is free, its values.
+    """
+    if not isinstance(option, Tensor):
+        return f"{option:.9g}" if isinstance(option, (int, float)) else str(option)
+    if option.device.type != "cpu":
+        return f"tensor {list(option.shape)}"
+    values = option.detach().double()
+    if values.numel() == 1:
+        return f"tensor of {values.item():.9g}"
+    return f"tensor {list(values.shape)} with checksum {zlib.crc32(values.numpy().tobytes()):08x}"
 
 
 def supcon_loss(
@@ -294,7 +306,8 @@ def supcon_loss(
         singletons: anchors without positives: "exclude" leaves them out of the mean, "zero" counts them with a loss of
             zero, "error" raises ValueError (on a GPU this reads the device).
         queue: past samples of any rank, columns of every anchor and positives of those of their class. A
-            `NegativeBuffer` over the loss's group carries the gather of the batch as well.
+            `NegativeBuffer` over the loss's group carries the gather of the batch as well; for `normalize=False` it has
+            to be one of `normalize=False`.
         return_singletons: return (loss, how many of this rank's anchors had no positive) instead of the loss.
         The others, dtypes, errors: see the module's docstring.
 
@@ -317,6 +330,8 @@ def supcon_loss(
             raise ValueError("mask must be None with a queue or over several ranks: it says nothing of their samples")
         if views_alone and queue is not None:
             raise ValueError("labels must be given with a queue: without, no past sample can be told from this one")
+        if buffer is not None and process_group is not None:  # it carries the gather
+            _check_carrier(buffer, process_group, normalize)
         return resolve_backend(backend, features), _queued(queue, features)
 
     def described() -> str:
@@ -326,7 +341,8 @@ def supcon_loss(
         _check_values(temperature, features=features, ref_features=ref_features, queue=past and past[0])
         return (
             f"supcon_loss of {features.dtype} features [n, {features.shape[-1]}]"
-            f" by {'views' if views_alone else 'labels'}, variant {variant}, singletons {singletons},"
+            f" by {'views' if views_alone else 'labels'}, temperature {_told(_checks.number(temperature))},"
+            f" base_temperature {_told(base_temperature)}, variant {variant}, singletons {singletons},"
             f" reduction {reduction}, normalize {normalize}, backend {chosen}, references {ref_features is not None},"
             f" gathered by {'a NegativeBuffer' if buffer else 'itself'}, {_gradient(features, temperature)} gradient"
         )
@@ -360,6 +376,15 @@ def supcon_loss(
     return (loss, alone) if return_singletons else loss
 
 
+def _check_carrier(buffer: NegativeBuffer, group: dist.ProcessGroup, normalize: bool) -> None:
+    """What it gathers must be the loss's own columns: from the same ranks, and as long as the anchors are."""
+    of_buffer, of_loss = ranks_of(buffer.group), ranks_of(group)
+    if of_buffer != of_loss:
+        raise ValueError(f"queue must be a NegativeBuffer over the loss's ranks {of_loss}, got one over {of_buffer}")
+    if buffer.normalize and not normalize:
+        raise ValueError("queue must be a NegativeBuffer with normalize=False for normalize=False, got normalize=True")
+
+
 def _queued(queue: Queue, features: Tensor) -> tuple[Tensor, Tensor] | None:
     """Past features [Q, D] and their labels [Q], ABSENT in places not yet used."""
     if queue is None:
@@ -369,8 +394,8 @@ def _queued(queue: Queue, features: Tensor) -> tuple[Tensor, Tensor] | None:
         raise TypeError(f"queue must be a NegativeBuffer or a pair (features, labels), got {type(queue).__name__}")
     _checks.check_queue(past, features)
     if _values_can_be_read(past[0]) and not isinstance(queue, NegativeBuffer):  # which has checked what it took
-        used, _ = _present(past)
-        _checks.check_finite_norms("queue", used.norm(dim=1, dtype=_checks.accumulator(used)))
+        # Places not yet used too: kernels multiply by them, and NaN times zero is NaN.
+        _checks.check_finite_norms("queue", past[0].norm(dim=1, dtype=_checks.accumulator(past[0])))
     return past
 
 

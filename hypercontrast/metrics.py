@@ -20,6 +20,7 @@ Shapes: N samples, K classes, D dimensions. Source: arXiv 2605.20302 and Papyan,
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,8 +28,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hypercontrast import _checks
-from hypercontrast._agreement import agree
+from hypercontrast._agreement import agree, connected
 from hypercontrast.distributed import resolve_group
+from hypercontrast.prototypes import check_sizes
 from hypercontrast.reference import unit_rows
 
 # Squared length on the unit sphere that counts as none. Rounding features to float32 leaves about 1e-15.
@@ -150,7 +152,8 @@ class NeuralCollapse:
             1 GiB, keeps all of CIFAR-100 at D = 512 and 131 samples a class of ImageNet at D = 2048.
         device: where the statistics live (it must know float64); batches are moved there.
 
-    Raises ValueError when the sizes are not positive or the budget is below two samples a class.
+    Raises ValueError when the sizes are not positive or the budget is below two samples a class or not finite,
+    TypeError when the sizes are no integers or the budget is no number.
     """
 
     def __init__(
@@ -162,16 +165,18 @@ class NeuralCollapse:
         memory_budget: int = 2**30,
         device: torch.device | str = "cpu",
     ) -> None:
-        if num_classes < 1 or dim < 1:
-            raise ValueError(f"num_classes and dim must be at least 1, got {num_classes} and {dim}")
+        check_sizes(dim, num_classes)
         bytes_per_slot = num_classes * dim * torch.float32.itemsize
-        if memory_budget < 2 * bytes_per_slot:
+        if isinstance(memory_budget, bool) or not isinstance(memory_budget, (int, float)):
+            raise TypeError(f"memory_budget must be a number of bytes, got {type(memory_budget).__name__}")
+        if not 2 * bytes_per_slot <= memory_budget < math.inf:
             raise ValueError(
-                f"memory_budget must hold two samples a class, {2 * bytes_per_slot} bytes, got {memory_budget}"
+                f"memory_budget must be finite and hold two samples a class, {2 * bytes_per_slot} bytes,"
+                f" got {memory_budget}"
             )
         self.num_classes, self.dim, self.compat = num_classes, dim, compat
         self.device = torch.device(device)
-        self._quota = memory_budget // bytes_per_slot
+        self._quota = int(memory_budget // bytes_per_slot)
         self.reset()
 
     def reset(self) -> None:
@@ -203,6 +208,7 @@ class NeuralCollapse:
         self._sums_KD.index_add_(0, y, u)
         self._moment_DD.addmm_(u.T, u)
 
+    @connected()
     @torch.no_grad()
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Make every rank hold the statistics of all ranks of `group` (None: the default group, if there is one).
@@ -210,7 +216,7 @@ class NeuralCollapse:
         Call it once, after the last `update`, on every rank; ranks may hold any number of samples, or none. Kept
         samples travel within one memory budget for all ranks together. The statistics must be on a device that
         the group's backend can reach (`device="cuda"` for NCCL). Raises ValueError on every rank when the ranks
-        disagree on num_classes, dim or the samples kept a class.
+        disagree on num_classes, dim or the samples kept a class, LostRankError if one ended or does not answer.
         """
         resolved = resolve_group("auto" if group is None else group)
         if resolved is None:

@@ -17,7 +17,7 @@ from hypercontrast.distributed import resolve_group
 from hypercontrast.reference import unit_rows
 
 
-def _check_sizes(dim: int, num_classes: int) -> None:
+def check_sizes(dim: int, num_classes: int) -> None:
     if any(isinstance(size, bool) or not isinstance(size, int) for size in (dim, num_classes)):
         raise TypeError(f"dim and num_classes must be integers, got {dim!r} and {num_classes!r}")
     if dim < 1 or num_classes < 1:
@@ -34,7 +34,7 @@ def simplex_etf(num_classes: int, dim: int, *, generator: torch.Generator | None
 
     K = 1 gives one random unit vector. Raises ValueError when dim < num_classes - 1.
     """
-    _check_sizes(dim, num_classes)
+    check_sizes(dim, num_classes)
     if dim < num_classes - 1:
         raise ValueError(f"dim must be at least num_classes - 1 = {num_classes - 1} for a simplex ETF, got {dim}")
     if num_classes == 1:
@@ -64,7 +64,7 @@ class PrototypeHead(nn.Module):
 
     def __init__(self, dim: int, num_classes: int, neck: str | None = None, *, fixed_etf: bool = False) -> None:
         super().__init__()
-        _check_sizes(dim, num_classes)
+        check_sizes(dim, num_classes)
         self.dim = dim
         if neck is None:
             self.neck: nn.Module = nn.Identity()
@@ -84,7 +84,7 @@ class PrototypeHead(nn.Module):
         return self.neck(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return PrototypeClassifier(self.prototypes)(self.embed(x))
+        return _cosines(self.embed(x), self.prototypes)
 
 
 class ClassMeans(nn.Module):
@@ -97,27 +97,32 @@ class ClassMeans(nn.Module):
         momentum: share of the old value in "ema".
 
     Sums are float64 buffers, so the order of the batches does not matter, and stay so in a model that is converted.
+    What the last `all_reduce` gave is kept beside them: the next one adds up only what ranks have seen since.
     """
 
     sums: Tensor
     counts: Tensor
+    shared_sums: Tensor
+    shared_counts: Tensor
 
     def __init__(self, num_classes: int, dim: int, *, mode: str = "mean", momentum: float = 0.9) -> None:
         super().__init__()
-        _check_sizes(dim, num_classes)
+        check_sizes(dim, num_classes)
         _checks.check_option("mode", mode, ("mean", "ema"))
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
         self.mode, self.momentum = mode, momentum
-        self.register_buffer("sums", torch.zeros(num_classes, dim, dtype=torch.float64))
-        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+        for prefix in ("", "shared_"):
+            self.register_buffer(f"{prefix}sums", torch.zeros(num_classes, dim, dtype=torch.float64))
+            self.register_buffer(f"{prefix}counts", torch.zeros(num_classes, dtype=torch.int64))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassMeans:
         """What `.to()`, `.half()` and the like run: the sums go to the device, and stay in float64."""
-        sums = self.sums
+        before = {name: getattr(self, name) for name in ("sums", "shared_sums")}
         super()._apply(fn, recurse)
-        if self.sums.dtype != sums.dtype:
-            self.sums = sums.to(self.sums.device)
+        for name, sums in before.items():
+            if getattr(self, name).dtype != sums.dtype:
+                setattr(self, name, sums.to(getattr(self, name).device))
         return self
 
     @torch.no_grad()
@@ -152,41 +157,75 @@ class ClassMeans(nn.Module):
 
     @torch.no_grad()
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Make every rank hold the sum over the ranks of `group` (the average of directions in "ema" mode).
+        """Make every rank hold the means over all that the ranks of `group` have seen; in "ema" mode, of each class the
+        average of the running means of those ranks that have seen it.
 
-        None: the default group, if there is one. Raises ValueError on every rank where [K, D] differ.
+        As often as you like, over the same group: between two calls every rank goes on from what all have seen. None:
+        the default group, if there is one. Raises ValueError on every rank where [K, D], mode or momentum differ,
+        LostRankError if a rank ended or does not answer; the means are then as they were.
         """
         resolved = resolve_group("auto" if group is None else group)
         if resolved is None:
             return
-        agree(lambda: f"ClassMeans.all_reduce of {list(self.sums.shape)}", resolved, self.sums)
+        mode = f"mode {self.mode}" + (f", momentum {self.momentum}" if self.mode == "ema" else "")
+        agree(lambda: f"ClassMeans.all_reduce of {list(self.sums.shape)}, {mode}", resolved, self.sums)
+        sums = self.sums - self.shared_sums
+        counts = torch.stack([self.counts - self.shared_counts, (self.counts > 0).long()])  # and ranks that have any
         with connected():
-            dist.all_reduce(self.sums, group=resolved)
-            dist.all_reduce(self.counts, group=resolved)
+            dist.all_reduce(sums, group=resolved)
+            dist.all_reduce(counts, group=resolved)
+        self.counts.copy_(self.shared_counts.add_(counts[0]))
+        if self.mode == "ema":
+            self.sums.copy_(sums / counts[1].clamp(min=1)[:, None])
+        else:
+            self.sums.copy_(self.shared_sums.add_(sums))
 
     def prototypes(self) -> Tensor:
         """[K, D] float32 unit class means; zero for a class never seen."""
         return unit_rows(self.sums).float()
 
     def reset(self) -> None:
-        self.sums.zero_()
-        self.counts.zero_()
+        for buffer in self.buffers():
+            buffer.zero_()
 
 
 class PrototypeClassifier(nn.Module):
-    """Nearest prototype by cosine. `forward(x)`: [N, D] -> cosines [N, K]; `predict(x)` -> labels [N]."""
+    """Nearest prototype by cosine. `forward(x)`: [N, D] -> cosines [N, K]; `predict(x)` -> labels [N].
+
+    Prototypes that are a parameter stay that parameter, others become a buffer: in state_dict, and moved by `.to()`.
+    """
+
+    prototypes: Tensor
 
     def __init__(self, prototypes: Tensor) -> None:
         super().__init__()
         _checks.check_matrix("prototypes", prototypes, "[K, D]")
         if len(prototypes) == 0:
             raise ValueError(f"prototypes must hold at least one class, got {list(prototypes.shape)}")
-        self.prototypes = prototypes
+        if isinstance(prototypes, nn.Parameter):
+            self.prototypes = prototypes
+        else:
+            self.register_buffer("prototypes", prototypes)
 
     def forward(self, features: Tensor) -> Tensor:
         _check_dimension(features, self.prototypes.shape[1])
-        return unit_rows(features) @ unit_rows(self.prototypes).to(features.dtype).T
+        return _cosines(features, self.prototypes)
 
     @torch.no_grad()
     def predict(self, features: Tensor) -> Tensor:
-        return self(features).argmax(dim=1)
+        """The label of each row's nearest prototype [N]. Where a norm is not finite there is none: ValueError on the
+        CPU; on a GPU, which is not asked, the label -1.
+        """
+        cosines = self(features)
+        norms_N, norms_K = (x.norm(dim=1, dtype=_checks.accumulator(x)) for x in (features, self.prototypes))
+        if features.device.type == "cpu" and not torch.compiler.is_compiling():
+            _checks.check_finite_norms("features", norms_N)
+            _checks.check_finite_norms("prototypes", norms_K)
+        known = torch.isfinite(norms_N) & torch.isfinite(norms_K).all()
+        return torch.where(known, cosines.argmax(dim=1), -1)
+
+
+def _cosines(features: Tensor, prototypes: Tensor) -> Tensor:
+    """[N, K] in the features' dtype; lengths are taken in float32 at least, for half precision overflows at 65504."""
+    u, w = (unit_rows(x.to(_checks.accumulator(x))).to(features.dtype) for x in (features, prototypes))
+    return u @ w.T

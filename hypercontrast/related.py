@@ -21,7 +21,7 @@ from hypercontrast import _autograd, _checks, _ops, blockwise, reference
 from hypercontrast._agreement import agree
 from hypercontrast._autograd import Rule, logaddexp, with_value
 from hypercontrast.distributed import GatherWithGrad, GroupLike, global_lse, resolve_group, row_counts, world_size
-from hypercontrast.functional import _check_group, _check_values, _gradient, _prototype_loss, resolve_backend
+from hypercontrast.functional import _check_group, _check_values, _gradient, _prototype_loss, _told, resolve_backend
 
 __all__ = ["arcface_loss", "cosface_loss", "dcl_loss", "ldam_margins", "logit_adjusted_loss", "proxy_anchor_loss"]
 
@@ -94,6 +94,8 @@ def ldam_margins(counts: Tensor, max_margin: float = 0.5) -> Tensor:
     if bad.any():
         c = int(bad.nonzero()[0])
         raise ValueError(f"counts must be positive and finite, got {counts[c].item()} for class {c}")
+    if isinstance(max_margin, bool) or not isinstance(max_margin, (int, float)):
+        raise TypeError(f"max_margin must be a number, got {type(max_margin).__name__}")
     if not 0 < max_margin < math.inf:
         raise ValueError(f"max_margin must be positive and finite, got {max_margin}")
     return (max_margin * (wide.min() / wide) ** 0.25).to(counts.device, torch.float32)
@@ -336,8 +338,9 @@ def dcl_loss(
         _check_group(process_group, chosen)
         _check_values(temperature, features=features)
         return (
-            f"dcl_loss of {features.dtype} features [n, 2, {features.shape[-1]}], reduction {reduction},"
-            f" normalize {normalize}, backend {chosen}, {_gradient(features, temperature)} gradient"
+            f"dcl_loss of {features.dtype} features [n, 2, {features.shape[-1]}],"
+            f" temperature {_told(_checks.number(temperature))}, reduction {reduction}, normalize {normalize},"
+            f" backend {chosen}, {_gradient(features)} gradient of features, {_gradient(temperature)} of temperature"
         )
 
     if process_group is not None:

@@ -155,6 +155,33 @@ def test_errors(call, message):
         call(encoder, x)
 
 
+@pytest.mark.parametrize(
+    ("frozen", "loss_fn", "error", "message"),
+    [
+        (False, lambda z: 1.5, TypeError, "loss_fn must return a tensor, got float"),
+        (False, lambda z: z.sum(1), ValueError, r"loss_fn must return a scalar, got \[30\]"),
+        (False, lambda z: z.detach().sum(), ValueError, "loss_fn must depend on the features"),
+        (True, lambda z: z.sum(), ValueError, "encoder must give features with a gradient, got a frozen one"),
+    ],
+)
+def test_nothing_to_send_backward(frozen, loss_fn, error, message):
+    encoder, x, _ = make()
+    encoder.requires_grad_(not frozen)
+    with pytest.raises(error, match=message):
+        hc.accumulate_exact(encoder, loss_fn, x.split(7))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="with gradients enabled"):
+        hc.accumulate_exact(encoder, loss_fn, x.split(7))
+
+
+def test_an_encoder_that_raises_has_its_buffers_back():
+    encoder, x, _ = make(nn.BatchNorm1d(16))
+    before = [buffer.clone() for buffer in encoder.buffers()]
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        hc.accumulate_exact(encoder, lambda z: z.sum(), [x, x[:, :5]])
+    for got, want in zip(encoder.buffers(), before, strict=True):
+        assert torch.equal(got, want)
+
+
 NOISE = iter(range(1, 100))
 
 
@@ -172,6 +199,45 @@ def worker(rank, world):
             [encoder.prototypes],
         )
         assert_same([p.grad for p in encoder.parameters()], want)
+    running_statistics(rank)
+
+
+class Centred(nn.Module):
+    """About the mean of earlier batches: other buffers in the two passes would give other features."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x):
+        centred = x - self.mean
+        self.mean.lerp_(x.detach().mean(0), 0.1)
+        return centred
+
+
+def running_statistics(rank):
+    """Every step begins with those of rank 0, as it does for DDP that accumulates by itself."""
+    counted = []
+    for exact in (False, True):
+        encoder, x, _ = make(Centred())
+        centre = encoder.layers[1]
+        seen = []
+        centre.register_forward_pre_hook(
+            lambda m, _, seen=seen: seen.append(m.mean.clone()) if torch.is_grad_enabled() else None
+        )
+        ddp = nn.parallel.DistributedDataParallel(encoder, find_unused_parameters=True)
+        for step in range(3):
+            mine = x[rank::2][:15] + step
+            if exact:
+                hc.accumulate_exact(ddp, lambda z: z.square().sum(), mine.split(8))
+            else:
+                with ddp.no_sync():
+                    ddp(mine[:8]).square().sum().backward()
+                ddp(mine[8:]).square().sum().backward()
+        counted.append(torch.stack([*seen, centre.mean]))
+    assert torch.equal(*counted)
+    first = hc.gather_with_grad(counted[0][None, 2])
+    assert torch.equal(first[0], first[1])
 
 
 def test_under_ddp(tmp_path):

@@ -143,6 +143,11 @@ QUEUED = [  # of ntce_loss and nonl_loss
     ((torch.randn(2, 5, requires_grad=True), torch.tensor([0, 1])), ValueError, "queue must not require a gradient"),
     ((torch.full((2, 5), NAN), torch.tensor([0, 1])), ValueError, "queue must have finite norms, got nan in row 0"),
     ((torch.full((2, 5), INF), torch.tensor([0, 1])), ValueError, "queue must have finite norms, got inf in row 0"),
+    (
+        (with_value(torch.randn(2, 5), (1, 1), NAN), torch.tensor([0, hc.NegativeBuffer.ABSENT])),
+        ValueError,
+        "queue must have finite norms, got nan in row 1",
+    ),
     ((torch.randn(2, 5, device="meta"), torch.tensor([0, 1])), ValueError, "queue must be on the features' device cpu"),
 ]
 SUPCON = [
@@ -162,6 +167,7 @@ SUPCON = [
     ({"ref_features": torch.full((2, 5), NAN), "ref_labels": torch.tensor([0, 1])}, ValueError, "ref_features must have finite norms, got nan in row 0"),
     ({"ref_features": torch.randn(2, 5).double(), "ref_labels": torch.tensor([0, 1])}, TypeError, "ref_features must be float64 exactly when features are"),
     ({"queue": (torch.full((2, 5), NAN), torch.tensor([0, 1]))}, ValueError, "queue must have finite norms, got nan in row 0"),
+    ({"queue": (torch.full((2, 5), NAN), torch.full((2,), hc.NegativeBuffer.ABSENT))}, ValueError, "queue must have finite norms, got nan in row 0"),
     ({"temperature": 0}, ValueError, "temperature must be positive and finite, got 0"),
     ({"base_temperature": -1}, ValueError, "base_temperature must be positive and finite, got -1"),
     ({"base_temperature": "1"}, TypeError, "base_temperature must be a number or None, got str"),
@@ -192,7 +198,12 @@ OTHERS = [
     (lambda: hc.PrototypeClassifier(torch.randn(2, 3)).predict(torch.randn(2, 4)), ValueError, "features must have dimension 3, got [2, 4]"),
     (lambda: hc.CELoss()(torch.randn(2, 3), torch.tensor([0, 5])), ValueError, "labels must lie in [0, 3), got 5"),
     (lambda: hc.ETFDRLoss()(torch.randn(2, 3), torch.randn(2, 3), torch.tensor([0, -1])), ValueError, "labels must lie in [0, 2), got -1"),
-    (lambda: hc.NeuralCollapse(0, 4), ValueError, "num_classes and dim must be at least 1, got 0 and 4"),
+    (lambda: hc.NeuralCollapse(0, 4), ValueError, "dim and num_classes must be at least 1, got 4 and 0"),
+    (lambda: hc.NeuralCollapse(2.5, 4), TypeError, "dim and num_classes must be integers, got 4 and 2.5"),
+    (lambda: hc.NeuralCollapse(True, 4), TypeError, "dim and num_classes must be integers, got 4 and True"),
+    (lambda: hc.NeuralCollapse(3, 4, memory_budget=INF), ValueError, "memory_budget must be finite and hold two samples a class, 96 bytes, got inf"),
+    (lambda: hc.NeuralCollapse(3, 4, memory_budget="1 GiB"), TypeError, "memory_budget must be a number of bytes, got str"),
+    (lambda: hc.NegativeBuffer(4, 4, device="bogus", group=None), ValueError, "device must be one that torch knows, got 'bogus'"),
     (lambda: hc.NeuralCollapse(3, 4).compute(), ValueError, "compute needs at least one sample, got 0"),
     (lambda: hc.NeuralCollapse(3, 4).update(torch.randn(1, 5), torch.tensor([0])), ValueError, "features must have dimension 4, got [1, 5]"),
     (lambda: hc.NeuralCollapse(3, 4).update(torch.randn(1, 4), torch.tensor([3])), ValueError, "labels must lie in [0, 3), got 3"),

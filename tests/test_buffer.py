@@ -157,6 +157,37 @@ def test_state_survives():
         later.load_state_dict({**state, "cursor": 5})
 
 
+BAD_STATES = [
+    (None, TypeError, "state must be a dict, got NoneType"),
+    ({}, ValueError, "state must hold features, labels and cursor, got nothing"),
+    ({"labels": None, "cursor": 0}, ValueError, "state must hold features, labels and cursor, got labels, cursor"),
+    ({"cursor": 1.0}, TypeError, "state's cursor must be an integer, got float"),
+    ({"cursor": -1}, ValueError, r"state's cursor must lie in \[0, 5\), got -1"),
+    ({"features": [[0.0]]}, TypeError, "state's features must be a tensor, got list"),
+    ({"labels": torch.zeros(5)}, ValueError, r"labels \[5\] of torch.int64, got \[5\] of torch.float32"),
+    ({"labels": torch.zeros(4).long()}, ValueError, r"labels \[5\] of torch.int64, got \[4\] of torch.int64"),
+    (
+        {"features": torch.full((5, 3), torch.nan)},
+        ValueError,
+        "state's features must have finite norms, got nan in row 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("state", "error", "message"), BAD_STATES)
+def test_a_damaged_state_changes_nothing(state, error, message):
+    b = hc.NegativeBuffer(3, 4, queue=5, group=None)
+    b.push(*samples(7, 3))
+    before = b.state_dict()
+    if state and len(state) == 1:  # what is wrong; the rest is new and right
+        state = {"features": torch.ones(5, 3), "labels": torch.arange(5), "cursor": 1} | state
+    with pytest.raises(error, match=message):
+        b.load_state_dict(state)
+    after = b.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in ("features", "labels"))
+    assert after["cursor"] == before["cursor"]
+
+
 @in_both
 def test_stale_rows_are_an_error_in_the_backward():
     b = hc.NegativeBuffer(3, 4, group=None)
@@ -356,10 +387,19 @@ def check_disagreements(rank, world, errors):
     attempt(errors, "order", lambda: pair[rank == 0].gather(*samples(2, 3)), expected=expected)
 
 
+def check_destroyed_group(rank, world, errors):
+    group = dist.new_group(list(range(world)))
+    b = hc.NegativeBuffer(3, 4, group=group)
+    dist.destroy_process_group(group)
+    expected = (ValueError, "group must exist, got one that destroy_process_group has ended")
+    attempt(errors, "destroyed", lambda: b.gather(*samples(2, 3)), expected=expected)
+
+
 def worker(rank, world):
     errors = []
     check_gathers(rank, world, errors)
     check_disagreements(rank, world, errors)
+    check_destroyed_group(rank, world, errors)
     return errors
 
 

@@ -309,6 +309,8 @@ def test_bad_arguments():
     ):
         with pytest.raises(error, match=message):
             check_ddp(*arguments)
+    with pytest.raises(TypeError, match="timeout must be a number of seconds, got str"):
+        check_ddp(local_supcon, timeout="60")
     for name, value, message in (
         ("dim", 0, "dim must be at least 1, got 0"),
         ("num_classes", 0, "num_classes must be at least 1, got 0"),

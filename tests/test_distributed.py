@@ -134,10 +134,55 @@ def class_means(rank, world):
     means.all_reduce()
     whole.update(features, labels)
     assert torch.allclose(means.prototypes(), whole.prototypes(), atol=1e-6)
+    means.all_reduce()  # with nothing new
+    means.update(features[mine], labels[mine])
+    restored = hc.ClassMeans(K, D)
+    restored.load_state_dict(means.state_dict())
+    whole.update(features, labels)
+    for resumed in (means, restored):
+        resumed.all_reduce()
+        assert torch.allclose(resumed.sums, whole.sums, atol=1e-12)
+        assert torch.equal(resumed.counts, whole.counts)
+    means.reset()
+    means.update(features[mine], labels[mine])
+    means.all_reduce()
+    assert torch.allclose(2 * means.sums, whole.sums, atol=1e-12)
+    average_of_running_means(rank, world)
+
+
+def average_of_running_means(rank, world):
+    """Class 0 is seen by all ranks, class 1 by the last alone; each weighs later as if one process had averaged."""
+    first, later = torch.eye(3)[:2], torch.eye(3)[2:]
+    classes = [0, 1] if rank == world - 1 else [0]
+    means, alone = (hc.ClassMeans(2, 3, mode="ema", momentum=0.75) for _ in range(2))
+    means.update(first[: len(classes)], torch.tensor(classes))
+    alone.update(first, torch.tensor([0, 1]))
+    for total in ([world, 1], [world, 1]):
+        means.all_reduce()
+        assert torch.equal(means.sums, alone.sums)
+        assert means.counts.tolist() == total
+    for each in (means, alone):
+        each.update(later, torch.tensor([0]))
+    means.all_reduce()
+    assert torch.allclose(means.sums, alone.sums, atol=1e-12)
+    assert means.counts.tolist() == [2 * world, 1]
 
 
 def test_class_means_over_ranks(tmp_path):
     ranks.spawn(class_means, 3, tmp_path)
+
+
+def twice(rank, world):
+    """The gradient may be asked for with a graph; going through that is refused, as it is in one process."""
+    features, labels, _, _ = make_batch((4, 3))
+    z = features.split([4, 3])[rank].requires_grad_()
+    (once,) = torch.autograd.grad(hc.supcon_loss(z, labels.split([4, 3])[rank]), z, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"pair_lse_backward.* no autograd formula"):
+        torch.autograd.grad(once.sum(), z)
+
+
+def test_a_gradient_of_pairs_has_none_itself(tmp_path):
+    ranks.spawn(twice, 2, tmp_path)
 
 
 def test_default_group_of_one_is_no_group(tmp_path):

@@ -42,6 +42,11 @@ def check_rows_and_gradients(rank, world):
         labels = torch.arange(sum(sizes))
         assert torch.equal(gather_with_grad(labels[mine]), labels)
         assert torch.equal(gather_with_grad(labels[mine] % 2 == 0), labels % 2 == 0)
+        for dtype in (torch.int16, torch.uint32, torch.complex64, torch.float8_e4m3fn):  # not all that Gloo knows
+            few = (labels % 5).to(dtype)
+            gathered = gather_with_grad(few[mine])
+            assert gathered.dtype == dtype
+            assert torch.equal(gathered.view(torch.uint8), few.view(torch.uint8))
 
 
 def check_layouts(rank, world):

@@ -247,6 +247,14 @@ def test_class_means_ride_along(name, backend):
     torch.testing.assert_close(riding.sums, direct.sums, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_class_means_of_a_loss_that_raises(backend):
+    means, labels = hc.ClassMeans(4, 5), torch.ones(6, dtype=torch.int64)
+    with pytest.raises(ValueError, match="empty='error'"):
+        hc.nonl_loss(torch.randn(6, 5), torch.randn(4, 5), labels, empty="error", class_means=means, backend=backend)
+    assert means.counts.sum() == 0
+
+
 def test_module_equals_function():
     features, prototypes, labels = torch.randn(9, 4), torch.randn(3, 4), torch.randint(0, 3, (9,))
     weight = torch.tensor([1.0, 2.0, 3.0])

@@ -403,7 +403,7 @@ def test_a_bad_batch_is_refused_whole(message):
         (lambda z, y, w: neural_collapse(z, y, w[:4]), r"labels must lie in \[0, 4\), got 4"),
         (lambda z, y, w: neural_collapse(z, y, w[:, 1:]), r"prototypes must have shape \[5, 7\], got \[5, 6\]"),
         (lambda z, y, w: neural_collapse(z, y, w / 0), "prototypes must have finite norms"),
-        (lambda z, y, w: NeuralCollapse(0, 7), "num_classes and dim must be at least 1, got 0 and 7"),
+        (lambda z, y, w: NeuralCollapse(0, 7), "dim and num_classes must be at least 1, got 7 and 0"),
         (lambda z, y, w: NeuralCollapse(5, 7, memory_budget=279), "memory_budget .* 280 bytes, got 279"),
     ],
 )

@@ -46,6 +46,13 @@ def test_class_means_are_means_of_unit_features():
     assert (means.sums == 0).all()
 
 
+def test_sums_stay_wide_in_a_model_that_is_converted():
+    means = hc.ClassMeans(2, 3).half()
+    assert {name: x.dtype for name, x in means.named_buffers()} == {
+        "sums": torch.float64, "counts": torch.int64, "shared_sums": torch.float64, "shared_counts": torch.int64
+    }  # fmt: skip
+
+
 def test_ema_starts_at_the_first_mean_and_then_blends():
     means = hc.ClassMeans(2, 3, mode="ema", momentum=0.75)
     first, second = torch.tensor([[1.0, 0, 0]]), torch.tensor([[0, 1.0, 0]])
@@ -62,3 +69,37 @@ def test_classifier_takes_the_nearest_prototype_whatever_its_length():
     features = torch.tensor([[0.1, 0.01], [5.0, 6.0], [-1.0, 0.9]])
     assert classifier.predict(features).tolist() == [0, 1, 2]
     assert classifier(features).abs().max() <= 1 + 1e-6
+
+
+def test_classifier_keeps_its_prototypes_as_a_module_does():
+    """As a buffer, saved and moved; a parameter stays that parameter."""
+    fixed, learned = hc.PrototypeClassifier(torch.eye(2)), hc.PrototypeHead(2, 2).prototypes
+    assert torch.equal(fixed.state_dict()["prototypes"], torch.eye(2))
+    assert not list(fixed.parameters())
+    assert fixed.double().prototypes.dtype == torch.float64
+    assert list(hc.PrototypeClassifier(learned).parameters()) == [learned]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda w: hc.PrototypeClassifier(w.half()), lambda w: hc.PrototypeHead(w.shape[1], 3).half()]
+)
+def test_half_precision_takes_lengths_beyond_its_range(make):
+    """The norm of these features is 67882, beyond float16; that of the first prototype's entries is too small for it."""
+    w = torch.eye(3, 512) * torch.tensor([[1e-7], [1.0], [6e4]])
+    x = torch.full((1, 512), 3000.0)
+    x[0, 1] *= -1
+    got = make(w)
+    want = unit_rows(x) @ unit_rows(got.prototypes.float()).T
+    torch.testing.assert_close(got(x.half()).float(), want, atol=1e-3, rtol=0)
+    assert want.abs().max() > 0.04
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_no_label_without_a_finite_norm(bad):
+    rows, odd = torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, bad]])
+    for name, classifier, features in (
+        ("features", hc.PrototypeClassifier(rows), odd),
+        ("prototypes", hc.PrototypeClassifier(odd), rows),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must have finite norms, got {bad} in row 1"):
+            classifier.predict(features)

@@ -19,7 +19,9 @@ import torch.distributed as dist
 from torch import nn
 
 import hypercontrast as hc
-from hypercontrast._agreement import LostRankError, connected
+from hypercontrast import buffer as buffer_module
+from hypercontrast import metrics
+from hypercontrast._agreement import LostRankError, agree, connected
 
 TIMEOUT = 3.0  # seconds
 GRACE = 5.0
@@ -63,8 +65,8 @@ def buffer(features=None, arguments=None, **shape):
     made.gather(z if features is None else features(z), y)
 
 
-def class_means(k=K, d=D, **_):
-    hc.ClassMeans(k, d).all_reduce()
+def class_means(k=K, d=D, options=None, **_):
+    hc.ClassMeans(k, d, **(options or {})).all_reduce()
 
 
 def collapse(k=K, d=D, **_):
@@ -109,6 +111,9 @@ CASES: list[tuple[str, str | dict]] = [
     *[(call, {"options": {"reduction": reduction}}) for call in LOSSES for reduction in ("sum", "none")],
     *[(call, {"options": {"normalize": False}}) for call in LOSSES],
     *[(call, {"options": {"temperature": 0.001}}) for call in PROTOTYPE],  # needs another collective
+    *[(call, {"options": {"temperature": 0.2}}) for call in LOSSES],
+    ("supcon", {"options": {"base_temperature": 0.07}}),
+    ("class means", {"options": {"mode": "ema"}}),
     ("nonl", {"options": {"anchor": "both"}}),
     ("supcon", {"options": {"variant": "in"}}),
     *[("buffer", {"arguments": {name: value}}) for name, value in (("dim", 5), ("batch", 9), ("queue", 2))],
@@ -147,6 +152,85 @@ def test_disagreement_is_an_error_on_every_rank(world, tmp_path, figure):
     for case, answers in zip(CASES, zip(*said, strict=True), strict=True):
         assert all(answers), f"{case}: {answers}"
     figure("R8", f"{len(CASES)} disagreements of {world} ranks: a Python error on every rank, still in step after each")
+
+
+# ---- what not every rank can see by itself
+
+
+def supcon_through(queue, group="auto", **options):
+    z, _, y = batch()
+    hc.supcon_loss(z, y, queue=queue, group=group, **options).backward()
+
+
+def gather_twice(rank, group):
+    """The second gather begins before rank 0 has waited for the first."""
+    z, _, y = batch()
+    made = hc.NegativeBuffer(D, 8, group=group)
+    first = made.gather_async(z, y)
+    if rank:
+        first.wait()
+    try:
+        made.gather(z, y)
+    finally:
+        if not rank:
+            first.wait()
+
+
+def without_negatives(rank, **options):
+    """All samples are rank 0's, and of one class."""
+    z, w, y = batch(n=5 * (rank == 0), k=1)
+    hc.nonl_loss(z, w, y, empty="error", **options).sum().backward()
+
+
+def dcl_of_frozen_features(rank):
+    z = torch.ones(3, 2, D, requires_grad=rank == 0)
+    hc.dcl_loss(z, temperature=torch.ones((), requires_grad=True)).backward()
+
+
+UNSEEN = {  # what the ranks say, from the first on; two of three make calls over the pair
+    "unit columns": ["queue must be a NegativeBuffer with normalize=False for normalize=False, got normalize=True"] * 3,
+    "other columns": ["queue must be a NegativeBuffer over the loss's ranks [0, 1], got one over [0, 1, 2]"] * 2,
+    "unwaited": ["gather must come after wait() of the gather under way"] * 3,
+    "unwaited in a pair": ["gather must come after wait() of the gather under way"] * 2,
+    "no negatives of samples": ["labels must hold at least two classes for a loss over negatives"] * 3,
+    "no negatives, none": ["labels must hold at least two classes for a loss over negatives"] * 3,
+    "frozen features": ["every rank must make the same call, got dcl_loss"] * 3,
+    "no device": ["device must be one that torch knows, got 'bogus'"] * 3,
+    "outside": ["", "", "group must have this rank as a member"],
+}
+
+
+def unseen(rank, world):
+    """What each case came to on this rank; after a case every rank makes one call more, which must work."""
+    pair = dist.new_group([0, 1])
+    unit = hc.NegativeBuffer(D, 8)
+    calls = {
+        "unit columns": lambda: supcon_through(unit, normalize=False),
+        "other columns": lambda: rank < 2 and supcon_through(unit, pair),
+        "unwaited": lambda: gather_twice(rank, "auto"),
+        "unwaited in a pair": lambda: rank < 2 and gather_twice(rank, pair),
+        "no negatives of samples": lambda: without_negatives(rank, anchor="sample"),
+        "no negatives, none": lambda: without_negatives(rank, reduction="none"),
+        "frozen features": lambda: dcl_of_frozen_features(rank),
+        "no device": lambda: hc.NegativeBuffer(D, 8, device="cpu" if rank else "bogus"),
+        "outside": lambda: prototype_loss("ntce_loss", options={"group": pair}),
+    }
+    said = {}
+    for name in UNSEEN:
+        said[name] = ""
+        try:
+            calls[name]()
+        except (ValueError, TypeError, RuntimeError) as error:
+            said[name] = str(error)
+        assert hc.gather_with_grad(torch.ones(1)).tolist() == [1.0] * world, f"out of step after {name}: {said}"
+    return said
+
+
+def test_what_one_rank_sees_is_an_error_on_all(tmp_path):
+    answers = ranks.spawn(unseen, 3, tmp_path, timeout=5)
+    for name, expected in UNSEEN.items():
+        for said, words in zip((of_rank[name] for of_rank in answers), expected, strict=False):
+            assert words in said if words else not said, f"{name}: {said}"
 
 
 # ---- ranks that die, stop or raise
@@ -247,6 +331,27 @@ def test_survivors_of_a_rank_that_raises_end_and_say_so(trials, tmp_path, figure
         f"{len(seconds)} trials, one rank raising, silent or with NaN: 0 hangs, slowest survivor ended"
         f" {max(seconds):.1f} s later (timeout {TIMEOUT:g} s)",
     )
+
+
+ONCE_AGREED = {"buffer": (buffer_module, partial(hc.NegativeBuffer, D, 8)), "collapse": (metrics, collapse)}
+
+
+def leave_once_agreed(rank, world, name):
+    """Rank 1 ends between the small collective and what follows it; returns what rank 0 says."""
+    module, call = ONCE_AGREED[name]
+    if rank:
+        module.agree = lambda *arguments: (agree(*arguments), os._exit(3))
+    try:
+        call()
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("name", ONCE_AGREED)
+def test_a_rank_lost_after_the_agreement(name, tmp_path):
+    with ranks.Ranks(leave_once_agreed, 2, tmp_path, name, timeout=5) as started:
+        assert started.join(20)
+        assert started.result(0).startswith("LostRankError: rank 0 of 2 lost the connection to another rank")
 
 
 def test_an_error_of_another_kind_stays_itself():

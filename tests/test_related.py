@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -434,6 +435,15 @@ def differing_calls(rank, world):
         lambda: hc.cosface_loss(z, w, y, margin=-0.1 if rank else 0.1),
         lambda: hc.dcl_loss(torch.randn(4, 2 + rank, 3)),
         lambda: hc.arcface_loss(z, w, y) if rank else hc.cosface_loss(z, w, y),
+        lambda: hc.cosface_loss(z, w, y, margin=torch.full((5,), 0.1 + 0.1 * rank)),
+        lambda: hc.logit_adjusted_loss(z, w, y, torch.arange(5.0) - rank),
+        lambda: hc.normface_loss(z, w, y, weight=torch.arange(5.0) + rank),
+        lambda: hc.normface_loss(z, w, y, temperature=torch.tensor([0.1 + 0.1 * rank])),
+        lambda: hc.dcl_loss(torch.randn(4, 2, 3), temperature=0.1 + 0.1 * rank),
+        # What is no difference: a number's last bits, a tensor's dtype and strides, the shape of a learned temperature.
+        lambda: hc.cosface_loss(z, w, y, margin=0.3 if rank else 0.1 + 0.2),
+        lambda: hc.normface_loss(z, w, y, weight=torch.ones(()).expand(5) if rank else torch.ones(5).double()),
+        lambda: hc.normface_loss(z, w, y, temperature=torch.ones(1) if rank else torch.ones(())),
     ):
         try:
             call_()
@@ -450,6 +460,12 @@ def test_ranks_compare_their_calls(tmp_path):
         assert "margin must be finite and not negative, got -0.1" in said[1]
         assert "features must have shape [B, 2, D], got [4, 3, 3]" in said[2]
         assert "arcface_loss" in said[3]
+        for words, kind in zip(said[4:7], ("margin", "bias", "weight"), strict=True):
+            assert len(set(re.findall(rf"{kind} tensor \[5\] with checksum (\w{{8}})", words))) == 2, words
+        assert "temperature tensor of 0.1" in said[7]
+        assert "temperature tensor of 0.2" in said[7]
+        assert "temperature 0.2," in said[8]
+        assert said[9:] == ["nothing"] * 3
 
 
 # Memory
@@ -556,6 +572,7 @@ BAD = {
     "a list of counts": (TypeError, "counts must be a tensor, got list", lambda: hc.ldam_margins([3, 4])),
     "counts of pairs": (ValueError, r"counts must have shape \[K\], one class each", lambda: hc.ldam_margins(torch.ones(2, 2))),
     "no largest margin": (ValueError, "max_margin must be positive and finite, got 0", lambda: hc.ldam_margins(torch.ones(2), 0)),
+    "a largest margin of text": (TypeError, "max_margin must be a number, got str", lambda: hc.ldam_margins(torch.ones(2), "a")),
     "one view": (ValueError, r"features must have shape \[B, 2, D\], got \[4, 3\]", lambda: hc.dcl_loss(Z)),
     "three views": (ValueError, r"features must have shape \[B, 2, D\], got \[4, 3, 3\]", lambda: hc.dcl_loss(torch.randn(4, 3, 3))),
     "views of integers": (TypeError, "features must be float32", lambda: hc.dcl_loss(V.long())),
