@@ -132,7 +132,7 @@ def train(config: Config, on_epoch: OnEpoch | None = None) -> Path:
 
     Raises UsageError before anything starts if the config cannot be run here, or another process trains in the run's
     folder, TrainingError before the update if a loss or a gradient is not finite, CheckpointError if a run to resume
-    has no intact checkpoint or the run's folder cannot be written to, RankError if a rank fails, LostRankError in a rank
+    has no intact checkpoint or the run's folder cannot be written to, RankError if a rank fails, LostRankError in one
     that another has left alone, Interrupted (a KeyboardInterrupt) on a signal to stop.
     """
     config = prepare(config)
