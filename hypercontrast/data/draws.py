@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
-GOLDEN = 0x9E3779B9  # steps through 32-bit numbers as evenly as any odd constant
+# Steps through 32-bit numbers as evenly as any odd constant. Signed, since torch.compile works out multiples of it in
+# the 32 bits of an index, where they may wrap but the constant has to fit.
+GOLDEN = 0x9E3779B9 - 2**32
 
 T = TypeVar("T", int, Tensor)
 
