@@ -326,7 +326,7 @@ def test_memory_is_kept_only_within_the_budget(monkeypatch):
     assert _ops.lse(*arguments)[-1].numel() == 7 * 5
     arguments = lse_arguments(False, True, False, keep_bytes=7 * 5 * 8 - 1, ignored=False)
     assert (_ops.lse(*arguments)[-1] == torch.zeros(7 * 5 - 1)).all(), "the only tile does not fit"
-    with pytest.raises(ValueError, match=r"num_bytes must lie in \[0, 2^63\), got -1"):
+    with pytest.raises(ValueError, match=r"num_bytes must lie in \[0, 2\^63\), got -1"):
         hc.set_memory_budget(-1)
 
 
