@@ -75,9 +75,9 @@ class Quantity:
     def times_ours(self, row: Row) -> str:
         """How many times the time of ours, in words; nothing of ours itself and where it was not measured beside it."""
         times = getattr(row, self.ratio) if self.is_time and row.form != OURS else None
-        return (
-            "" if times is None or self.value(row) is None else f"  {times:.2g}×" if times < 100 else f"  {times:.0f}×"
-        )
+        if times is None or self.value(row) is None:
+            return ""
+        return f"  {times:.2g}×" if times < 100 else f"  {times:.0f}×"
 
     def band(self, row: Row) -> tuple[float, float] | None:
         ends = tuple(getattr(row, column) for column in self.columns[1:])
