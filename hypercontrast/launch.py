@@ -162,8 +162,8 @@ def joined(config: Config) -> Iterator[Ranks]:
     finally:
         dist.destroy_process_group()
         if backend == "gloo":
-            # Its threads let go of the last collective's tensors, which takes the interpreter's lock: one that finds the
-            # interpreter ended aborts the process (pytorch/pytorch pull request 179291).
+            # Its threads let go of the last collective's tensors, for which they take the interpreter's lock: one that
+            # finds the interpreter ended aborts the process (pytorch/pytorch, pull request 179291).
             time.sleep(0.1)
 
 
