@@ -191,16 +191,11 @@ def watched() -> Iterable[Callable[[], Any]]:
     """`every_kernel` with the library's float32 products for those of half types: on Hopper racecheck reports hazards
     inside the latter, and initcheck that nobody wrote their results.
     """
-    from hypercontrast.kernels import pair_backward, prototype_backward  # need Triton
+    from hypercontrast.kernels import _epilogue, pair_backward, prototype_backward  # need Triton
 
     for module in (pair_backward, prototype_backward):
-        module.mm_fp32 = mm_of_float32
+        module.mm_fp32 = lambda a, b, into=None: _epilogue.mm_fp32(a.float(), b.float(), into)
     return every_kernel()
-
-
-def mm_of_float32(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
-    """`mm_fp32` of kernels/_epilogue.py."""
-    return a.float() @ b.float() if into is None else into.addmm_(a.float(), b.float())
 
 
 def every_kernel() -> Iterator[Callable[[], Any]]:
