@@ -50,16 +50,15 @@ class Entry:
 
 
 def quick() -> list[Entry]:
-    """The headline ratios, growth with N, exponentials kept and recomputed, collapse, the buffer."""
+    """The headline ratios, collapse, peers, the buffer; then growth with N, of exponentials kept and recomputed."""
     entries = [Entry(Case("ntce", *SHAPE), (*PUBLISHED, "compiled"))]
     entries += [Entry(Case(op, *SHAPES.get(op, SHAPE)), ()) for op in ("supcon", "nonl", "normface")]
-    entries += [
-        Entry(Case("ntce", n, 1000, 128), PUBLISHED if n <= 4096 else ()) for n in (256, 1024, 4096, 16384, 65536)
-    ]
-    entries += [Entry(Case("supcon", n, 100, 128), PUBLISHED) for n in (1024, 2048, 4096)]
     entries += [Entry(Case(op, 1024, 100, 128, features="collapsed"), ()) for op in forms.EAGER]
     entries += [Entry(Case("supcon", 2048, 1024, 128, labels="instances"), ("lightly", "pytorch-metric-learning"))]
-    return [*entries, Entry(Case("buffer", *SHAPES["buffer"]))]
+    entries += [Entry(Case("buffer", *SHAPES["buffer"]))]
+    entries += [Entry(Case("supcon", n, 100, 128), PUBLISHED) for n in (1024, 2048, 4096)]
+    sizes = (256, 1024, 4096, 16384, 65536)
+    return entries + [Entry(Case("ntce", n, 1000, 128), PUBLISHED if n <= 4096 else ()) for n in sizes]
 
 
 def standard_cpu() -> list[Entry]:

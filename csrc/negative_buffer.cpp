@@ -4,11 +4,12 @@
 #include <ATen/ops/div.h>
 #include <ATen/ops/le.h>
 #include <ATen/ops/linalg_vector_norm.h>
-#include <ATen/ops/where.h>
+#include <ATen/ops/masked_fill.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "pack.h"
 
@@ -16,17 +17,17 @@ namespace hypercontrast {
 namespace {
 
 // The same operators in the same order as the Python twin, so that the two are bitwise equal.
-at::Tensor unit_rows(const at::Tensor& features) {
-  const at::Tensor x = features.to(at::promote_types(features.scalar_type(), at::kFloat));
-  const at::Tensor norm = at::linalg_vector_norm(x, 2, at::IntArrayRef{-1}, /*keepdim=*/true);
-  const at::Tensor zero = norm.le(kMinNorm);
-  return at::where(zero, at::Scalar(0), x / at::where(zero, at::Scalar(1), norm));
-}
-
 void pack_by_operators(const at::Tensor& row_features, const at::Tensor& row_tails, const at::Tensor& features,
                        const at::Tensor& labels, int64_t header, bool normalize) {
   const int64_t n = features.size(0), absent = row_features.size(0) - n;
-  row_features.narrow(0, 0, n).copy_(normalize ? unit_rows(features) : features);
+  at::Tensor rows = row_features.narrow(0, 0, n);
+  if (normalize) {
+    const at::Tensor x = features.to(at::promote_types(features.scalar_type(), at::kFloat));
+    const at::Tensor norm = at::linalg_vector_norm(x, 2, at::IntArrayRef{-1}, /*keepdim=*/true);
+    at::div_out(rows, x, norm.masked_fill(norm.le(kMinNorm), std::numeric_limits<double>::infinity()));
+  } else {
+    rows.copy_(features);
+  }
   row_features.narrow(0, n, absent).zero_();
   const at::Tensor row_labels = row_tails.select(1, 0);
   row_labels.narrow(0, 0, n).copy_(labels);
@@ -98,6 +99,7 @@ int64_t push(const at::Tensor& ring_features, const at::Tensor& ring_tails, int6
   const int64_t size = ring_features.size(0), kept = std::min(features.size(0), size);
   const int64_t oldest = features.size(0) - kept, straight = std::min(kept, size - cursor);
   const auto write = [&](int64_t row, int64_t sample, int64_t count) {
+    if (count == 0) return;
     pack(ring_features.narrow(0, row, count), ring_tails.narrow(0, row, count), features.narrow(0, sample, count),
          labels.narrow(0, sample, count), header, normalize);
   };

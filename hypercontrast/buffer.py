@@ -28,7 +28,7 @@ from torch import Tensor
 from hypercontrast import _checks, _extension
 from hypercontrast._agreement import HeaderWatch, agree, carriers, connected
 from hypercontrast.distributed import ABSENT, GroupLike, resolve_group, world_size
-from hypercontrast.reference import unit_rows
+from hypercontrast.reference import row_lengths
 
 ALIGNMENT = 16  # bytes, of a row and of its tail
 TAIL = 16  # bytes: label and header
@@ -128,7 +128,8 @@ class NegativeBuffer:
         rows = _Rows.allocate(everyone + queue, dim, dtype, device)
         self.device = rows.bytes.device
         self._gathered, self._ring = rows.part(0, everyone), rows.part(everyone, everyone + queue)
-        self._slot = (rank * batch, (rank + 1) * batch)
+        self._offset = rank * batch
+        self._mine = self._gathered.part(self._offset, self._offset + batch)
         # Gloo's host waits anyway, so its ranks compare calls before rows move; those of NCCL, by the rows' headers.
         self._by_gloo = backends.get(self.device.type) == "gloo"
         # Gloo's support of GPU memory is partial, so what it sends is a copy on the host.
@@ -234,22 +235,21 @@ class NegativeBuffer:
                 )
         features = state["features"]
         if features.device.type == "cpu":
-            norms = features.norm(dim=1, dtype=_checks.accumulator(features))
-            _checks.check_finite_norms("state's features", norms)
+            _checks.check_finite_norms("state's features", _checks.norms(features))
         for name, own in queued.items():
             own.copy_(state[name])
         self._cursor = cursor
 
     def _start(self, features: Tensor, labels: Tensor, header: int) -> dist.Work | None:
         """Pack into this rank's slot and start the collective. Returns what the host has to wait for, if anything."""
-        mine = self._gathered.part(*self._slot)
+        mine = self._mine
         packing = (mine.features, mine.tails, features, labels, header, self.normalize)
         if self.group is None:
             self._operators.pack(*packing)
             return None
         if self._wire is not self._gathered:
             self._operators.pack(*packing)
-            sent = self._wire.part(*self._slot).bytes.copy_(mine.bytes)  # waits for the GPU
+            sent = self._wire.bytes[self._offset :][: self.batch].copy_(mine.bytes)  # waits for the GPU
             return dist.all_gather_into_tensor(self._wire.bytes, sent, group=self.group, async_op=True)
         work = self._operators.gather(self._gathered.bytes, mine.bytes, *packing, self.group)
         if self._side is None:
@@ -264,7 +264,7 @@ class NegativeBuffer:
             raise RuntimeError("a gather can be waited for once")
         self._complete()
         self._watch.check_arrived()
-        return Gathered(self._gathered.features, self._gathered.tails[:, 0], self._slot[0])
+        return Gathered(self._gathered.features, self._gathered.tails[:, 0], self._offset)
 
     def _complete(self) -> None:
         """Let the pending gather's rows arrive, as the current stream sees it."""
@@ -311,8 +311,7 @@ class NegativeBuffer:
             _checks.check_labels(labels, len(features), features.device)
             if self.device.type == "cpu":
                 stored = features if self.normalize else features.to(self.dtype)  # which may overflow
-                dtype = _checks.accumulator(stored)
-                _checks.check_finite_norms("features", torch.linalg.vector_norm(stored, dim=1, dtype=dtype))
+                _checks.check_finite_norms("features", _checks.norms(stored))
                 absent = (labels == ABSENT).nonzero()
                 if len(absent):
                     raise ValueError(f"labels must not be NegativeBuffer.ABSENT, got it in row {int(absent[0])}")
@@ -352,7 +351,11 @@ class _Twin:
     ) -> None:
         """Write samples [n, D] with labels [n] into the first n rows; the others become absent."""
         n, row_labels = len(features), row_tails[:, 0]
-        row_features[:n].copy_(unit_rows(features.to(_checks.accumulator(features))) if normalize else features)
+        if normalize:
+            wide = features.to(_checks.accumulator(features))
+            torch.div(wide, row_lengths(wide), out=row_features[:n])
+        else:
+            row_features[:n].copy_(features)
         row_features[n:].zero_()
         row_labels[:n].copy_(labels)
         row_labels[n:].fill_(ABSENT)
@@ -377,6 +380,8 @@ class _Twin:
         kept = min(len(features), size)
         oldest, straight = len(features) - kept, min(kept, size - cursor)
         for row, sample, count in ((cursor, oldest, straight), (0, oldest + straight, kept - straight)):
+            if not count:
+                continue
             rows, samples = slice(row, row + count), slice(sample, sample + count)
             _Twin.pack(ring_features[rows], ring_tails[rows], features[samples], labels[samples], header, normalize)
         return (cursor + kept) % size

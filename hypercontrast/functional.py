@@ -395,7 +395,7 @@ def _queued(queue: Queue, features: Tensor) -> tuple[Tensor, Tensor] | None:
     _checks.check_queue(past, features)
     if _values_can_be_read(past[0]) and not isinstance(queue, NegativeBuffer):  # which has checked what it took
         # Places not yet used too: kernels multiply by them, and NaN times zero is NaN.
-        _checks.check_finite_norms("queue", past[0].norm(dim=1, dtype=_checks.accumulator(past[0])))
+        _checks.check_finite_norms("queue", _checks.norms(past[0]))
     return past
 
 
@@ -423,7 +423,7 @@ def _check_values(temperature: float | Tensor, **operands: Tensor | None) -> Non
     """What operators check by themselves where there is one process, and reading is free."""
     for name, x in operands.items():
         if x is not None and x.device.type == "cpu":
-            _checks.check_finite_norms(name, x.detach().norm(dim=-1, dtype=_checks.accumulator(x)).flatten())
+            _checks.check_finite_norms(name, _checks.norms(x).flatten())
     features = operands["features"]
     if features is not None and features.device.type == "cpu":
         _checks.check_temperature_value(temperature)

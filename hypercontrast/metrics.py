@@ -199,7 +199,7 @@ class NeuralCollapse:
         _checks.check_labels(labels, len(features), features.device)
         z, y = features.to(self.device, torch.float64), labels.to(self.device)
         _check_classes(y, self.num_classes)
-        _checks.check_finite_norms("features", torch.linalg.vector_norm(z, dim=1))
+        _checks.check_finite_norms("features", _checks.norms(z))
 
         u = unit_rows(z)
         keep = self._counts_K[y] + position_in_class(y) < self._quota
@@ -301,7 +301,7 @@ class NeuralCollapse:
                 f"prototypes must have shape [{self.num_classes}, {self.dim}], got {list(prototypes.shape)}"
             )
         w = prototypes.to(self.device, torch.float64)
-        _checks.check_finite_norms("prototypes", torch.linalg.vector_norm(w, dim=1))
+        _checks.check_finite_norms("prototypes", _checks.norms(w))
         return unit_rows(w)
 
     def _kept_samples(self) -> tuple[Tensor, Tensor]:

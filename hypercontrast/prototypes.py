@@ -134,7 +134,7 @@ class ClassMeans(nn.Module):
         _checks.check_labels(labels, len(features), features.device)
         if not labels.is_cuda:
             _checks.check_label_range(labels, num_classes, ignore_index)
-            _checks.check_finite_norms("features", features.norm(dim=1, dtype=_checks.accumulator(features)))
+            _checks.check_finite_norms("features", _checks.norms(features))
         in_range = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
         y = torch.where(in_range, labels, 0)
         units = unit_rows(features.double()) * in_range[:, None]
@@ -217,7 +217,7 @@ class PrototypeClassifier(nn.Module):
         CPU; on a GPU, which is not asked, the label -1.
         """
         cosines = self(features)
-        norms_N, norms_K = (x.norm(dim=1, dtype=_checks.accumulator(x)) for x in (features, self.prototypes))
+        norms_N, norms_K = map(_checks.norms, (features, self.prototypes))
         if features.device.type == "cpu" and not torch.compiler.is_compiling():
             _checks.check_finite_norms("features", norms_N)
             _checks.check_finite_norms("prototypes", norms_K)

@@ -19,9 +19,13 @@ MIN_NORM = 1e-12
 
 def unit_rows(x: Tensor) -> Tensor:
     """x/|x| along the last dimension, zero for a zero row."""
+    return x / row_lengths(x)
+
+
+def row_lengths(x: Tensor) -> Tensor:
+    """|x| along the last dimension, which is kept; infinite for a zero row, so that divided by it there are zeros."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    zero = norm <= MIN_NORM
-    return torch.where(zero, 0, x / torch.where(zero, 1, norm))
+    return norm.masked_fill(norm <= MIN_NORM, torch.inf)
 
 
 def _logits(features, prototypes, labels, temperature, weight, ignore_index, normalize):
