@@ -28,8 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench import forms, record
 from bench.peers import OURS
-from bench.record import Case, Row
-from bench.roofline import Point
+from bench.record import Case, Point, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,6 +1,6 @@
 """One row a measurement and one schema for all of them: what the bench writes, draws, compares and shows.
 
-Another dataclass of numbers and words is written and read the same way: bench/roofline.py has one.
+The roofline's points are written and read the same way.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ class Row:
     host_ms: float | None = None  # issuing a forward and backward to a GPU, without waiting for it
     graph_ms: float | None = None  # forward and backward replayed as a CUDA graph
     graph_fwd_ms: float | None = None  # a forward without gradients, likewise
-    launches: int | None = None  # kernels of a forward
-    launches_bwd: int | None = None  # kernels of a backward
+    # Kernels, copies and fills. A forward of ours outside of a CUDA graph copies the labels' range, to be checked.
+    launches: int | None = None
+    launches_bwd: int | None = None
     outputs_mib: float | None = None  # loss and gradients
     scratch_mib: float | None = None  # peak beyond inputs and outputs
     tflops_fwd: float | None = None
@@ -93,6 +94,44 @@ class Row:
     @property
     def case(self) -> Case:
         return Case(*(getattr(self, name) for name in Case._fields))
+
+
+@dataclass(frozen=True)
+class Point:
+    """One pass of ours beside its floors: a line of roofline.csv. Times are milliseconds, medians of rounds."""
+
+    op: str
+    passes: str  # forward, forward + backward
+    n: int
+    k: int
+    d: int
+    dtype: str
+    method: str  # that of the least time: once, kept, recomputed; of pairs also half, or half, then all
+    flop: float
+    bytes: float
+    exps: float
+    square_tflops: float  # of the large square product
+    products_tflops: float  # of the case's own products
+    copy_gbs: float  # 1e9 bytes read or written a second
+    exp_gexps: float  # 1e9 exponentials a second
+    matmul_ms: float  # floor at the faster of the two products
+    bytes_ms: float
+    exp_ms: float
+    limit: str  # the largest floor: matmul, bytes, exp
+    share: float  # the largest floor over the time
+    time_ms: float
+    p20_ms: float
+    p80_ms: float
+    rounds: int
+    error: float  # as in a Row of the matrix
+    tangential_error: float
+    wrong: str  # why the times count for nothing, if they do
+    device: str = ""
+    threads: int | None = None
+    torch: str = ""
+    triton: str = ""
+    commit: str = ""
+    date: str = ""
 
 
 def columns(kind: type) -> list[str]:

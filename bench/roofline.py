@@ -43,7 +43,7 @@ from bench import forms, record
 from bench.arguments import positive, seconds
 from bench.measure import Run, clock, interleaved, reduced
 from bench.peers import OURS
-from bench.record import Case
+from bench.record import Case, Point
 from hypercontrast import blockwise_pairs
 
 PASSES = ("forward", "forward + backward")
@@ -72,44 +72,6 @@ class Rates:
         """The least milliseconds that each kind of work takes."""
         seconds = {"matmul": work.flop / self.matmul, "bytes": work.bytes / self.copy, "exp": work.exps / self.exp}
         return {kind: 1e3 * floor for kind, floor in seconds.items()}
-
-
-@dataclass(frozen=True)
-class Point:
-    """One pass of ours beside its floors: a line of roofline.csv. Times are milliseconds, medians over the rounds."""
-
-    op: str
-    passes: str  # forward, forward + backward
-    n: int
-    k: int
-    d: int
-    dtype: str
-    method: str  # that of the least time: once, kept, recomputed; of pairs also half, or half, then all
-    flop: float
-    bytes: float
-    exps: float
-    square_tflops: float  # of the large square product
-    products_tflops: float  # of the case's own products
-    copy_gbs: float  # 1e9 bytes read or written a second
-    exp_gexps: float  # 1e9 exponentials a second
-    matmul_ms: float  # floor at the faster of the two products
-    bytes_ms: float
-    exp_ms: float
-    limit: str  # the largest floor: matmul, bytes, exp
-    share: float  # the largest floor over the time
-    time_ms: float
-    p20_ms: float
-    p80_ms: float
-    rounds: int
-    error: float  # as in a Row of the matrix
-    tangential_error: float
-    wrong: str  # why the times count for nothing, if they do
-    device: str = ""
-    threads: int | None = None
-    torch: str = ""
-    triton: str = ""
-    commit: str = ""
-    date: str = ""
 
 
 def methods(case: Case, passes: str, present: int, on_gpu: bool) -> dict[str, Work]:

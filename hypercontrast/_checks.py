@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Below it the rounding of a float32 cosine alone is more than one in the logits; far below, logits overflow to NaN.
@@ -76,6 +78,11 @@ def number(temperature: float | Tensor) -> float | Tensor:
     return temperature.reshape(()) if isinstance(temperature, Tensor) else temperature
 
 
+def widened(temperature: Any, features: Tensor) -> Any:
+    """A tensor in the accumulator's dtype, so that nothing made of it is rounded to a narrower one."""
+    return temperature.to(accumulator(features)) if isinstance(temperature, Tensor) else temperature
+
+
 def check_weight(weight: Tensor | None, num_classes: int, device: torch.device) -> None:
     if weight is None:
         return
@@ -94,7 +101,7 @@ def check_per_class(name: str, x: Tensor, num_classes: int, device: torch.device
         raise ValueError(f"{name} must have shape [{num_classes}], one class each, got {list(x.shape)}")
     if x.device != device:
         raise ValueError(f"{name} must be on the features' device {device}, got {x.device}")
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if can_be_read(x):
         bad = ~(torch.isfinite(x) & (x >= (-torch.inf if signed else 0)))
         if bad.any():
             c = int(bad.nonzero()[0])
@@ -220,6 +227,13 @@ def check_label_range(labels: Tensor, num_classes: int, ignore_index: int, name:
     bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if bad.any():
         raise ValueError(f"{name} must lie in [0, {num_classes}), got {labels[bad][0].item()}")
+
+
+def can_be_read(x: Tensor) -> bool:
+    """Whether there are values, and reading them costs no wait: not on a GPU, in a compiler, a transform, or of a fake."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not (isinstance(x, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
 def norms(x: Tensor) -> Tensor:

@@ -77,16 +77,12 @@ def in_full_precision(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
-def widened(temperature: Tensor | None, features: Tensor) -> Tensor | None:
-    return None if temperature is None else temperature.to(_checks.accumulator(features))
-
-
 def _options(
     features, counts, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize
 ) -> dict[str, Any]:
     """What forward and backward of either backend are told alike."""
     return {
-        "counts": counts, "temperature": widened(temperature, features), "inv_temperature": inv_temperature,
+        "counts": counts, "temperature": _checks.widened(temperature, features), "inv_temperature": inv_temperature,
         "ignore_index": ignore_index, "rows": rows, "cols": cols, "exclude_own": exclude_own, "normalize": normalize,
     }  # fmt: skip
 
@@ -315,7 +311,7 @@ def prototype_loss(
         _check_values(features, prototypes, labels, temperature, ignore_index)
         return tuple(
             _loss_kernels().launch_fwd(
-                features, prototypes, labels, weight, temperature=widened(temperature, features),
+                features, prototypes, labels, weight, temperature=_checks.widened(temperature, features),
                 inv_temperature=inv_temperature, ignore_index=ignore_index, rows=rows, cols=cols,
                 exclude_own=exclude_own, normalize=normalize, zero_empty=zero_empty, mean=mean, keep_bytes=keep_bytes,
             )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hypercontrast import _checks, blockwise, blockwise_pairs, compiled
 from hypercontrast._operator import operator
-from hypercontrast._ops import in_full_precision, widened
+from hypercontrast._ops import in_full_precision
 from hypercontrast.distributed import ABSENT
 
 
@@ -75,7 +75,7 @@ def pair_lse(
 
 def _options(anchors, temperature, offset, inv_temperature, normalize, inside) -> dict:
     return {
-        "temperature": widened(temperature, anchors), "offset": offset, "inv_temperature": inv_temperature,
+        "temperature": _checks.widened(temperature, anchors), "offset": offset, "inv_temperature": inv_temperature,
         "normalize": normalize, "inside": inside,
     }  # fmt: skip
 

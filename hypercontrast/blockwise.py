@@ -321,7 +321,7 @@ def _folded(t: _Tiling, row, col, pos: Tensor) -> tuple[Tensor | None, Tensor | 
     the operands of the products instead of the K x N exponentials. Not where a factor of zero would have to be divided
     out of a positive, nor where vectors are so long that the projection's sums would overflow before they are scaled.
     """
-    if t.rows and t.cols:
+    if (t.rows and t.cols) or t.k == 0:  # of no class there is no factor
         return None, None, pos
     factor = (row or col)[1]
     inv = t.inv_prototypes if t.rows else t.inv_features

@@ -201,7 +201,7 @@ def _prototype_loss(
         if isinstance(queue, NegativeBuffer) and queue.group is not None and process_group is not None:
             raise ValueError("queue must hold this rank's samples alone, got one of all ranks: make it with group=None")
         past = _queued(queue, features)
-        if past is not None and _values_can_be_read(past[1]):
+        if past is not None and _checks.can_be_read(past[1]):
             ignored = torch.where(past[1] == ABSENT, options["ignore_index"], past[1])
             _checks.check_label_range(ignored, len(prototypes), options["ignore_index"], name="queue labels")
         return resolve_backend(backend, features), past
@@ -227,6 +227,7 @@ def _prototype_loss(
     if process_group is not None:
         agree(described, process_group, features)
     chosen, past = checked()
+    options["temperature"] = _checks.widened(options["temperature"], features)
     if chosen == "reference":
         if features.device.type == "cpu":
             _checks.check_label_range(labels, len(prototypes), options["ignore_index"])
@@ -294,8 +295,8 @@ def supcon_loss(
 
     Args:
         features: [N, D], or [B, V, D] for V views of B samples, which are N = B·V anchors.
-        labels: [N] or [B] int64, any values. Without labels and mask, [B, V, D] is contrasted as NT-Xent: a sample's
-            other views are its positives.
+        labels: [N] or [B] int64, any values but `NegativeBuffer.ABSENT`, the least, which marks rows without a sample.
+            Without labels and mask, [B, V, D] is contrasted as NT-Xent: a sample's other views are its positives.
         mask: [N, N], [B, B], or [N, R] with references; bool, instead of labels: mask[i, j] makes j a positive of i.
             The diagonal is not read for [N, N]; for [B, B] it makes a sample's views positives of each other. For one
             process.
@@ -351,7 +352,8 @@ def supcon_loss(
         agree(described, process_group, features)
     chosen, past = checked()
     options: dict[str, Any] = {
-        "temperature": temperature, "base_temperature": base_temperature, "variant": variant, "singletons": singletons,
+        "temperature": _checks.widened(temperature, features), "base_temperature": base_temperature,
+        "variant": variant, "singletons": singletons,
         "reduction": reduction, "normalize": normalize,
     }  # fmt: skip
     shape = features.shape[:-1]
@@ -393,14 +395,10 @@ def _queued(queue: Queue, features: Tensor) -> tuple[Tensor, Tensor] | None:
     if not isinstance(past, tuple) or len(past) != 2:
         raise TypeError(f"queue must be a NegativeBuffer or a pair (features, labels), got {type(queue).__name__}")
     _checks.check_queue(past, features)
-    if _values_can_be_read(past[0]) and not isinstance(queue, NegativeBuffer):  # which has checked what it took
+    if _checks.can_be_read(past[0]) and not isinstance(queue, NegativeBuffer):  # which has checked what it took
         # Places not yet used too: kernels multiply by them, and NaN times zero is NaN.
         _checks.check_finite_norms("queue", _checks.norms(past[0]))
     return past
-
-
-def _values_can_be_read(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _present(past: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -422,8 +420,8 @@ def _check_group(group: dist.ProcessGroup | None, backend: str) -> None:
 def _check_values(temperature: float | Tensor, **operands: Tensor | None) -> None:
     """What operators check by themselves where there is one process, and reading is free."""
     for name, x in operands.items():
-        if x is not None and x.device.type == "cpu":
+        if x is not None and _checks.can_be_read(x):
             _checks.check_finite_norms(name, _checks.norms(x).flatten())
     features = operands["features"]
-    if features is not None and features.device.type == "cpu":
+    if features is not None and _checks.can_be_read(features):
         _checks.check_temperature_value(temperature)

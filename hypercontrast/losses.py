@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -260,7 +259,7 @@ class DCLLoss(_Loss):
 def _check_baseline(name: str, x: Tensor, labels: Tensor, num_classes: int) -> None:
     _checks.check_matrix(name, x, "[N, K]" if name == "logits" else "[N, D]")
     _checks.check_labels(labels, len(x), x.device)
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _checks.can_be_read(labels):
         _checks.check_label_range(labels, num_classes, ignore_index=0)
 
 

@@ -218,7 +218,7 @@ class PrototypeClassifier(nn.Module):
         """
         cosines = self(features)
         norms_N, norms_K = map(_checks.norms, (features, self.prototypes))
-        if features.device.type == "cpu" and not torch.compiler.is_compiling():
+        if _checks.can_be_read(features):
             _checks.check_finite_norms("features", norms_N)
             _checks.check_finite_norms("prototypes", norms_K)
         known = torch.isfinite(norms_N) & torch.isfinite(norms_K).all()

@@ -200,8 +200,7 @@ def _logit_adjusted_loss(
     normalize: bool,
     **options,
 ) -> Tensor:
-    if not torch.compiler.is_compiling():
-        _check_values(temperature, features=features, prototypes=prototypes)  # the operator sees unit vectors
+    _check_values(temperature, features=features, prototypes=prototypes)  # the operator sees unit vectors
     wide = _checks.accumulator(features)
     features, prototypes = features.to(wide), prototypes.to(wide)
     if normalize:
@@ -345,7 +344,7 @@ def dcl_loss(
 
     if process_group is not None:
         agree(described, process_group, features)
-    chosen = checked()
+    chosen, temperature = checked(), _checks.widened(temperature, features)
     if chosen == "reference":
         _check_values(temperature, features=features)
         return reference.dcl_loss(features, temperature=temperature, reduction=reduction, normalize=normalize)

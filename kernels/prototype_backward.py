@@ -167,8 +167,10 @@ def _lse_bwd_kernel(
         partials_ptr += tl.program_id(1).to(tl.int64) * stride_partials + first
         tl.store(partials_ptr + offset_RD, sum_RD, mask=inside_RD)
     else:
-        # Read again, from cache: kept for this, the rows would hold registers all through the loop.
-        x_RD = load_rows(a_ptr, row_R, inside_R, stride_a, 0, D, BLOCK_D).to(tl.float32)
+        # Read again, from cache: kept for this, the rows would hold registers all through the loop, and so would the
+        # addresses that they were read from before it.
+        a_ptr += tl.program_id(0).to(tl.int64) * BLOCK_R * stride_a
+        x_RD = load_rows(a_ptr, tl.arange(0, BLOCK_R), inside_R, stride_a, 0, D, BLOCK_D).to(tl.float32)
         radial_R = tl.sum(x_RD * sum_RD, axis=1)
         if NORMALIZE:
             sum_RD -= x_RD * (radial_R * inv_a_R * inv_a_R)[:, None]

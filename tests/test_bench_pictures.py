@@ -31,13 +31,13 @@ GROWTH = [
 ]
 
 
-def point(op: str, passes: str, **more) -> roofline.Point:
+def point(op: str, passes: str, **more) -> record.Point:
     sizes = {"n": 4096, "k": 1000, "d": 512, "dtype": "float32", "method": "kept", "rounds": 5}
     rates = {"square_tflops": 0.3, "products_tflops": 0.25, "copy_gbs": 20.0, "exp_gexps": 9.0}
     floors = {"matmul_ms": 40.0, "bytes_ms": 3.0, "exp_ms": 1.0, "limit": "matmul", "share": 0.8}
     times = {"time_ms": 50.0, "p20_ms": 49.0, "p80_ms": 52.0, "error": 1e-7, "tangential_error": 1e-7, "wrong": ""}
     work = {"flop": 1.2e10, "bytes": 6e7, "exps": 4e6}
-    return roofline.Point(op, passes, **(sizes | rates | floors | times | work | more), **ENVIRONMENT)
+    return record.Point(op, passes, **(sizes | rates | floors | times | work | more), **ENVIRONMENT)
 
 
 POINTS = [point(op, passes) for op in ("nonl", "supcon") for passes in roofline.PASSES]
@@ -246,7 +246,7 @@ def test_roofline_is_measured(tmp_path, op):
         assert p.p20_ms <= p.time_ms <= p.p80_ms
         assert not p.wrong
         assert 0 < p.error < 1e-5
-    assert record.read(write(tmp_path / "roofline.csv", points), roofline.Point) == points
+    assert record.read(write(tmp_path / "roofline.csv", points), record.Point) == points
 
 
 def test_roofline_command(tmp_path, capsys, monkeypatch):
@@ -258,7 +258,7 @@ def test_roofline_command(tmp_path, capsys, monkeypatch):
     assert roofline.run(parsed(roofline, *words)) == 0
     printed = capsys.readouterr().out
     assert "| ntce | forward + backward | 64 | 10 | 16 |" in printed
-    assert len(record.read(tmp_path / "roofline.csv", roofline.Point)) == 2
+    assert len(record.read(tmp_path / "roofline.csv", record.Point)) == 2
     # A wrong result counts for nothing, however close to the roof.
     monkeypatch.setattr(roofline.forms, "ours", lambda op, temperature: lambda *inputs: 2 * right(*inputs))
     assert roofline.run(parsed(roofline, *words)) == 1

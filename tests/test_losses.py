@@ -290,3 +290,39 @@ def test_a_queue_may_hold_classes_that_the_batch_has_not(name):
     )
     for got, want in zip(actual, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["ntce", "nonl"])
+@pytest.mark.parametrize("n", [0, 2])
+def test_nothing_to_average_beside_a_queue(name, backend, n):
+    z, w = torch.randn(n, 6, requires_grad=True), torch.randn(3, 6, requires_grad=True)
+    past = torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    loss = call(name, z, w, torch.full((n,), -100), queue=past, backend=backend)
+    assert loss == 0
+    assert all(not grad.any() for grad in torch.autograd.grad(loss, (z, w)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, w, y, **options: hc.nonl_loss(z, w, y, **options),
+        lambda z, w, y, **options: hc.cosface_loss(z, w, y, **options),
+        lambda z, w, y, **options: hc.arcface_loss(z, w, y, **options),
+        lambda z, w, y, **options: hc.proxy_anchor_loss(z, w, y, **options),
+        lambda z, w, y, **options: hc.supcon_loss(z, y, base_temperature=0.07, **options),
+        lambda z, w, y, **options: hc.dcl_loss(z.view(-1, 2, 6), **options),
+    ],
+    ids=["nonl", "cosface", "arcface", "proxy-anchor", "supcon", "dcl"],
+)
+def test_a_temperature_of_another_dtype_is_what_it_says(loss, dtype, backend):
+    """Nothing that is made of it is rounded to its dtype, and the loss keeps the features'."""
+    torch.manual_seed(0)
+    z, w, y = torch.randn(8, 6), torch.randn(3, 6), torch.arange(8) % 3
+    tau = torch.tensor(0.0371, dtype=dtype, requires_grad=True)
+    found = loss(z, w, y, temperature=tau, backend=backend)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(loss(z, w, y, temperature=tau.item(), backend=backend).item(), rel=2e-6)
+    assert torch.autograd.grad(found, tau)[0].dtype == dtype

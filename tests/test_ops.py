@@ -396,3 +396,15 @@ def test_a_second_derivative_is_refused():
     (gradient,) = torch.autograd.grad(hc.nonl_loss(z, w, y), z, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         gradient.sum().backward()
+
+
+def test_values_that_are_not_there_are_not_asked_for():
+    with FakeTensorMode():
+        z, w, y = torch.randn(6, 4), torch.randn(3, 4), torch.zeros(6, dtype=torch.int64)
+        past = torch.randn(2, 4), torch.zeros(2, dtype=torch.int64)
+        for loss in (
+            hc.nonl_loss(z, w, y, weight=torch.ones(3), queue=past),
+            hc.supcon_loss(z, y, queue=past),
+            hc.logit_adjusted_loss(z, w, y, torch.zeros(3)),
+        ):
+            assert loss.shape == ()
