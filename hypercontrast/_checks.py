@@ -230,7 +230,7 @@ def check_label_range(labels: Tensor, num_classes: int, ignore_index: int, name:
 
 
 def can_be_read(x: Tensor) -> bool:
-    """Whether there are values, and reading them costs no wait: not on a GPU, in a compiler, a transform, or of a fake."""
+    """Whether there are values, and reading them costs no wait: not on a GPU, when compiled, transformed or fake."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return not (isinstance(x, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(x))
