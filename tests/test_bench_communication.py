@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
+from cases import quick
 
 from bench import communication
 from bench.communication import WAYS, Case, Measured, Recorder, draw, measure, model
@@ -21,9 +22,7 @@ def messages(one, ranks):
     return (1 if one.kind == "all-gather" else 2) * (ranks - 1)
 
 
-@pytest.mark.parametrize(
-    "way", [way if way in ("nonl", "supcon") else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
-)
+@pytest.mark.parametrize("way", quick(WAYS, ("nonl", "supcon")))
 def test_computed_bytes_are_those_that_ranks_send(way):
     case = Case(ranks=2, rows=130, classes=900, width=36)
     row = measure(way, case)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import TWO, quick
 
 from hypercontrast import _checks
 
@@ -99,7 +100,7 @@ def test_an_access_outside_is_noticed(accesses):
     assert len(accesses.outside) == 2
 
 
-@pytest.mark.parametrize("rule", test_kernels.RULES)
+@pytest.mark.parametrize("rule", quick(test_kernels.RULES, TWO))
 def test_labels_of_no_class(rule, accesses, figure):
     """The samples count as ignored: the same bits as with ignore_index in their place, and no access outside."""
     for seed, shape in enumerate([(37, 9, 20), (20, 5, 130), (9, 300, 16)]):

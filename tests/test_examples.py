@@ -55,7 +55,7 @@ def test_short_and_explained(file):
     [
         ("ddp", "sklearn", 2),
         ("lightning_module", "lightning", 0),
-        ("solo_style", "sklearn", 0),
+        pytest.param("solo_style", "sklearn", 0, marks=pytest.mark.slow),
         pytest.param("hf_trainer", "transformers", 0, marks=pytest.mark.slow),
         pytest.param("timm_loop", "timm", 0, marks=pytest.mark.slow),
         pytest.param("lightly_ssl", "lightly", 0, marks=pytest.mark.slow),

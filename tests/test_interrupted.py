@@ -123,6 +123,7 @@ def kill_whole_runs(tmp_path, pictures, figure, kills, epochs):
     )
 
 
+@pytest.mark.slow  # in quick: two ranks killed inside an epoch
 def test_a_run_killed_again_and_again_ends_as_if_never(tmp_path, pictures, figure):
     kill_whole_runs(tmp_path, pictures, figure, kills=2, epochs=5)
 

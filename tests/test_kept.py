@@ -12,6 +12,7 @@ from itertools import product
 
 import pytest
 import torch
+from cases import TWO, quick
 from oracle import LOSSES
 from test_kernels import (
     DEVICE,
@@ -80,7 +81,7 @@ SHAPES = {"small": [(1, 1, 1), (65, 63, 17), (128, 256, 16)], "large": [(300, 12
     ],
 )
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", quick(RULES, (*TWO, "normface")))
 def test_against_float64(rule, dtype, tiles, shape, keeping, monkeypatch):
     if tiles == "large":  # and several chunks
         monkeypatch.setattr(_launch, "TARGET_PROGRAMS", 3)
@@ -217,7 +218,7 @@ def test_a_rounded_own_entry_would_lose_the_gradient(rule):
 @pytest.mark.parametrize(
     "spread", [None, *(pytest.param(s, marks=pytest.mark.slow) for s in SPREADS[1:-1]), SPREADS[-1]]
 )
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", quick(RULES, (*TWO, "normface")))
 def test_kernels_with_exponentials_rounded_to_bfloat16(rule, spread, keeping):
     case = drawn(rule, torch.bfloat16, spread)
     wide = replace(case, features=case.features.float(), prototypes=case.prototypes.float())
@@ -263,9 +264,7 @@ def test_rule(monkeypatch):
     assert shape_of(512, 1000, 2048) == nothing  # launches count, not products
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in ("ntce", "nonl-both") else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES]
-)
+@pytest.mark.parametrize("name", quick(LOSSES, TWO))
 def test_public_losses_keep_within_the_budget(name, monkeypatch):
     """Kept or not, twice through one graph; the budget and a learned temperature are heeded."""
     monkeypatch.setattr(_launch, "KEEP_FLOP", 0)

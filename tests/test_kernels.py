@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from cases import TWO, quick
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -293,7 +294,7 @@ def test_many_random_draws(seed, monkeypatch):
 # Half types: narrow, narrow in the forward alone, wide.
 @pytest.mark.parametrize(("width", "wide"), [(24, False), (136, False), (136, True)])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", quick(RULES, (*TWO, "nonl")))
 def test_tangential_gradient_near_collapse(rule, dtype, width, wide, few_programs, monkeypatch):
     """Where G's entries cancel: the loss's own gradient, and of it the part that moves a unit vector."""
     if wide:
@@ -386,7 +387,7 @@ def test_absent_classes_are_skipped(rule, width, dtype, few_programs, monkeypatc
 
 
 @pytest.mark.parametrize("width", [24, 136])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", quick(RULES, TWO))
 def test_repeats_are_bitwise_equal(rule, width, few_programs):
     case, _ = make_case(5, (150, 90, width), torch.float16, rule)
     upstream = random_upstream(case)
@@ -454,7 +455,7 @@ def run_loss(case: Case, *, weighted: bool, mean: bool) -> tuple[prototype_loss.
 
 
 @pytest.mark.parametrize("joins", [True, False])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", quick(RULES, (*TWO, "normface")))
 def test_loss_over_programs(rule, joins, few_programs, monkeypatch):
     """Blocks so small that samples and classes take several programs and steps, and splits are joined here or before."""
     monkeypatch.setattr(_launch, "joins_in_loss", lambda *shape: joins)

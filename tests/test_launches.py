@@ -5,6 +5,7 @@ Without a GPU the interpreter stands in for Triton, and every PyTorch operator t
 
 import pytest
 import torch
+from cases import TWO, quick
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -99,7 +100,7 @@ def within_marks(event) -> bool:
         (torch.float16, 144),
     ],
 )
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick(NAMES, (*TWO, "normface")))
 def test_small_batch(name, dtype, width, monkeypatch):
     """Three in the forward, class weights and ignored samples included, and nothing else; in the backward at most four,
     and for float16 the scales that keep G in its range."""

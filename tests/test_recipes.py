@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import quick
 
 from hypercontrast import data
 from hypercontrast.config import configure, read_recipe, recipe_names
@@ -88,7 +89,13 @@ def test_recipes_are_the_papers():
     assert read_recipe("imagenet1k-scl").warmup_epochs == 5
 
 
-@pytest.mark.parametrize("name", recipe_names())
+def is_quick(name):
+    """Of long tails one, of CIFAR-100 none, of ImageNet two recipes: the networks and steps are those of others."""
+    others = name.startswith(("imagenet", "cifar100")) or "lt-0.02" in name or "lt-0.1" in name
+    return not others or name in ("imagenet1k-nonl", "imagenet1k-scl")
+
+
+@pytest.mark.parametrize("name", quick(recipe_names(), is_quick))
 def test_every_recipe_has_a_dry_run(name):
     config = configure(recipe=name, data_root="/nowhere")
     lines = dict(line.split("  ", 1) for line in plan(config).splitlines())
@@ -100,14 +107,7 @@ def test_every_recipe_has_a_dry_run(name):
     assert ("missing" in lines) == (config.dataset != "mnist5k")
 
 
-def quick(name):
-    """Of the paper's ImageNet recipes two: their networks are the same, and here the large batches are the small one."""
-    return not name.startswith("imagenet") or name in ("imagenet1k-nonl", "imagenet1k-scl")
-
-
-@pytest.mark.parametrize(
-    "name", [name if quick(name) else pytest.param(name, marks=pytest.mark.slow) for name in recipe_names()]
-)
+@pytest.mark.parametrize("name", quick(recipe_names(), is_quick))
 def test_every_recipe_takes_a_step(name):
     """On random pictures of the right shape: the loss is finite and every weight that is trained moves."""
     config = configure(recipe=name)
