@@ -17,6 +17,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Below it the rounding of a float32 cosine alone is more than one in the logits; far below, logits overflow to NaN.
 LEAST_TEMPERATURE = torch.finfo(torch.float32).eps
 
+# Seconds: the system counts a wait's milliseconds in 32 bits.
+LONGEST_WAIT = (2**31 - 1) // 1000
+
 
 def check_option(name: str, value: str, options: Sequence[str]) -> None:
     if value not in options:
