@@ -19,6 +19,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Below it the rounding of a float32 cosine alone is more than one in the logits; far below, logits overflow to NaN.
 LEAST_TEMPERATURE = torch.finfo(torch.float32).eps
 
+# Seconds: the system counts a wait's milliseconds in 32 bits.
+LONGEST_WAIT = (2**31 - 1) // 1000
+
 
 def check_option(name: str, value: str, options: Sequence[str]) -> None:
     if value not in options:
@@ -109,6 +112,13 @@ def check_per_class(name: str, x: Tensor, num_classes: int, device: torch.device
             raise ValueError(f"{name} must be {rule}, got {x[c].item()} for class {c}")
 
 
+def check_ignore_index(ignore_index: int) -> None:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an integer, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit int64, got {ignore_index}")
+
+
 def check_prototype_inputs(
     features: Tensor,
     prototypes: Tensor,
@@ -135,10 +145,7 @@ def check_prototype_inputs(
     check_labels(labels, features.shape[0], features.device)
     check_temperature(temperature, features.device)
     check_weight(weight, prototypes.shape[0], features.device)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an integer, got {type(ignore_index).__name__}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must fit int64, got {ignore_index}")
+    check_ignore_index(ignore_index)
     check_option("reduction", reduction, ("mean", "sum", "none"))
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize must be True or False, got {normalize!r}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from hypercontrast import _checks
 
 
 def accumulate_exact(
@@ -51,12 +53,14 @@ def accumulate_exact(
 
     Raises:
         ValueError: without chunks; when the features have no gradient, or are not the same both times (the gradients
-            are then useless); for a loss that is no scalar.
-        TypeError: for a loss that is no tensor.
+            are then useless) or have no rows; for a loss that is no scalar.
+        TypeError: for chunks that can be read only once, and for features or a loss that are no tensor of real floats.
         RuntimeError: under `torch.no_grad()`.
     """
     if not torch.is_grad_enabled():
         raise RuntimeError("accumulate_exact must be called with gradients enabled, got it under no_grad()")
+    if not isinstance(chunks, Sized):  # they are read twice
+        raise TypeError(f"chunks must be a sequence, got {type(chunks).__name__}")
     if not len(chunks):
         raise ValueError("chunks must hold at least one, got none")
     parameters = [p for p in parameters if p.requires_grad]
@@ -65,6 +69,8 @@ def accumulate_exact(
     loss = loss_fn(everything)
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss_fn must return a tensor, got {type(loss).__name__}")
+    if loss.is_complex():
+        raise TypeError(f"loss_fn must return a real number, got {loss.dtype}")
     if loss.dim() != 0:
         raise ValueError(f"loss_fn must return a scalar, got {list(loss.shape)}")
     if not loss.requires_grad:
@@ -74,7 +80,7 @@ def accumulate_exact(
         raise ValueError("loss_fn must depend on the features it is given, got a loss without their gradient")
     used = [(p, g) for p, g in zip(parameters, grad_parameters, strict=True) if g is not None]
 
-    drift = torch.zeros((), dtype=everything.dtype, device=everything.device)
+    drift = torch.zeros((), dtype=_checks.accumulator(everything), device=everything.device)
     parts = zip(chunks, features, random_states, grad_features.split([len(x) for x in features]), strict=True)
     for i, (chunk, first, state, grad) in enumerate(parts):
         last = i == len(chunks) - 1
@@ -86,14 +92,22 @@ def accumulate_exact(
             roots = [(again, grad), *(used if last else [])]
             torch.autograd.backward([root for root, _ in roots], [g for _, g in roots])
         if len(first):
-            drift = torch.maximum(drift, (again.detach() - first).abs().amax() / first.abs().amax().clamp(min=1e-30))
-    if not drift <= torch.finfo(drift.dtype).eps ** 0.5:  # more than kernels that add in another order would differ
+            again, first = again.detach().to(drift.dtype), first.to(drift.dtype)  # half precision takes 1e-30 for 0
+            drift = torch.maximum(drift, (again - first).abs().amax() / first.abs().amax().clamp(min=1e-30))
+    if not drift <= torch.finfo(everything.dtype).eps ** 0.5:  # more than kernels differ that add in another order
         raise ValueError(f"encoder must give the same features twice, got a difference of {drift.item():.3g}")
     return loss.detach()
 
 
 def _encode(encoder: Callable[..., Tensor], chunk: Any) -> Tensor:
-    return encoder(*chunk) if isinstance(chunk, (tuple, list)) else encoder(chunk)
+    features = encoder(*chunk) if isinstance(chunk, (tuple, list)) else encoder(chunk)
+    if not isinstance(features, Tensor):
+        raise TypeError(f"encoder must return a tensor, got {type(features).__name__}")
+    if not features.is_floating_point():
+        raise TypeError(f"encoder must return real floats, got {features.dtype}")
+    if features.dim() == 0:
+        raise ValueError("encoder must return features [n, ...], got []")
+    return features
 
 
 @torch.no_grad()

@@ -50,7 +50,8 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, *, kept: int = 2, bes
     """Write a checkpoint and drop outdated ones. Returns its folder.
 
     Left are the newest `kept` after whole epochs, that after epoch `best`, and the newest `kept` inside an epoch if
-    they are newer than all of these. Raises CheckpointError if it cannot be written; the others are then as they were.
+    they are newer than all of these. Those of a later place go: whoever saves here resumed past them. Raises
+    CheckpointError if it cannot be written; the others are then as they were.
     """
     from safetensors.torch import save
 
@@ -78,7 +79,7 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, *, kept: int = 2, bes
             shutil.rmtree(unfinished, ignore_errors=True)  # to give back what room there was
             raise
         _sync_folder(root)
-        for outdated in _outdated(_folders(run_dir), kept, best):
+        for outdated in _outdated(_folders(run_dir), final, kept, best):
             shutil.rmtree(outdated)
     return final
 
@@ -185,10 +186,12 @@ def _place(folder: Path) -> tuple[int, int]:
     return int(epoch), int(step)
 
 
-def _outdated(folders: list[Path], kept: int, best: int) -> list[Path]:
+def _outdated(folders: list[Path], saved: Path, kept: int, best: int) -> list[Path]:
     """As of `save_checkpoint`; folders: newest first."""
-    whole = [folder for folder in folders if _place(folder)[1] == 0]
-    inside = [folder for folder in folders if not whole or _place(folder) > _place(whole[0])]
+    # A later one could not be read when this run resumed: counted as the newest, it would push out the good one.
+    past = [folder for folder in folders if _place(folder) <= _place(saved)]
+    whole = [folder for folder in past if _place(folder)[1] == 0]
+    inside = [folder for folder in past if not whole or _place(folder) > _place(whole[0])]
     wanted = {*whole[:kept], *inside[:kept], *(folder for folder in whole if _place(folder)[0] == best)}
     return [folder for folder in folders if folder not in wanted]
 

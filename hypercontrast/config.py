@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from hypercontrast._checks import LEAST_TEMPERATURE
+from hypercontrast._checks import LEAST_TEMPERATURE, LONGEST_WAIT
 from hypercontrast.output import say
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -151,6 +151,7 @@ class Config:
             "rank_timeout",
         ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._require("rank_timeout", self.rank_timeout <= LONGEST_WAIT, f"at most {LONGEST_WAIT}")
         for name in ("lr", "temperature", "final_temperature"):
             self._require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
         for name in ("temperature", "final_temperature"):

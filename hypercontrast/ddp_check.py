@@ -25,6 +25,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hypercontrast._checks import LONGEST_WAIT
+
 __all__ = ["DDPVerdict", "check_ddp"]
 
 _KINDS = ("exact", "scaled", "wrong")  # from good to bad
@@ -154,6 +156,8 @@ def check_ddp(
         raise TypeError(f"timeout must be a number of seconds, got {type(timeout).__name__}")
     if not 0 < timeout < math.inf:
         raise ValueError(f"timeout must be positive and finite, got {timeout}")
+    if timeout > LONGEST_WAIT:
+        raise ValueError(f"timeout must be at most {LONGEST_WAIT} seconds, got {timeout}")
 
     (alone, *ranks), failure = _run(_Problem(_pickled(loss_fn), world_size, dim, num_classes, timeout))
     verdicts = [_compare(whole, rounds) for whole, *rounds in zip(alone, *ranks, strict=False)]

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hypercontrast import _checks
 from hypercontrast._agreement import LostRankError as LostRankError  # offered from here
-from hypercontrast._agreement import agree, connected
+from hypercontrast._agreement import agree, carriers, connected
 
 GroupLike = dist.ProcessGroup | str | None
 
@@ -167,9 +167,10 @@ def gather_with_grad(x: Tensor, group: GroupLike = "auto") -> Tensor:
         [Σ n, ...], x's dtype and device.
 
     Raises:
-        ValueError: if x has no rows to speak of (a scalar); on every rank, before data moves, if dtype, trailing shape
-            or the wish for a gradient differ between ranks, or one of them has a bad x.
-        TypeError: if x is not a tensor.
+        ValueError: if x has no rows to speak of (a scalar) or is where the group carries nothing; on every rank, before
+            data moves, if dtype, trailing shape or the wish for a gradient differ between ranks, or one of them has a
+            bad x.
+        TypeError: if x is not a dense tensor.
         LostRankError: if another rank ended or does not answer.
     """
     group = resolve_group(group)
@@ -177,6 +178,10 @@ def gather_with_grad(x: Tensor, group: GroupLike = "auto") -> Tensor:
     def described() -> str:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise TypeError(f"x must be a dense tensor, got {x.layout}")
+        if group is not None and x.device.type not in (carried := carriers(group)):
+            raise ValueError(f"x must be on a device that the group carries, {' or '.join(carried)}, got {x.device}")
         if x.dim() == 0:
             raise ValueError("x must have shape [n, ...], got []")
         with_grad = "with" if torch.is_grad_enabled() and x.requires_grad else "without"

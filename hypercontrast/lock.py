@@ -17,21 +17,28 @@ except ImportError:  # not on this system: nothing is locked
     fcntl = None  # type: ignore[assignment]
 
 
+_held: set[tuple[int, str]] = set()  # (process, folder): a fork has its parent's set, and none of its locks
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Make the folder and hold it as the process that trains there; a new one that stays empty goes again.
 
-    The system lets go of it however the process ends. Raises UsageError if another process holds it, or if it cannot be
-    written to.
+    The system lets go of it however the process ends. Raises UsageError if another process holds it, or this one
+    already, or if it cannot be written to.
     """
-    path = folder / ".lock"
+    path, key = folder / ".lock", (os.getpid(), os.path.realpath(folder))
+    if key in _held:  # the system would give it again, and take back both at the end of the second
+        raise UsageError(f"{folder} is being trained by this process already")
     with access(folder, "written"):
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("wb")
-    with file:
-        if not _take(file.fileno()):
+        # Whatever else stands there under this name is neither followed nor emptied.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    try:
+        if not _take(descriptor):
             raise UsageError(f"{folder} is being trained by another process")
+        _held.add(key)
         try:
             yield
         finally:
@@ -39,6 +46,9 @@ def locked(folder: Path) -> Iterator[None]:
                 path.unlink()
                 if made:
                     folder.rmdir()
+    finally:
+        os.close(descriptor)
+        _held.discard(key)
 
 
 def _take(descriptor: int) -> bool:

@@ -216,7 +216,8 @@ class NeuralCollapse:
         Call it once, after the last `update`, on every rank; ranks may hold any number of samples, or none. Kept
         samples travel within one memory budget for all ranks together. The statistics must be on a device that
         the group's backend can reach (`device="cuda"` for NCCL). Raises ValueError on every rank when the ranks
-        disagree on num_classes, dim or the samples kept a class, LostRankError if one ended or does not answer.
+        disagree on num_classes, dim or the samples kept a class, LostRankError if one ended or does not answer; the
+        statistics are then as they were.
         """
         resolved = resolve_group("auto" if group is None else group)
         if resolved is None:
@@ -224,7 +225,8 @@ class NeuralCollapse:
         words = f"NeuralCollapse.all_reduce of [{self.num_classes}, {self.dim}], {self._quota} samples kept a class"
         agree(lambda: words, resolved, self._counts_K)
         kept_RK = _gather(self._counts_K.clamp(max=self._quota), resolved)
-        for statistic in (self._counts_K, self._sums_KD, self._moment_DD):
+        reduced = [statistic.clone() for statistic in (self._counts_K, self._sums_KD, self._moment_DD)]
+        for statistic in reduced:
             dist.all_reduce(statistic, group=resolved)
 
         # Ranks fill each class's quota in rank order, as one process would that saw their samples in that order.
@@ -232,7 +234,9 @@ class NeuralCollapse:
         sent_RK = torch.minimum(kept_RK, room_RK)
         u, y = self._kept_samples()
         sent = position_in_class(y) < sent_RK[dist.get_rank(resolved)][y]
-        self._kept = _exchange(u[sent], y[sent], sent_RK.sum(1).tolist(), resolved)
+        kept = _exchange(u[sent], y[sent], sent_RK.sum(1).tolist(), resolved)
+        self._counts_K, self._sums_KD, self._moment_DD = reduced
+        self._kept = kept
 
     @torch.no_grad()
     def compute(self, prototypes: Tensor | None = None) -> dict[str, float]:

@@ -25,7 +25,8 @@ def check_sizes(dim: int, num_classes: int) -> None:
 
 
 def _check_dimension(features: Tensor, dim: int) -> None:
-    if features.dim() != 2 or features.shape[1] != dim:
+    _checks.check_matrix("features", features, "[N, D]")
+    if features.shape[1] != dim:
         raise ValueError(f"features must have dimension {dim}, got {list(features.shape)}")
 
 
@@ -97,7 +98,9 @@ class ClassMeans(nn.Module):
         momentum: share of the old value in "ema".
 
     Sums are float64 buffers, so the order of the batches does not matter, and stay so in a model that is converted.
-    What the last `all_reduce` gave is kept beside them: the next one adds up only what ranks have seen since.
+    What the last `all_reduce` gave is kept beside them: the next one adds up only what ranks have seen since. Keep them
+    outside a module that DDP wraps, or wrap it with broadcast_buffers=False: else each forward overwrites every rank's
+    sums with rank 0's.
     """
 
     sums: Tensor
@@ -109,6 +112,8 @@ class ClassMeans(nn.Module):
         super().__init__()
         check_sizes(dim, num_classes)
         _checks.check_option("mode", mode, ("mean", "ema"))
+        if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
+            raise TypeError(f"momentum must be a number, got {type(momentum).__name__}")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
         self.mode, self.momentum = mode, momentum
@@ -127,11 +132,14 @@ class ClassMeans(nn.Module):
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor, *, ignore_index: int = -100) -> None:
-        """Add a batch: features [N, D] raw, labels [N] int64. Raises ValueError on a wrong shape, label or norm."""
+        """Add a batch: features [N, D] raw, labels [N] int64.
+
+        Raises ValueError on a wrong shape, label or norm, TypeError on a wrong type.
+        """
         num_classes, dim = self.sums.shape
-        _checks.check_matrix("features", features, "[N, D]")
         _check_dimension(features, dim)
         _checks.check_labels(labels, len(features), features.device)
+        _checks.check_ignore_index(ignore_index)
         if not labels.is_cuda:
             _checks.check_label_range(labels, num_classes, ignore_index)
             _checks.check_finite_norms("features", _checks.norms(features))
@@ -145,7 +153,19 @@ class ClassMeans(nn.Module):
 
     @torch.no_grad()
     def add(self, sums: Tensor, counts: Tensor) -> None:
-        """Add per-class sums [K, D] of unit features and their counts [K], as the losses compute them on the way."""
+        """Add per-class sums [K, D] of unit features and their counts [K], as the losses compute them on the way.
+
+        Raises TypeError, ValueError where they are not of this shape, or on the CPU where a sum is not finite.
+        """
+        _checks.check_matrix("sums", sums, "[K, D]")
+        if sums.shape != self.sums.shape:
+            raise ValueError(f"sums must have shape {list(self.sums.shape)}, got {list(sums.shape)}")
+        if not isinstance(counts, Tensor) or counts.dtype != torch.int64:
+            raise TypeError(f"counts must be an int64 tensor, got {getattr(counts, 'dtype', type(counts).__name__)}")
+        if counts.shape != self.counts.shape:
+            raise ValueError(f"counts must have shape {list(self.counts.shape)}, got {list(counts.shape)}")
+        if sums.device.type == "cpu" and not torch.compiler.is_compiling():
+            _checks.check_finite_norms("sums", _checks.norms(sums))
         if self.mode == "ema":
             mean = unit_rows(sums.double())
             started = (self.counts > 0)[:, None]

@@ -153,7 +153,7 @@ def _load_run(path: Path, name: str) -> Run:
 def read_epochs(path: Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl, numbers only. Raises ValueError naming a line that is none."""
     with access(path, "read"):
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")  # what is no text is no JSON: its line is named
     # A run in progress may be in the middle of its last line.
     whole = text[: text.rfind("\n") + 1]
     epochs = []
@@ -179,9 +179,9 @@ def _read_environment(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     with access(path, "read"):
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     try:
-        found = json.loads(text)
+        found = json.loads(content)
         return {str(key): str(value) for key, value in found.items()}
     except (ValueError, AttributeError, RecursionError):
         raise ValueError(f"{path} must hold a JSON object") from None
@@ -199,24 +199,29 @@ def _read_embeddings(path: Path) -> Embeddings:
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
             names = json.loads((file.metadata() or {}).get("class_names", "[]"))
         features, labels, means = (arrays[key] for key in ("features", "labels", "class_means"))
-    except (SafetensorError, ValueError, KeyError) as error:
+    # Of a dtype that NumPy does not know there is a TypeError or an AttributeError.
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or incomplete: {error}") from None
-    K, n = len(means), len(labels)
-    names = names or range(K)
-    if len(names) != K:
-        raise ValueError(f"{path} must name its {K} classes, got {len(names)} names")
+    K, n = (len(x) if x.ndim else 0 for x in (means, labels))
     optional = ("decisions", "class_sizes", "pictures", "mean_lengths")
     decisions, sizes, pictures, lengths = (arrays.get(key) for key in optional)
     fits = {
-        "labels": n == len(features) and _are_classes(labels, K),
-        "decisions": decisions is None or (len(decisions) == 2 and _are_classes(decisions, K)),
-        "class_sizes": sizes is None or sizes.shape == (K,),
+        "class_means": means.ndim == 2 and means.size > 0 and _are_finite(means),
+        "labels": labels.ndim == 1 and n > 0 and _are_classes(labels, K),
+        "features": features.shape == (n, *means.shape[1:]) and _are_finite(features),
+        "decisions": decisions is None or (decisions.ndim == 2 and len(decisions) == 2 and _are_classes(decisions, K)),
+        "class_sizes": sizes is None or (sizes.shape == (K,) and _are_finite(sizes) and bool(np.all(sizes >= 0))),
         "pictures": pictures is None
         or (pictures.dtype == np.uint8 and pictures.ndim == 4 and len(pictures) == n and pictures.shape[1] in (1, 3)),
-        "mean_lengths": lengths is None or (lengths.shape == (K,) and bool(np.all((lengths >= 0) & (lengths < 2)))),
+        "mean_lengths": lengths is None
+        or (lengths.shape == (K,) and _are_finite(lengths) and bool(np.all((lengths >= 0) & (lengths < 2)))),
     }
     if wrong := [key for key, right in fits.items() if not right]:
         raise ValueError(f"{path} is damaged or incomplete: {wrong[0]} must fit {n} samples of {K} classes")
+    names = names or list(range(K))
+    if not isinstance(names, list) or len(names) != K:
+        got = f"{len(names)} names" if isinstance(names, list) else type(names).__name__
+        raise ValueError(f"{path} must name its {K} classes, got {got}")
     return Embeddings(
         features_nD=features.astype(np.float64),
         labels_n=labels,
@@ -227,6 +232,10 @@ def _read_embeddings(path: Path) -> Embeddings:
         pictures_nCHW=pictures,
         mean_lengths_K=None if lengths is None else lengths.astype(np.float64),
     )
+
+
+def _are_finite(x: Array) -> bool:
+    return bool(x.dtype.kind in "fiu" and np.isfinite(x).all())
 
 
 def _are_classes(x: Array, K: int) -> bool:

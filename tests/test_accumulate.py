@@ -173,6 +173,31 @@ def test_nothing_to_send_backward(frozen, loss_fn, error, message):
         hc.accumulate_exact(encoder, loss_fn, x.split(7))
 
 
+@pytest.mark.parametrize(
+    ("encoder", "loss_fn", "chunks", "error", "message"),
+    [
+        (lambda e: e, torch.sum, lambda x: (part for part in x), TypeError, "chunks must be a sequence, got generator"),
+        (lambda e: lambda x: (e(x),), torch.sum, list, TypeError, "encoder must return a tensor, got tuple"),
+        (lambda e: lambda x: e(x).sum(), torch.sum, list, ValueError, r"encoder must return features \[n, ...\], got \[\]"),
+        (lambda e: lambda x: e(x).long(), torch.sum, list, TypeError, r"encoder must return real floats, got torch\.int64"),
+        (lambda e: lambda x: e(x) * 1j, torch.sum, list, TypeError, r"encoder must return real floats, got torch\.complex128"),
+        (lambda e: e, lambda z: z.sum() * 1j, list, TypeError, r"loss_fn must return a real number, got torch\.complex128"),
+    ],
+)  # fmt: skip
+def test_what_is_no_batch_of_features_or_no_loss_is_named(encoder, loss_fn, chunks, error, message):
+    e, x, _ = make()
+    with pytest.raises(error, match=message):
+        hc.accumulate_exact(encoder(e), loss_fn, chunks(x.split(7)))
+
+
+def test_features_of_zero_in_half_precision():
+    """As those of a chunk of padding alone: the same both times, however near zero the smallest number is."""
+    encoder, x = nn.Linear(3, 2, bias=False).half(), torch.ones(4, 3).half()
+    x[:2] = 0
+    hc.accumulate_exact(encoder, lambda z: z.square().sum(), x.split(2))
+    assert (encoder.weight.grad != 0).all()
+
+
 def test_an_encoder_that_raises_has_its_buffers_back():
     encoder, x, _ = make(nn.BatchNorm1d(16))
     before = [buffer.clone() for buffer in encoder.buffers()]

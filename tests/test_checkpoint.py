@@ -228,6 +228,22 @@ def test_a_damaged_checkpoint_can_be_written_again(tmp_path):
     assert load_checkpoint(tmp_path).epoch == 2
 
 
+@pytest.mark.parametrize("step", [0, 10])
+def test_what_is_saved_after_damaged_ones_stays_and_they_go(tmp_path, step):
+    """Saved short of them, after an epoch or inside one: they neither count as the newest nor come back."""
+    for epoch in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, made(epoch), best=1)
+    for epoch in (3, 4):
+        (tmp_path / "checkpoints" / f"epoch-{epoch:04d}" / "state.pt").write_bytes(b"")
+    with pytest.warns(RuntimeWarning, match="is damaged"):
+        assert load_checkpoint(tmp_path).epoch == 1
+    epoch = 1 if step else 2
+    saved = save_checkpoint(tmp_path, dataclasses.replace(made(epoch), step=step), best=1)
+    assert {path.name for path in saved.parent.iterdir()} == {"epoch-0001", saved.name}
+    found = load_checkpoint(tmp_path)
+    assert (found.epoch, found.step) == (epoch, step)
+
+
 class Payload:
     def __init__(self, path):
         self.path = path

@@ -315,6 +315,7 @@ def test_bad_arguments():
         ("dim", 0, "dim must be at least 1, got 0"),
         ("num_classes", 0, "num_classes must be at least 1, got 0"),
         ("timeout", 0, "timeout must be positive and finite, got 0"),
+        ("timeout", 2147484, "timeout must be at most 2147483 seconds, got 2147484"),
     ):
         with pytest.raises(ValueError, match=message):
             check_ddp(local_supcon, **{name: value})

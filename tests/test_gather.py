@@ -70,7 +70,7 @@ def check_half_precision_sums(rank, world):
 def disagreement(x):
     try:
         gather_with_grad(x)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         return str(error)
     return "nothing raised"
 
@@ -91,6 +91,15 @@ def check_disagreements(rank, world):
         assert disagreement(x) == rule.format(named)
     with torch.set_grad_enabled(not last):
         assert "without gradient" in disagreement(torch.zeros(2, 3, requires_grad=True))
+    for odd, named in (
+        (torch.eye(3).to_sparse(), "TypeError: x must be a dense tensor, got torch.sparse_coo"),
+        (
+            torch.eye(3, device="meta"),
+            "ValueError: x must be on a device that the group carries, cpu or cuda, got meta",
+        ),
+    ):
+        said = disagreement(odd if last else torch.eye(3))
+        assert said in named if last else said == f"rank {world - 1} could not take part: {named}"
     assert gather_with_grad(torch.zeros(1, 3)).shape == (world, 3)  # and the ranks are still in step
 
 
@@ -131,6 +140,8 @@ def test_one_process_gets_its_rows_back():
 def test_bad_arguments():
     with pytest.raises(TypeError, match="x must be a tensor, got list"):
         gather_with_grad([1.0])
+    with pytest.raises(TypeError, match=r"x must be a dense tensor, got torch\.sparse_coo"):
+        gather_with_grad(torch.eye(2).to_sparse())
     with pytest.raises(ValueError, match=r"x must have shape \[n, ...\], got \[\]"):
         gather_with_grad(torch.tensor(1.0))
     with pytest.raises(ValueError, match="group must be 'auto', None or a process group, got 'world'"):

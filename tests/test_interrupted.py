@@ -308,6 +308,27 @@ def test_a_killed_process_holds_no_folder(tmp_path):
     assert ended(in_a_fork(lambda: try_to_hold(tmp_path))) == 0
 
 
+def test_a_process_holds_a_folder_once(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    for _ in range(2):
+        with locked(tmp_path):
+            for folder in (tmp_path, tmp_path / "link"):
+                with (
+                    pytest.raises(UsageError, match=f"{folder} is being trained by this process already"),
+                    locked(folder),
+                ):
+                    pass
+            assert ended(in_a_fork(lambda: try_to_hold(tmp_path))) == 1
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "notes").write_text("kept")
+    (tmp_path / ".lock").symlink_to(tmp_path / "notes")
+    with pytest.raises(UsageError, match=f"{tmp_path} cannot be written"), locked(tmp_path):
+        pass
+    assert (tmp_path / "notes").read_text() == "kept"
+
+
 def test_a_file_system_without_locks_locks_nothing(tmp_path, monkeypatch):
     def unsupported(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")

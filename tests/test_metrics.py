@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hypercontrast._agreement import LostRankError
 from hypercontrast.metrics import DESCRIPTIONS, NeuralCollapse, neural_collapse
 
 close = partial(pytest.approx, rel=1e-9, abs=1e-9)
@@ -465,3 +466,27 @@ def test_one_process_alone_needs_no_group():
     metrics.update(features, labels)
     metrics.all_reduce()
     assert_same(metrics.compute(prototypes), neural_collapse(features, labels, prototypes))
+
+
+def test_a_rank_lost_in_the_last_exchange_leaves_the_statistics_as_they_were(monkeypatch):
+    """As seen by rank 0 of two that saw the same, when the sums have been reduced already."""
+    features, labels, prototypes = sample()
+    metrics = NeuralCollapse(5, 7)
+    metrics.update(features, labels)
+    before = metrics.compute(prototypes)
+
+    def lost(*_):
+        raise LostRankError("rank 0 of 2 lost the connection to another rank")
+
+    for name, fake in (
+        ("resolve_group", lambda group: "both ranks"),
+        ("agree", lambda *_: None),
+        ("_gather", lambda x, group: torch.stack([x, x])),
+        ("dist.all_reduce", lambda x, group: x.mul_(2)),
+        ("dist.get_rank", lambda group: 0),
+        ("_exchange", lost),
+    ):
+        monkeypatch.setattr(f"hypercontrast.metrics.{name}", fake)
+    with pytest.raises(LostRankError):
+        metrics.all_reduce()
+    assert metrics.compute(prototypes) == before

@@ -103,3 +103,42 @@ def test_no_label_without_a_finite_norm(bad):
     ):
         with pytest.raises(ValueError, match=f"{name} must have finite norms, got {bad} in row 1"):
             classifier.predict(features)
+
+
+@pytest.mark.parametrize("make", [lambda: hc.PrototypeClassifier(torch.eye(3)), lambda: hc.PrototypeHead(3, 3)])
+@pytest.mark.parametrize(
+    ("features", "error", "says"),
+    [
+        (
+            torch.tensor([[3, 0, 1]]),
+            TypeError,
+            "features must be float32, bfloat16, float16 or float64, got torch.int64",
+        ),
+        ([[3.0, 0.0, 1.0]], TypeError, "features must be a tensor, got list"),
+        (torch.ones(3), ValueError, r"features must have shape \[N, D\], got \[3\]"),
+    ],
+)
+def test_cosines_of_what_is_no_matrix_of_floats(make, features, error, says):
+    """Rounded back to integers, the rows of length 1 would all be zero."""
+    with pytest.raises(error, match=says):
+        make()(features)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda m: m.add(torch.ones(1, 3), torch.ones(2).long()), ValueError, r"sums must have shape \[2, 3\], got \[1, 3\]"),
+        (lambda m: m.add([[1.0]], torch.ones(2).long()), TypeError, "sums must be a tensor, got list"),
+        (lambda m: m.add(torch.ones(2, 3), torch.ones(2)), TypeError, "counts must be an int64 tensor, got torch.float32"),
+        (lambda m: m.add(torch.ones(2, 3), [1, 1]), TypeError, "counts must be an int64 tensor, got list"),
+        (lambda m: m.add(torch.ones(2, 3), torch.ones(1).long()), ValueError, r"counts must have shape \[2\], got \[1\]"),
+        (lambda m: m.add(torch.full((2, 3), torch.nan), torch.ones(2).long()), ValueError, "sums must have finite norms, got nan in row 0"),
+        (lambda m: m.update(torch.ones(1, 3), torch.tensor([0]), ignore_index=None), TypeError, "ignore_index must be an integer, got NoneType"),
+        (lambda m: hc.ClassMeans(2, 3, momentum="x"), TypeError, "momentum must be a number, got str"),
+    ],
+)  # fmt: skip
+def test_class_means_refuse_what_would_spoil_them(call, error, says):
+    means = hc.ClassMeans(2, 3)
+    with pytest.raises(error, match=says):
+        call(means)
+    assert all((buffer == 0).all() for buffer in means.buffers())

@@ -425,6 +425,11 @@ def test_epochs_that_were_not_measured(tmp_path):
         (lambda run: (run / "metrics.jsonl").write_text('{"epoch": 1}\n[1]\n'), "line 2 is not"),
         (lambda run: (run / "config.yaml").write_text("a: [\n"), "must be readable YAML"),
         (lambda run: (run / "embeddings.safetensors").write_bytes(b"\1\2\3"), "damaged"),
+        (lambda run: (run / "metrics.jsonl").write_bytes(b'{"epoch": 1}\n\xff\n'), "metrics.jsonl, line 2 is not"),
+        (
+            lambda run: (run / "environment.json").write_bytes(b'{"\xff": 1}'),
+            "environment.json must hold a JSON object",
+        ),
     ],
 )
 def test_one_line_and_exit_code_2(tmp_path, capsys, damage, message):
@@ -441,6 +446,12 @@ def test_one_line_and_exit_code_2(tmp_path, capsys, damage, message):
 def test_class_names_must_match(tmp_path):
     run = make_run(tmp_path / "r", classes=3, class_names=["a", "b"])
     with pytest.raises(ValueError, match="must name its 3 classes, got 2 names"):
+        report.load_runs([run])
+
+
+def test_class_names_must_be_a_list(tmp_path):
+    run = make_run(tmp_path / "r", classes=3, class_names=3)
+    with pytest.raises(ValueError, match="must name its 3 classes, got int"):
         report.load_runs([run])
 
 
@@ -588,8 +599,20 @@ def test_a_thousand_classes_make_a_small_page(tmp_path):
         {"labels": np.full(50, 10)},
         {"labels": np.zeros(50)},
         {"decisions": np.array([[0, 1], [0, -1]])},
+        {"labels": np.zeros((50, 1), int)},
+        {"features": np.zeros(50)},
+        {"features": np.zeros((50, 15))},
+        {"features": np.zeros((49, 16))},
+        {"features": np.full((50, 16), np.nan)},
+        {"features": np.zeros((50, 16), np.complex64)},
+        {"class_means": np.zeros(10)},
+        {"class_means": np.full((10, 16), np.inf)},
         {"decisions": np.zeros((3, 5), int)},
+        {"decisions": np.zeros(2, int)},
+        {"decisions": np.zeros((2, 3, 3), int)},
         {"class_sizes": np.ones(9, int)},
+        {"class_sizes": np.full(10, np.nan)},
+        {"class_sizes": np.full(10, -1)},
         {"pictures": np.zeros((50, 2, 4, 4), np.uint8)},
         {"pictures": np.zeros((50, 1, 4, 4), np.float32)},
         {"pictures": np.zeros((49, 1, 4, 4), np.uint8)},
@@ -598,6 +621,29 @@ def test_a_thousand_classes_make_a_small_page(tmp_path):
 def test_embeddings_that_do_not_fit(tmp_path, array):
     run = make_run(tmp_path / "r", extra=array)
     with pytest.raises(ValueError, match=f"incomplete: {next(iter(array))} must fit 50 samples of 10 classes"):
+        report.load_runs([run])
+
+
+@pytest.mark.parametrize(
+    ("array", "fit"),
+    [
+        ({"labels": np.array(1)}, "labels must fit 0 samples of 10 classes"),
+        ({"class_means": np.array(1.0)}, "class_means must fit 50 samples of 0 classes"),
+        ({"labels": np.zeros(0, int), "features": np.zeros((0, 16))}, "labels must fit 0 samples of 10 classes"),
+    ],
+)
+def test_embeddings_of_nothing(tmp_path, array, fit):
+    run = make_run(tmp_path / "r", extra=array)
+    with pytest.raises(ValueError, match=f"r/embeddings.safetensors is damaged or incomplete: {fit}"):
+        report.load_runs([run])
+
+
+def test_embeddings_of_a_dtype_that_numpy_does_not_know(tmp_path):
+    run = make_run(tmp_path / "r")
+    pytest.importorskip("safetensors.torch").save_file(
+        {"features": torch.ones(2, 3, dtype=torch.bfloat16)}, run / "embeddings.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"r/embeddings\.safetensors is damaged or incomplete: .*bfloat16"):
         report.load_runs([run])
 
 

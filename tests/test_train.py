@@ -72,6 +72,12 @@ def test_config_survives_its_file(tmp_path):
     assert read_config(tmp_path / "config.yaml") == config
 
 
+def test_ranks_wait_no_longer_than_the_system_can_count():
+    assert Config(rank_timeout=2147483).rank_timeout == 2147483
+    with pytest.raises(UsageError, match="rank_timeout must be at most 2147483, got 2147484"):
+        Config(rank_timeout=2147484)
+
+
 def test_a_mistake_on_the_command_line_has_no_traceback(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "hypercontrast.train", "--gpus", "99"], capture_output=True, text=True, cwd=tmp_path,
