@@ -164,7 +164,7 @@ class ClassMeans(nn.Module):
             raise TypeError(f"counts must be an int64 tensor, got {getattr(counts, 'dtype', type(counts).__name__)}")
         if counts.shape != self.counts.shape:
             raise ValueError(f"counts must have shape {list(self.counts.shape)}, got {list(counts.shape)}")
-        if sums.device.type == "cpu" and not torch.compiler.is_compiling():
+        if _checks.can_be_read(sums):
             _checks.check_finite_norms("sums", _checks.norms(sums))
         if self.mode == "ema":
             mean = unit_rows(sums.double())
