@@ -149,11 +149,10 @@ def square_probe(size: int, dtype: torch.dtype, device: str) -> tuple[Run, float
     return lambda: torch.mm(a, b, out=out), 2.0 * size**3
 
 
-def products_probe(op: str, leaves: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[Run, float]:
+def products_probe(op: str, leaves: Sequence[torch.Tensor], y: torch.Tensor, dtype: torch.dtype) -> tuple[Run, float]:
     """The products of the case, and their FLOP."""
-    rows, columns = len(leaves[0]), len(leaves[-1])
-    flop = (4.0 if op == "supcon" else 6.0) * rows * columns * leaves[0].shape[1]
-    return forms.products(op, [x.detach().to(dtype) for x in leaves]), flop
+    flop = (4.0 if op == "supcon" else 6.0) * leaves[0].numel() * len(forms.columns(op, leaves, y))
+    return forms.products(op, [x.detach().to(dtype) for x in leaves], y), flop
 
 
 def copy_probe(num_bytes: int, device: str) -> tuple[Run, float]:
@@ -193,7 +192,7 @@ def measure(case: Case, device: str, seconds: float, square: int, copy_bytes: in
     of_products = leaves[0].dtype if device == "cuda" else torch.float32
     probes = {
         "square": square_probe(square, of_products, device),
-        "products": products_probe(case.op, leaves, of_products),
+        "products": products_probe(case.op, leaves, y, of_products),
         "copy": copy_probe(copy_bytes, device),
         "exp": exp_probe(device),
     }
@@ -207,7 +206,7 @@ def measure(case: Case, device: str, seconds: float, square: int, copy_bytes: in
     times = interleaved(runs, seconds, clock(device), ROUNDS)
     rate = {name: 1e3 * amount / statistics.median(times[name]) for name, (_, amount) in probes.items()}
     rates = Rates(max(rate["square"], rate["products"]), rate["copy"], rate["exp"])
-    present = len(y.unique()) if case.op in ("ntce", "nonl") else case.k
+    present = len(forms.columns(case.op, leaves, y))
     shared = {
         "square_tflops": rate["square"] / 1e12, "products_tflops": rate["products"] / 1e12,
         "copy_gbs": rate["copy"] / 1e9, "exp_gexps": rate["exp"] / 1e9, **_judged(case, ours, device),

@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import diff, forms, matrix, peers, roofline, step
 from bench import measure as measuring
@@ -206,6 +207,24 @@ def test_eager_forms_are_the_specification(op, features):
     steps = {name: forms.step(partial(form, temperature=0.2), leaves, y) for name, form in forms.EAGER[op].items()}
     for found in forms.judge(case, leaves, y, steps).values():
         assert found.error < (1e-4 if features == "collapsed" else 1e-5)
+
+
+@pytest.mark.parametrize("op", ["ntce", "nonl"])
+def test_classes_that_are_not_there_cost_nothing(op):
+    """Neither in the yardstick nor in what is counted as work: 300 classes, of which 24 samples have fewer."""
+    case, kept = Case(op, 24, 300, 16), []
+    leaves, y = forms.of_case(case, "cpu")
+    eager = forms.EAGER[op][forms.yardstick(op)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        step = forms.step(eager, leaves, y)
+    assert (24, 24) in kept
+    assert (300, 24) not in kept
+    assert forms.judge(case, leaves, y, {"eager K x M": step})["eager K x M"].error < 1e-6
+    work, row = 6 * 24 * len(y.unique()) * 16, rows_of(case, peers.candidates(case, "cpu", []))[OURS]
+    assert row.tflops == pytest.approx(1e-9 * work / row.fwd_bwd_ms, rel=1e-3)
+    with FlopCounterMode(display=False) as counter:
+        forms.products(op, leaves, y)()
+    assert counter.get_total_flops() == work
 
 
 def test_lean_pairs_in_float64():
