@@ -40,11 +40,12 @@ import torch
 
 import hypercontrast as hc
 from bench import forms, record
-from bench.arguments import positive, seconds
+from bench.arguments import non_negative, positive, writable
 from bench.measure import Run, clock, interleaved, reduced
 from bench.peers import OURS
 from bench.record import Case
 from hypercontrast import blockwise_pairs
+from hypercontrast.config import UsageError
 
 PASSES = ("forward", "forward + backward")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -273,8 +274,14 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def case_of(args: argparse.Namespace, op: str, device: str) -> Case:
+    """Raises UsageError for one that cannot be."""
     shape = args.shape or (SHAPES if op in forms.PROTOTYPE_LOSSES else PAIRS)[device]
-    return Case(op, *shape, args.dtype or DTYPE[device])
+    case = Case(op, *shape, args.dtype or DTYPE[device])
+    try:
+        forms.check(case)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return case
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -283,28 +290,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--op", nargs="+", choices=ops, default=ops, metavar="OP", help=f"of {', '.join(ops)} (default: all)"
     )
     add_case_arguments(parser)
-    parser.add_argument("--seconds", type=seconds, default=8, metavar="S", help="of rounds an op (default: 8)")
+    parser.add_argument("--seconds", type=non_negative, default=8, metavar="S", help="of rounds an op (default: 8)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/bench/DATE-DEVICE")
 
 
 def run(args: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    cases = [case_of(args, op, device) for op in args.op]
     folder = args.output or record.results_folder(device)
-    try:
-        writer = record.Writer(folder / "roofline.csv", Point)
-    except OSError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
+    writer = record.Writer(writable(folder / "roofline.csv"), Point)
     probes, wrong = [], []
     print(HEADER, flush=True)
-    for op in args.op:
-        points = measure(case_of(args, op, device), device, args.seconds, SQUARE[device], COPY_BYTES[device])
+    for case in cases:
+        points = measure(case, device, args.seconds, SQUARE[device], COPY_BYTES[device])
         for point in points:
             writer.add(point)
             print(markdown_line(point), flush=True)
         probes.append(probes_line(points[0]))
         if points[0].wrong:
-            wrong.append(f"{op} is wrong: {points[0].wrong}")
+            wrong.append(f"{case.op} is wrong: {points[0].wrong}")
     print("", *probes, "", writer.path, sep="\n")
     try:
         from bench import plot
