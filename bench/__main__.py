@@ -39,10 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     module.add_arguments(parser)
     try:
-        parsed = parser.parse_args(given)
+        return module.run(parser.parse_args(given))
     except UsageError as error:
         return fail(2, str(error))
-    return module.run(parsed)
 
 
 def overview() -> str:

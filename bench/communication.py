@@ -52,6 +52,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hypercontrast as hc
 from bench import record
+from bench.arguments import writable
 from bench.network import Collective
 from hypercontrast._agreement import HEADER
 from hypercontrast.buffer import ALIGNMENT, TAIL
@@ -392,6 +393,8 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None and importlib.util.find_spec("matplotlib") is None:
         print("--output needs matplotlib: pip install 'hypercontrast[bench]'", file=sys.stderr)
         return 2
+    if args.output is not None:
+        writable(args.output / "measured.csv")
     measured = []
     print(f"# Measured over Gloo, {record.cpu_name()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
     print(_header(MEASURED_COLUMNS), flush=True)
@@ -407,7 +410,6 @@ def run(args: argparse.Namespace) -> int:
         if row.gpus in SHOWN_GPUS:
             print(_line(row, MODEL_COLUMNS))
     if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
         _write(args.output / "measured.csv", measured)
         _write(args.output / "model.csv", modelled)
         draw(modelled, args.output / "communication.png")

@@ -2,7 +2,8 @@
 
 Slower is a step (or forward) whose median grew past the tolerance and whose 20th percentile is above the old 80th: a
 ratio whose ranges overlap is marked ~ and proves nothing. Less exact is an error that grew past the tolerance and by
-more than a rounding of float32. A form that ran and does so no more is worse too.
+more than a rounding of float32. A form that ran and does so no more is worse too, and so is a case that ran and is
+not in the second file: a run that was cut off has proved nothing of it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bench.arguments import non_negative
 from bench.record import Row, read
 
 ROUNDING = 2**-23
@@ -20,7 +22,9 @@ ROUNDING = 2**-23
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("before", type=Path, metavar="A.csv")
     parser.add_argument("after", type=Path, metavar="B.csv")
-    parser.add_argument("--tolerance", type=float, default=0.1, help="how much worse is still the same (default: 0.1)")
+    parser.add_argument(
+        "--tolerance", type=non_negative, default=0.1, help="how much worse is still the same (default: 0.1)"
+    )
 
 
 def pairs(before: Sequence[Row], after: Sequence[Row]) -> Iterator[tuple[Row, Row]]:
@@ -94,4 +98,8 @@ def run(args: argparse.Namespace) -> int:
     findings = [(b, found) for a, b in matched if (found := worse(a, b, args.tolerance))]
     for row, found in findings:
         print(f"worse: {row.op} {row.form} {' '.join(map(str, row.case[1:]))}: {'; '.join(found)}")
-    return int(bool(findings))
+    there = {row.case for row in after}
+    missing = dict.fromkeys(row.case for row in before if row.status == "ok" and row.case not in there)
+    for case in missing:
+        print(f"worse: {' '.join(map(str, case))}: is not in {args.after}")
+    return int(bool(findings or missing))

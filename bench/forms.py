@@ -3,7 +3,9 @@
 A form is a function of (*leaves, labels): leaves are (features, prototypes) for the prototype losses, (features,) for
 SupCon. Eager forms compute in the inputs' dtype and reduce in float32, as a careful user would write them; of NTCE and
 SupCon there is also the one of their published code. The last one of a loss does the least work: it is the yardstick of
-errors and the honest baseline of times.
+errors and the honest baseline of times. Classes that a batch lacks take no part in NTCE and NONL: where there are more
+classes than samples, their forms compute a row a sample. A list of the classes that are there would save a few rows
+more, but a GPU's host waits for it.
 """
 
 from __future__ import annotations
@@ -48,12 +50,22 @@ def ntce_pairwise(z, w, y, temperature=TAU):
 
 
 def ntce_eager(z, w, y, temperature=TAU):
-    """NTCE with each class's row computed once."""
+    """NTCE with each class's row computed once or, of more classes than samples, each sample's."""
+    if len(w) > len(y):
+        return ntce_pairwise(z, w, y, temperature)
     s = _logits(z, w, temperature)
     return (s.logsumexp(1)[y] - _own(s, y)).mean()
 
 
+def nonl_pairwise(z, w, y, temperature=TAU):
+    s = _logits(z, w[y], temperature)
+    return (s.masked_fill(y[:, None] == y, -torch.inf).logsumexp(1) - s.diagonal()).mean()
+
+
 def nonl_eager(z, w, y, temperature=TAU):
+    """NONL, likewise."""
+    if len(w) > len(y):
+        return nonl_pairwise(z, w, y, temperature)
     s = _logits(z, w, temperature)
     own = y[None, :] == torch.arange(len(w), device=y.device)[:, None]
     return (s.masked_fill(own, -torch.inf).logsumexp(1)[y] - _own(s, y)).mean()
@@ -147,6 +159,19 @@ def _labels(kind: str, name: str, m: int, k: int, g: torch.Generator) -> Tensor:
     return torch.arange(k, device=g.device).repeat(views)
 
 
+def check(case: Case) -> None:
+    """ValueError, which names the argument, for a case that no form can have."""
+    if min(case.n, case.k, case.d) < 1:
+        raise ValueError(f"--shape must be positive, got {case.n} {case.k} {case.d}")
+    if not 0 < case.temperature < math.inf:
+        raise ValueError(f"--temperature must be positive and finite, got {case.temperature}")
+    views = 2 if case.op == "supcon" else 1
+    if case.op == "supcon" and case.k > case.n:  # whose eager form sums classes into N rows
+        raise ValueError(f"--shape needs K <= N for supcon, got {case.n} {case.k}")
+    if case.labels == "instances" and case.op in EAGER and case.n != views * case.k:
+        raise ValueError(f"--labels instances needs N = {views}K for {case.op}, got {case.n} {case.k}")
+
+
 def of_case(case: Case, device: str) -> tuple[tuple[Tensor, ...], Tensor]:
     """`inputs` of a case."""
     spread = COLLAPSED if case.features == "collapsed" else None
@@ -186,6 +211,11 @@ def tangential(gradient: Tensor, vectors: Tensor) -> Tensor:
     """
     along = (gradient * vectors).sum(1, keepdim=True) / (vectors * vectors).sum(1, keepdim=True)
     return gradient - along * vectors
+
+
+def columns(op: str, leaves: Sequence[Tensor], y: Tensor) -> Tensor:
+    """What the samples' logits are with: prototypes, of NTCE and NONL those of classes in the batch; or the samples."""
+    return leaves[-1][y.unique()] if op in ("ntce", "nonl") else leaves[-1]
 
 
 def deviation(got: Iterable[Tensor], want: Iterable[Tensor]) -> float:
@@ -319,12 +349,12 @@ def _excess(got: Sequence[Tensor], want: Sequence[Tensor], limits: Sequence[floa
     return ""
 
 
-def products(name: str, leaves: Sequence[Tensor]) -> Callable[[], None]:
+def products(name: str, leaves: Sequence[Tensor], y: Tensor) -> Callable[[], None]:
     """The matrix products alone that a step cannot do without: 3·2MKD, or 4·A²D for pairs against themselves.
 
-    By rows, where all logits would take more than PRODUCT_LOGITS.
+    K are the classes of `columns`. By rows, where all logits would take more than PRODUCT_LOGITS.
     """
-    z, other = leaves[0].detach(), leaves[-1].detach()
+    z, other = leaves[0].detach(), columns(name, leaves, y).detach()
     rows = min(len(z), max(1024, PRODUCT_LOGITS // len(other)))
     s, out = z.new_empty(rows, len(other)), torch.empty_like(z)
     weights = torch.randn_like(s)

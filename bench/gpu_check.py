@@ -47,11 +47,14 @@ from torch import Tensor
 
 import hypercontrast as hc
 from bench import forms, matrix, record
+from bench.arguments import writable
 from bench.matrix import Entry
 from bench.measure import captured
 from bench.peers import OURS
 from bench.record import Case
 from hypercontrast import reference
+from hypercontrast.config import UsageError
+from hypercontrast.progress import fail
 
 ROOT = Path(__file__).parents[1]
 TAU = forms.TAU
@@ -463,8 +466,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     machine = "rehearsal" if args.rehearse else torch.cuda.get_device_name().replace(" ", "-")
     folder = (args.output or ROOT / "bench" / "results" / f"{time.strftime('%Y-%m-%d')}-{machine}").absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "environment.txt").write_text(environment())
+    try:
+        writable(folder / "environment.txt").write_text(environment())
+    except UsageError as error:
+        return fail(2, str(error))
     print(environment(), end="")
     failed = False
     for name in args.stages:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 
 from bench import forms, peers
-from bench.arguments import positive, seconds
+from bench.arguments import non_negative, positive
 from bench.measure import measure, reason_of, row
 from bench.peers import OURS
 from bench.record import Case, Row, Writer, environment, markdown, markdown_line, results_folder, short
@@ -185,8 +184,8 @@ def _both(mine: float | None, theirs: float | None, shown: Callable[[float], str
 
 def draw(csv: Path) -> list[Path]:
     """The file's pictures, beside it; none without matplotlib."""
-    if missing := [name for name in ("matplotlib", "bench.plot") if importlib.util.find_spec(name) is None]:
-        print(f"no pictures: needs {' and '.join(missing)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no pictures: needs matplotlib")
         return []
     from bench import plot
 
@@ -215,7 +214,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vs", nargs="*", choices=everyone, metavar="PEER",
         help=f"of {', '.join(everyone)} (default: what a case calls for; none: the cheapest eager form alone)",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=seconds, metavar="S", help="of rounds a case (default: 5, quick: 1)")
+    parser.add_argument("--seconds", type=non_negative, metavar="S", help="of rounds a case (default: 5, quick: 1)")
     parser.add_argument("--threads", type=positive, metavar="T", help="of the CPU (default: torch's choice)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/bench/DATE-DEVICE")
 
@@ -243,25 +242,13 @@ def chosen(args: argparse.Namespace, device: str) -> list[Entry]:
             raise ValueError(f"--quick has no case of {', '.join(missing)}: leave out --quick")
         entries = [entry for entry in entries if args.op is None or entry.case.op in args.op]
     for entry in entries:
-        _check(entry.case)
+        forms.check(entry.case)
     known = {name for entry in entries for name in peers.fitting(entry.case)}
     if unknown := sorted(set(args.vs or ()) - known):
         raise ValueError(
             f"--vs must be of {', '.join(sorted(known)) or 'nothing'} for these cases, got {', '.join(unknown)}"
         )
     return entries if args.vs is None else [Entry(entry.case, tuple(args.vs)) for entry in entries]
-
-
-def _check(case: Case) -> None:
-    if min(case.n, case.k, case.d) < 1:
-        raise ValueError(f"--shape must be positive, got {case.n} {case.k} {case.d}")
-    if not 0 < case.temperature < math.inf:
-        raise ValueError(f"--temperature must be positive and finite, got {case.temperature}")
-    views = 2 if case.op == "supcon" else 1
-    if case.op == "supcon" and case.k > case.n:  # whose eager form sums classes into N rows
-        raise ValueError(f"--shape needs K <= N for supcon, got {case.n} {case.k}")
-    if case.labels == "instances" and case.op in forms.EAGER and case.n != views * case.k:
-        raise ValueError(f"--labels instances needs N = {views}K for {case.op}, got {case.n} {case.k}")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -72,9 +72,9 @@ def measure(
         beside = partial(_beside, case, leaves, y, judged, [])
         work.each(lambda name, form: _prepare(name, form, leaves, y, runs, timer, beside))
         if work.alive:
-            times = interleaved({PRODUCTS: forms.products(case.op, leaves), **runs}, seconds, timer)
+            times = interleaved({PRODUCTS: forms.products(case.op, leaves, y), **runs}, seconds, timer)
             add_times(work.fields, times)
-            _add_rates(case, work.fields, times)
+            _add_rates(2e-9 * case.n * len(forms.columns(case.op, leaves, y)) * case.d, work.fields, times)
         return [row(case, name, device, fields) for name, fields in work.fields.items()]
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
@@ -275,8 +275,8 @@ def add_times(fields: dict[str, Fields], times: dict[tuple[str, str], list[float
                 fields[name][f"{what}_ratio"] = ratio(found, times[OURS, what])
 
 
-def _add_rates(case: Case, fields: dict[str, Fields], times: dict[tuple[str, str], list[float]]) -> None:
-    gflop = 2e-9 * forms.logits(case) * case.d
+def _add_rates(gflop: float, fields: dict[str, Fields], times: dict[tuple[str, str], list[float]]) -> None:
+    """Of a forward that takes `gflop`."""
     for name, what in times:
         mine = fields.get(name, {})
         if what == "fwd":

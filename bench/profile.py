@@ -22,6 +22,7 @@ import torch
 from torch.autograd import DeviceType
 
 from bench import forms, record
+from bench.arguments import writable
 from bench.measure import Run
 from bench.record import ROOT, Case
 from bench.roofline import add_case_arguments, case_of
@@ -146,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
         run_once(passes_of(case, args.passes, device))
         return 0
     folder = (args.output or record.results_folder(device)).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    writable(folder / "profile.txt")
     summary = None
     if device == "cuda" and shutil.which("ncu"):
         try:

@@ -43,7 +43,8 @@ class Row:
 
     Times are milliseconds, median and 20th and 80th percentile, on a GPU the device's; memory is MiB beyond the inputs;
     effective TFLOP/s count 2·n·k·d forward and three times that with the backward (supcon: 2n²d), whatever a form
-    computes twice. A buffer's forward is a gather, its forward and backward a gather and a push.
+    computes twice; of NTCE and NONL k are the classes in the batch (records to 2026-11-28: all). A buffer's forward is
+    a gather, its forward and backward a gather and a push.
     """
 
     op: str  # nonl, ntce, normface, supcon, buffer, step

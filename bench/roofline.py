@@ -40,11 +40,12 @@ import torch
 
 import hypercontrast as hc
 from bench import forms, record
-from bench.arguments import positive, seconds
+from bench.arguments import non_negative, positive, writable
 from bench.measure import Run, clock, interleaved, reduced
 from bench.peers import OURS
 from bench.record import Case, Point
 from hypercontrast import blockwise_pairs
+from hypercontrast.config import UsageError
 
 PASSES = ("forward", "forward + backward")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -111,11 +112,10 @@ def square_probe(size: int, dtype: torch.dtype, device: str) -> tuple[Run, float
     return lambda: torch.mm(a, b, out=out), 2.0 * size**3
 
 
-def products_probe(op: str, leaves: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[Run, float]:
+def products_probe(op: str, leaves: Sequence[torch.Tensor], y: torch.Tensor, dtype: torch.dtype) -> tuple[Run, float]:
     """The products of the case, and their FLOP."""
-    rows, columns = len(leaves[0]), len(leaves[-1])
-    flop = (4.0 if op == "supcon" else 6.0) * rows * columns * leaves[0].shape[1]
-    return forms.products(op, [x.detach().to(dtype) for x in leaves]), flop
+    flop = (4.0 if op == "supcon" else 6.0) * leaves[0].numel() * len(forms.columns(op, leaves, y))
+    return forms.products(op, [x.detach().to(dtype) for x in leaves], y), flop
 
 
 def copy_probe(num_bytes: int, device: str) -> tuple[Run, float]:
@@ -155,7 +155,7 @@ def measure(case: Case, device: str, seconds: float, square: int, copy_bytes: in
     of_products = leaves[0].dtype if device == "cuda" else torch.float32
     probes = {
         "square": square_probe(square, of_products, device),
-        "products": products_probe(case.op, leaves, of_products),
+        "products": products_probe(case.op, leaves, y, of_products),
         "copy": copy_probe(copy_bytes, device),
         "exp": exp_probe(device),
     }
@@ -169,7 +169,7 @@ def measure(case: Case, device: str, seconds: float, square: int, copy_bytes: in
     times = interleaved(runs, seconds, clock(device), ROUNDS)
     rate = {name: 1e3 * amount / statistics.median(times[name]) for name, (_, amount) in probes.items()}
     rates = Rates(max(rate["square"], rate["products"]), rate["copy"], rate["exp"])
-    present = len(y.unique()) if case.op in ("ntce", "nonl") else case.k
+    present = len(forms.columns(case.op, leaves, y))
     shared = {
         "square_tflops": rate["square"] / 1e12, "products_tflops": rate["products"] / 1e12,
         "copy_gbs": rate["copy"] / 1e9, "exp_gexps": rate["exp"] / 1e9, **_judged(case, ours, device),
@@ -236,8 +236,14 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def case_of(args: argparse.Namespace, op: str, device: str) -> Case:
+    """Raises UsageError for one that cannot be."""
     shape = args.shape or (SHAPES if op in forms.PROTOTYPE_LOSSES else PAIRS)[device]
-    return Case(op, *shape, args.dtype or DTYPE[device])
+    case = Case(op, *shape, args.dtype or DTYPE[device])
+    try:
+        forms.check(case)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return case
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -246,28 +252,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--op", nargs="+", choices=ops, default=ops, metavar="OP", help=f"of {', '.join(ops)} (default: all)"
     )
     add_case_arguments(parser)
-    parser.add_argument("--seconds", type=seconds, default=8, metavar="S", help="of rounds an op (default: 8)")
+    parser.add_argument("--seconds", type=non_negative, default=8, metavar="S", help="of rounds an op (default: 8)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/bench/DATE-DEVICE")
 
 
 def run(args: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    cases = [case_of(args, op, device) for op in args.op]
     folder = args.output or record.results_folder(device)
-    try:
-        writer = record.Writer(folder / "roofline.csv", Point)
-    except OSError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
+    writer = record.Writer(writable(folder / "roofline.csv"), Point)
     probes, wrong = [], []
     print(HEADER, flush=True)
-    for op in args.op:
-        points = measure(case_of(args, op, device), device, args.seconds, SQUARE[device], COPY_BYTES[device])
+    for case in cases:
+        points = measure(case, device, args.seconds, SQUARE[device], COPY_BYTES[device])
         for point in points:
             writer.add(point)
             print(markdown_line(point), flush=True)
         probes.append(probes_line(points[0]))
         if points[0].wrong:
-            wrong.append(f"{op} is wrong: {points[0].wrong}")
+            wrong.append(f"{case.op} is wrong: {points[0].wrong}")
     print("", *probes, "", writer.path, sep="\n")
     try:
         from bench import plot

@@ -42,6 +42,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bench import record
+from bench.arguments import writable
 from bench.measure import ratio
 from bench.record import Row
 from hypercontrast.config import Config, UsageError, configure
@@ -371,6 +372,8 @@ def run(args: argparse.Namespace) -> int:
         for config in configs:
             check_hardware(config)
             check_model(config.model, config.width)
+        if args.output is not None:
+            writable(args.output)
         if configs[0].ranks > 1 and not is_rank():
             start_ranks(configs[0].ranks, _on_rank, order)
         else:
@@ -390,7 +393,6 @@ def _on_rank(order: _Order) -> None:
             if ranks.rank == 0:
                 _show(found)
         if ranks.rank == 0 and order.output is not None:
-            order.output.parent.mkdir(parents=True, exist_ok=True)
             with order.output.open("w", newline="") as file:
                 writer = csv.DictWriter(file, found[0])
                 writer.writeheader()

@@ -16,12 +16,14 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hypercontrast.config import Config, configure
+from hypercontrast.config import Config, UsageError, configure
 from hypercontrast.evaluate import Options, evaluate
+from hypercontrast.progress import fail
 from hypercontrast.results import Run, read_groups
 from hypercontrast.table import figure2
 from hypercontrast.train import train
@@ -83,7 +85,10 @@ def _evaluation(config: Config) -> Options:
 
 def collect(output: Path, results: Path) -> None:
     """Copy what tables and figures are made from."""
-    for folder in sorted(path.parent for path in output.glob("*/*/evaluation.json")):
+    folders = sorted(path.parent for path in output.glob("*/*/evaluation.json"))
+    if not folders and not results.is_dir():
+        raise UsageError(f"--output must hold evaluated runs, got none in {output}")
+    for folder in folders:
         kept = results / folder.parent.name / folder.name
         kept.mkdir(parents=True, exist_ok=True)
         for name in KEPT:
@@ -118,21 +123,25 @@ def _cell(values: Sequence[float], decimals: int) -> str:
     return f"{statistics.mean(values):.{decimals}f}{spread}"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.study", description="The study on two CPU cores.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all of them if none is named")
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="where the runs go")
     parser.add_argument("--data-root", default="data", help="folder that holds cifar10")
     parser.add_argument("--collect", type=Path, help="copy the results of all runs so far here, and stop")
-    args = parser.parse_args()
-    if args.collect:
-        collect(args.output, args.collect)
-        return
+    args = parser.parse_args(argv)
     if unknown := set(args.parts) - PARTS.keys():
         parser.error(f"PART must be one of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
-    for part in args.parts or PARTS:
-        run(part, args.output, args.data_root)
+    try:
+        if args.collect:
+            collect(args.output, args.collect)
+            return 0
+        for part in args.parts or PARTS:
+            run(part, args.output, args.data_root)
+    except UsageError as error:
+        return fail(2, str(error))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -33,6 +33,7 @@ from torch import Tensor
 
 import hypercontrast as hc
 from bench import forms
+from bench.arguments import non_negative, positive, writable
 from bench.candidates import DTYPES, KERNELS, Cell, Evidence, cells, examine
 from bench.measure import clock, interleaved, ratio, reason_of
 from bench.record import ROOT, environment
@@ -94,10 +95,9 @@ class Table:
 
     def add(self, line: dict[str, Any]) -> None:
         line = {**line, **self.environment}
-        new = not self.path.exists()
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, line)
-            if new:
+            if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(line)
 
@@ -337,7 +337,9 @@ def pin(cell: Cell, trials: Sequence[Trial]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", nargs="+", choices=[*KERNELS, CROSSOVER], default=[*KERNELS, CROSSOVER])
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
-    parser.add_argument("--width", nargs="+", type=int, default=[], help="cells that these widths meet (default: all)")
+    parser.add_argument(
+        "--width", nargs="+", type=positive, default=[], help="cells that these widths meet (default: all)"
+    )
     parser.add_argument(
         "--arch",
         type=int,
@@ -346,7 +348,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--compile-only", action="store_true", help="evidence alone, even with a GPU")
     parser.add_argument("--rehearse", action="store_true", help="times on the CPU: tiny float16 shapes, few candidates")
-    parser.add_argument("--seconds", type=float, default=600, help="when to stop (default: 600)")
+    parser.add_argument("--seconds", type=non_negative, default=600, help="when to stop (default: 600)")
     parser.add_argument("--output", type=Path, help="folder of the results (default: bench/results/DATE-tune)")
 
 
@@ -363,8 +365,7 @@ def run(args: argparse.Namespace) -> int:
     if not chosen and CROSSOVER not in args.kernel:
         return _refused(f"no table has a cell for --kernel {' '.join(args.kernel)}, {dtype}, --width {args.width}")
     folder = args.output or ROOT / "bench" / "results" / f"{time.strftime('%Y-%m-%d')}-tune"
-    folder.mkdir(parents=True, exist_ok=True)
-    table, pins = Table(folder / "tune.csv", device), []
+    table, pins = Table(writable(folder / "tune.csv"), device), []
     budget = hc.memory_budget()
     hc.set_memory_budget(0)  # what is kept from the forward is no part of a kernel's time
     context = multiprocessing.get_context("spawn")  # a fork would inherit the interpreter, and CUDA

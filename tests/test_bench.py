@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("yaml")
 pytest.importorskip("torchvision")
 
-from bench.study import PARTS, SEEDS, collect
+from bench.study import PARTS, SEEDS, collect, main
 from hypercontrast.config import Config, configure, to_yaml
 
 
@@ -42,3 +42,9 @@ def test_collecting_keeps_what_the_tables_read(tmp_path):
     assert lines[0] == "| run | n | top-1, % | NC1 |"
     assert lines[2:] == ["| mnist5k-nonl | 2 | 55.0 ± 7.1 | 0.25 ± 0.00 |"]
     assert (kept / "part.svg").read_text().startswith("<svg")
+
+
+def test_nothing_to_collect_is_one_line(tmp_path, capsys):
+    runs = str(tmp_path / "runs")
+    assert main(["--output", runs, "--collect", str(tmp_path / "kept")]) == 2
+    assert capsys.readouterr().err == f"error: --output must hold evaluated runs, got none in {runs}\n"

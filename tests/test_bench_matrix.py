@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import diff, forms, matrix, peers, roofline, step
 from bench import measure as measuring
@@ -206,6 +207,24 @@ def test_eager_forms_are_the_specification(op, features):
     steps = {name: forms.step(partial(form, temperature=0.2), leaves, y) for name, form in forms.EAGER[op].items()}
     for found in forms.judge(case, leaves, y, steps).values():
         assert found.error < (1e-4 if features == "collapsed" else 1e-5)
+
+
+@pytest.mark.parametrize("op", ["ntce", "nonl"])
+def test_classes_that_are_not_there_cost_nothing(op):
+    """Neither in the yardstick nor in what is counted as work: 300 classes, of which 24 samples have fewer."""
+    case, kept = Case(op, 24, 300, 16), []
+    leaves, y = forms.of_case(case, "cpu")
+    eager = forms.EAGER[op][forms.yardstick(op)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        step = forms.step(eager, leaves, y)
+    assert (24, 24) in kept
+    assert (300, 24) not in kept
+    assert forms.judge(case, leaves, y, {"eager K x M": step})["eager K x M"].error < 1e-6
+    work, row = 6 * 24 * len(y.unique()) * 16, rows_of(case, peers.candidates(case, "cpu", []))[OURS]
+    assert row.tflops == pytest.approx(1e-9 * work / row.fwd_bwd_ms, rel=1e-3)
+    with FlopCounterMode(display=False) as counter:
+        forms.products(op, leaves, y)()
+    assert counter.get_total_flops() == work
 
 
 def test_lean_pairs_in_float64():
@@ -582,7 +601,7 @@ def test_quick_has_the_headlines():
 def test_standard_cases_can_be_made():
     for entries in (matrix.quick(), matrix.standard_cpu(), matrix.standard_gpu()):
         for entry in entries:
-            matrix._check(entry.case)
+            forms.check(entry.case)
             assert entry.vs is None or set(entry.vs) <= {name for op in forms.EAGER for name in peers.names(op)}
     shapes = {(case.n, case.k, case.d) for case in (entry.case for entry in matrix.standard_gpu()) if case.op == "nonl"}
     assert shapes >= {(4096, 1000, 2048), (65536, 1000, 128), (32768, 100_000, 512), (256, 1000, 2048)}
@@ -623,7 +642,14 @@ def test_cases_past_the_limit_are_named(tmp_path, capsys):
         ),
         (["--op", "supcon", "--shape", "8", "4", "2", "--vs", "lightly"], "for these cases, got lightly"),
         (["--op", "ntce", *SMALL, "--output", __file__], "--output must be a folder that can be written: "),
-        (["roofline", "--output", __file__], "File exists"),
+        (["roofline", "--output", __file__], "--output must be where files can be written: "),
+        (["profile", "ntce", "--output", __file__], "--output must be where files can be written: "),
+        (["communication", "--output", __file__], "--output must be where files can be written: "),
+        (["step", "--losses", "nonl", "--output", str(ROOT)], "--output must be where files can be written: "),
+        (["roofline", "--shape", "8", "9", "2"], "--shape needs K <= N for supcon, got 8 9"),
+        (["profile", "supcon", "--shape", "8", "9", "2"], "--shape needs K <= N for supcon, got 8 9"),
+        (["diff", "a.csv", "b.csv", "--tolerance", "nan"], "must be a number of at least 0, got nan"),
+        (["diff", "a.csv", "b.csv", "--tolerance", "-1"], "must be a number of at least 0, got -1"),
         (["--op", "step", "--dtype", "float32"], "--op step has its own cases"),
         (["--shape", "8", "0", "2"], "--shape must be positive, got 8 0 2"),
         (["--op", "ntce", "--temperature", "-1"], "--temperature must be positive and finite, got -1.0"),
@@ -672,6 +698,19 @@ def test_diff(after, worse, tmp_path, capsys):
     assert "1 rows in both; 1 in A alone, 1 in B alone" in said
     assert ("worse: " in said) == bool(worse)
     assert worse is None or worse in said
+
+
+def test_diff_tells_a_case_that_is_missing(tmp_path, capsys):
+    """As of a run that was cut off; not one that did not run before either, nor of new cases."""
+    rows = [timed(), timed(form="other"), timed(op="nonl"), timed(op="supcon", status="absent")]
+    for name, chosen in (("whole", rows), ("half", [*rows[:2], timed(op="normface")])):
+        writer = Writer(tmp_path / f"{name}.csv")
+        for row in chosen:
+            writer.add(row)
+    whole, half = str(tmp_path / "whole.csv"), str(tmp_path / "half.csv")
+    assert main(["diff", whole, half]) == 1
+    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("worse: ")]
+    assert found == [f"worse: nonl 8 4 2 float32 uniform 0.1 random 1: is not in {half}"]
 
 
 def test_diff_marks_what_proves_nothing():

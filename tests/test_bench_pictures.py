@@ -111,6 +111,13 @@ def test_out_of_memory_is_a_cross_above_all_values(pixels, quantity):
     assert "out of memory" in [text.get_text() for text in axes.texts]
 
 
+def test_a_panel_that_ran_out_of_memory_leaves_the_others(pixels):
+    large = [row(form, 1024 * n, status="out of memory", op="nonl") for form in ("ours", "eager M x M") for n in SIZES]
+    first, crosses = plot.figures_of([*GROWTH, *large], [])["time-float32"].axes
+    assert list(lines_of(first)["ours"].get_xydata()[:, 1]) == [1, 2, 4]
+    assert [line.get_xdata()[0] for line in crosses.get_lines() if line.get_marker() == "x"] == [1024 * 256] * 2
+
+
 def test_pairs_grow_as_the_square(pixels):
     (axes,) = plot.figures_of([row("ours", n, n**2 / 1e4, op="supcon") for n in SIZES], [])["time-float32"].axes
     guide = lines_of(axes)["as F1 = 2N²D"].get_ydata()

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from bench import candidates, tune
+from bench.__main__ import main
 from bench.candidates import KERNELS, Cell, cells
 from bench.occupancy import MULTIPROCESSORS
 from hypercontrast.kernels import _launch
@@ -212,6 +213,21 @@ def test_bad_usage_is_one_line(arguments, reason, capsys):
     assert run(*arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith(reason)
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--seconds", "nan"], "must be a number of at least 0, got nan"),
+        (["--width", "0"], "must be a positive integer, got 0"),
+        (["--compile-only", "--output", __file__], "--output must be where files can be written: "),
+    ],
+)
+def test_arguments_that_cannot_be_are_one_line(arguments, reason, capsys):
+    assert main(["tune", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert reason in said
     assert said.count("\n") == 1
 
 

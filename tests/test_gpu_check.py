@@ -88,6 +88,12 @@ def test_the_folder_has_every_verdict(monkeypatch, tmp_path):
     assert lines == [f"{name}: {verdicts[name]} (0 s)" for name in names]
 
 
+def test_a_folder_that_cannot_be_written(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert gpu_check.main(["--rehearse", "--output", __file__]) == 2
+    assert capsys.readouterr().err.startswith("error: --output must be where files can be written: ")
+
+
 def test_the_limits_fit_ten_minutes():
     assert sum(stage.seconds for stage in gpu_check.STAGES.values()) <= 600
 
