@@ -335,13 +335,7 @@ def _parse_flags(argv: Sequence[str], default: Config, prog: str) -> Config:
     page.isatty = lambda: coloured  # type: ignore[method-assign]
     try:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(page):
-            return tyro.cli(
-                Config,
-                prog=prog,
-                args=list(argv),
-                default=default,
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
+            return tyro.cli(Config, prog=prog, args=list(argv), default=default)
     except SystemExit as stop:
         if stop.code:
             raise UsageError(_one_line(complaint.getvalue())) from None

@@ -451,6 +451,7 @@ def test_completion_in_bash():
     assert completed("hypercontrast", "train", "--temp") == ["--temperature", "--temperature-rule"]
     assert completed("hypercontrast", "train", "--loss", "n") == ["normface", "ntce", "nonl"]
     assert "cifar10-nonl" in completed("hypercontrast", "train", "--recipe", "cifar10-")
+    assert completed("hypercontrast", "train", "--no-s") == ["--no-sync-bn"]
     assert completed("hypercontrast", "evaluate", "--lin") == ["--linear-probe"]
     assert completed("hypercontrast", "completion", "z") == ["zsh"]
     assert "docs" in [folder.rstrip("/") for folder in completed("hypercontrast", "report", "doc")]

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -65,6 +66,15 @@ def test_flags_beat_the_recipe_which_beats_the_defaults():
     assert parse(["--dataset", "folder:somewhere"]).recipe == "none"
     assert parse(["--recipe", "none", "--dataset", "cifar10"]).model == Config().model
     assert configure(loss="ce", dataset="cifar10") == parse(["--loss", "ce", "--dataset", "cifar10"])
+
+
+@pytest.mark.parametrize("name", [name for name, hint in get_type_hints(Config).items() if hint is bool])
+def test_every_switch_can_be_turned_both_ways(name, tmp_path):
+    flag = name.replace("_", "-")
+    (tmp_path / "config.yaml").write_text(to_yaml(read_recipe("imagenet100-ce")))  # whose sync_bn is on
+    for start in (["--recipe", "imagenet100-ce"], ["--recipe", "mnist5k-ce"], ["--resume", str(tmp_path)]):
+        assert getattr(parse([*start, f"--{flag}"]), name) is True
+        assert getattr(parse([*start, f"--no-{flag}"]), name) is False
 
 
 def test_config_survives_its_file(tmp_path):
