@@ -70,7 +70,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(Config):
         flag, hint = f"--{field.name.replace('_', '-')}", hints[field.name]
         if hint is bool:
-            parser.add_argument(flag, action="store_true")
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction)
         else:
             choices = get_args(hint) if get_origin(hint) is Literal else None
             names = ["auto", "none", *recipe_names()] if field.name == "recipe" else choices

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hypercontrast._checks import LEAST_TEMPERATURE, LONGEST_WAIT
-from hypercontrast.output import say
+from hypercontrast.output import encoding, on_terminal, say
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -330,20 +330,13 @@ def _parse_flags(argv: Sequence[str], default: Config, prog: str) -> Config:
     except ImportError:
         raise UsageError("the command line needs tyro: pip install 'hypercontrast[train]'") from None
     complaint = io.StringIO()
-    page = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding)
-    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # tyro asks for the terminal alone
+    # tyro looks at the output's encoding for how to frame its page, and for colours at the terminal alone.
+    page = io.TextIOWrapper(io.BytesIO(), encoding=encoding(sys.stdout), errors="replace")
+    coloured = on_terminal() and not os.environ.get("NO_COLOR")
+    page.isatty = lambda: coloured  # type: ignore[method-assign]
     try:
-        with (
-            contextlib.redirect_stderr(complaint),
-            contextlib.nullcontext() if coloured else contextlib.redirect_stdout(page),
-        ):
-            return tyro.cli(
-                Config,
-                prog=prog,
-                args=list(argv),
-                default=default,
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(page):
+            return tyro.cli(Config, prog=prog, args=list(argv), default=default)
     except SystemExit as stop:
         if stop.code:
             raise UsageError(_one_line(complaint.getvalue())) from None

@@ -17,7 +17,7 @@ from typing import Any
 
 from hypercontrast.checkpoint import CheckpointError
 from hypercontrast.config import UsageError, configure
-from hypercontrast.output import say
+from hypercontrast.output import Terminal, on_terminal, say
 from hypercontrast.progress import Parser, command, fail
 from hypercontrast.report import outcome, write_report
 from hypercontrast.runs import LOSS_TITLES, load_runs
@@ -121,13 +121,15 @@ class _LiveTable:
 
     def __init__(self) -> None:
         from rich import box
+        from rich.console import Console
         from rich.live import Live
         from rich.table import Table
 
         self._rich = Table(box=box.SIMPLE_HEAD)
         for index, column in enumerate(COLUMNS):
             self._rich.add_column(column, justify="right" if index else "left")
-        self._live = Live(self._rich, refresh_per_second=4)
+        console = Console(file=Terminal())  # type: ignore[arg-type]
+        self._live = Live(self._rich, console=console, refresh_per_second=4)
 
     def __enter__(self) -> _LiveTable:
         self._live.start()
@@ -149,7 +151,7 @@ class _LiveTable:
 
 
 def _table() -> _PlainTable | _LiveTable:
-    if sys.stdout.isatty():
+    if on_terminal():
         try:
             return _LiveTable()
         except ImportError:

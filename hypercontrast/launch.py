@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 import uuid
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from hypercontrast._agreement import LostRankError, connected
 from hypercontrast.config import Config, UsageError
+from hypercontrast.output import warn
 from hypercontrast.progress import fail
 
 T = TypeVar("T")
@@ -201,7 +201,7 @@ def start_ranks(count: int, run: Callable[[T], object], argument: T) -> None:
 def fail_for(error: RankError, codes: Mapping[str, int]) -> int:
     """As if the rank's error were this process's own: its exit code by kind, a traceback where it was not foreseen."""
     if error.trace and error.kind not in codes:
-        print(error.trace, file=sys.stderr)
+        warn(error.trace)
     return fail(codes.get(error.kind, 1), str(error))
 
 

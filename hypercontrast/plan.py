@@ -61,11 +61,14 @@ def plan(config: Config) -> str:
     network = build_network(config, extent.channels, extent.image_size, extent.classes).to(device)
     parameters = sum(p.numel() for p in network.parameters())
     picture = torch.zeros(2, extent.channels, extent.image_size, extent.image_size, device=device)
-    activations = _activation_bytes(network, picture) * views * -(-batch // world) // config.accumulate
+    picture_bytes = _activation_bytes(network, picture)
+    activations = picture_bytes * views * -(-batch // world) // config.accumulate
     # Weights, gradients and momentum.
     memory = 12 * parameters + activations + extent.resident_bytes
     # Exact accumulation goes through the network once more without a graph, about a third of a step.
-    seconds = _seconds_per_picture(network, picture) * views * extent.train * (4 / 3 if config.accumulate > 1 else 1)
+    passes = views * (4 / 3 if config.accumulate > 1 else 1)
+    least = max(min(LEAST_PICTURES, -(-batch // world), ENOUGH_BYTES // picture_bytes), 2)
+    seconds = _seconds_per_picture(network, picture, least) * passes * extent.train
     rows = {
         "run folder": config.run_dir,
         "data": f"{config.dataset}: {extent.train} training, {extent.validation} validation, {extent.classes} classes",
@@ -158,21 +161,31 @@ def _activation_bytes(network: Network, pictures: Tensor) -> int:
     return total // len(pictures)
 
 
-def _seconds_per_picture(network: Network, pictures: Tensor) -> float:
-    """Forward and backward of one picture, timed over a few batches that double until they take long enough."""
+def _seconds_per_picture(network: Network, pictures: Tensor, least: int) -> float:
+    """Forward and backward of one picture, timed over batches that double from `least` until they take long enough.
+
+    A few pictures would say little of a batch: on a busy CPU it is passes that cost, not pictures. The first pass, over
+    `pictures`, is for warming up.
+    """
     network.train()
-    while True:
-        started = time.perf_counter()
-        network(pictures).float().sum().backward()
-        if pictures.is_cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        if seconds > LONG_ENOUGH or len(pictures) >= MOST_PICTURES:
-            return seconds / len(pictures)
+    _seconds(network, pictures)
+    pictures = pictures[:1].repeat(least, 1, 1, 1)
+    while (seconds := _seconds(network, pictures)) < LONG_ENOUGH and len(pictures) < MOST_PICTURES:
         pictures = torch.cat([pictures, pictures])
+    return seconds / len(pictures)
 
 
 LONG_ENOUGH, MOST_PICTURES = 0.2, 512
+# What a batch that is timed has at least, unless its activations were too many for a quick answer.
+LEAST_PICTURES, ENOUGH_BYTES = 32, 2**30
+
+
+def _seconds(network: Network, pictures: Tensor) -> float:
+    started = time.perf_counter()
+    network(pictures).float().sum().backward()
+    if pictures.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def _duration(seconds: float) -> str:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from hypercontrast.config import UsageError
-from hypercontrast.output import say
+from hypercontrast.output import Terminal, on_terminal, say, warn
 
 
 def python() -> str:
@@ -37,7 +37,7 @@ def command(name: str) -> str:
 
 def fail(code: int, message: str) -> int:
     """Say in one line on stderr why a command failed; returns its exit code."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    warn(f"error: {' '.join(message.split())}")
     return code
 
 
@@ -71,7 +71,7 @@ class Progress:
 
     def __init__(self, epochs: int = 0, steps: int = 0, *, silent: bool = False) -> None:
         self.epochs, self.steps, self.silent = epochs, steps, silent
-        self._bar = None if silent or not sys.stdout.isatty() else _rich_bar()
+        self._bar = None if silent or not on_terminal() else _rich_bar()
 
     def __enter__(self) -> Progress:
         if self._bar:
@@ -137,9 +137,15 @@ def epoch_line(record: Mapping[str, Any], epochs: int) -> str:
 
 def _rich_bar() -> Any:
     try:
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     except ImportError:
         return None
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), transient=True
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(file=Terminal()),  # type: ignore[arg-type]
+        transient=True,
     )

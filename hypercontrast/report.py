@@ -525,8 +525,8 @@ def training_command(config: Config) -> str:
     """The command line that trains the same again: the recipe, and what the run changed of it."""
     words = ["--recipe", config.recipe]
     for key, value, _ in _changes(config):
-        flag = f"--{key.replace('_', '-')}"
-        words += [flag] if value is True else [flag, str(value)]
+        flag = key.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     return f"python -m hypercontrast.train {shlex.join(words)}"
 
 

@@ -62,7 +62,7 @@ from hypercontrast.lock import locked
 from hypercontrast.metrics import NeuralCollapse
 from hypercontrast.models import ProjectionHead, check_model
 from hypercontrast.objective import VIEWS, LossRecord, NotFinite, Objective, TrainingError
-from hypercontrast.output import say
+from hypercontrast.output import say, warn
 from hypercontrast.plan import learning_rate, plan
 from hypercontrast.progress import Progress, command, fail, to_json, working
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
@@ -215,7 +215,7 @@ def _start_ranks(config: Config) -> None:
         except RankError as error:
             if left == 0 or error.kind in FORESEEN.keys() - {"LostRankError"}:  # which would come again
                 raise
-            print(f"{error}; starting again from the last checkpoint, restarts left: {left - 1}", file=sys.stderr)
+            warn(f"{error}; starting again from the last checkpoint, restarts left: {left - 1}")
             config = dataclasses.replace(config, resume="auto")
 
 
@@ -529,9 +529,9 @@ class _Run:
         try:
             write_report([self.folder])
         except UsageError as error:
-            print(error, file=sys.stderr)
+            warn(error)
         except Exception as error:  # a picture of the run is no reason to lose it
-            print(f"{self.folder / 'report.html'} could not be written: {error}", file=sys.stderr)
+            warn(f"{self.folder / 'report.html'} could not be written: {error}")
 
 
 def _thumbnails(pixels: Tensor) -> Tensor:

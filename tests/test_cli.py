@@ -1,6 +1,7 @@
 """The command `hypercontrast`: what it dispatches, prints and completes, and its exit codes."""
 
 import importlib
+import io
 import json
 import os
 import pty
@@ -17,7 +18,7 @@ import pytest
 from runs import as_from_a_prompt
 
 from hypercontrast import __version__ as version
-from hypercontrast import cli, completion, config, progress, transfer
+from hypercontrast import cli, completion, config, demo, output, progress, transfer
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 120
@@ -344,6 +345,78 @@ def test_nobody_reads_the_output(tmp_path):
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+def test_a_full_disk_behind_the_output_is_told_once(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert [cli.main([word]) for word in ("--help", "--version")] == [0, 0]
+    assert capsys.readouterr().err == "standard output ends here: No space left on device\n"
+
+
+def test_a_full_disk_behind_all_that_is_said_changes_no_exit_code(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        monkeypatch.setattr(sys, "stderr", full)
+        assert cli.main(["--help"]) == 0
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert cli.main(["no-such-command"]) == 2
+
+
+def test_a_closed_terminal_ends_no_work(monkeypatch, capsys):
+    pytest.importorskip("rich")
+    ours, theirs = pty.openpty()
+    with open(theirs, "w", encoding="latin-1") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        with progress.Progress(2, 1) as bar:
+            bar.say("1–2")
+            shown = b""
+            while b"1?2" not in shown:
+                shown += os.read(ours, 65536)
+            os.close(ours)
+            bar.say("nobody reads this")
+            bar.start_epoch(2)
+        with demo._table() as table:
+            table.add(demo.COLUMNS)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_closed_output_is_written_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--help"])
+    assert stop.value.code == 0
+    assert config.parse(["--loss", "ce"]).loss == "ce"
+    with progress.Progress(1, 1) as bar:
+        bar.say("a line")
+    with demo._table() as table:
+        table.add(demo.COLUMNS)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_closed_error_stream_is_written_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(["no-such-command"]) == 2
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_letters_that_an_encoding_lacks_are_question_marks(encoding, terminal, monkeypatch):
+    written = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    written.isatty = lambda: terminal
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "stdout", written)
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    output.say("1–2")
+    text = written.buffer.getvalue().decode(encoding)
+    assert bool(STYLE.search(text)) == terminal
+    assert "Temperature ? of the prototype losses" in STYLE.sub("", text)
+    assert text.count("?") < 10  # the frame is drawn in letters that there are
+    assert text.endswith("1?2\n")
+
+
 def test_evaluation_shows_what_it_is_at(run):
     folder, _ = run
     shown = STYLE.sub("", on_a_terminal("evaluate", str(folder), "--prototypes", "--linear-probe", cwd=ROOT))
@@ -378,6 +451,7 @@ def test_completion_in_bash():
     assert completed("hypercontrast", "train", "--temp") == ["--temperature", "--temperature-rule"]
     assert completed("hypercontrast", "train", "--loss", "n") == ["normface", "ntce", "nonl"]
     assert "cifar10-nonl" in completed("hypercontrast", "train", "--recipe", "cifar10-")
+    assert completed("hypercontrast", "train", "--no-s") == ["--no-sync-bn"]
     assert completed("hypercontrast", "evaluate", "--lin") == ["--linear-probe"]
     assert completed("hypercontrast", "completion", "z") == ["zsh"]
     assert "docs" in [folder.rstrip("/") for folder in completed("hypercontrast", "report", "doc")]

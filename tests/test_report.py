@@ -12,6 +12,7 @@ import sys
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -568,6 +569,18 @@ def test_the_command_trains_the_same_again(settings):
     base = config.configure(**settings)
     _, _, _, *words = shlex.split(report.training_command(base))
     assert config.parse(words) == base
+
+
+def test_the_command_turns_switches_both_ways():
+    pytest.importorskip("tyro")
+    switches = [name for name, hint in get_type_hints(config.Config).items() if hint is bool]
+    of_each_set = {config.read_recipe(name).dataset: name for name in config.recipe_names()}
+    for recipe in of_each_set.values():
+        for name in set(switches) - set(report.PLACES):
+            for value in (True, False):
+                chosen = config.configure(recipe=recipe, **{name: value})
+                _, _, _, *words = shlex.split(report.training_command(chosen))
+                assert config.parse(words) == chosen
 
 
 def test_settings_that_were_changed_come_first(tmp_path):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from hypercontrast.launch import Ranks
 from hypercontrast.losses import CELoss
 from hypercontrast.metrics import DESCRIPTIONS
 from hypercontrast.objective import inverse_weights
+from hypercontrast.plan import _seconds_per_picture
 from hypercontrast.runs import load_runs
 from hypercontrast.train import LossRecord, NotFinite, TrainingError, learning_rate, main, plan, prepare, train
 
@@ -64,6 +66,15 @@ def test_flags_beat_the_recipe_which_beats_the_defaults():
     assert parse(["--dataset", "folder:somewhere"]).recipe == "none"
     assert parse(["--recipe", "none", "--dataset", "cifar10"]).model == Config().model
     assert configure(loss="ce", dataset="cifar10") == parse(["--loss", "ce", "--dataset", "cifar10"])
+
+
+@pytest.mark.parametrize("name", [name for name, hint in get_type_hints(Config).items() if hint is bool])
+def test_every_switch_can_be_turned_both_ways(name, tmp_path):
+    flag = name.replace("_", "-")
+    (tmp_path / "config.yaml").write_text(to_yaml(read_recipe("imagenet100-ce")))  # whose sync_bn is on
+    for start in (["--recipe", "imagenet100-ce"], ["--recipe", "mnist5k-ce"], ["--resume", str(tmp_path)]):
+        assert getattr(parse([*start, f"--{flag}"]), name) is True
+        assert getattr(parse([*start, f"--no-{flag}"]), name) is False
 
 
 def test_config_survives_its_file(tmp_path):
@@ -412,6 +423,32 @@ def test_dry_run_says_much_and_does_nothing(tmp_path, monkeypatch, capsys):
     scl = plan(prepare(configure(loss="scl", batch_size=125, queue=1000)))
     assert "two views of each" in scl
     assert "about 1125 views of other classes for every view" in scl
+
+
+class Clocked(torch.nn.Module):
+    """Every pass takes a while, and every picture of it a little; the first pass takes long."""
+
+    def __init__(self, a_pass, a_picture):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.a_pass, self.a_picture, self.passes, self.now = a_pass, a_picture, [], 0.0
+
+    def forward(self, pictures):
+        self.now += self.a_pass + self.a_picture * len(pictures) + 5 * (not self.passes)
+        self.passes.append(len(pictures))
+        return pictures * self.scale
+
+
+@pytest.mark.parametrize(
+    ("a_pass", "a_picture", "passes"),
+    [(0.25, 1e-3, [2, 32]), (0.0, 4e-3, [2, 32, 64]), (0.0, 1e-6, [2, 32, 64, 128, 256, 512])],
+)
+def test_a_plan_times_batches_not_a_few_pictures(a_pass, a_picture, passes, monkeypatch):
+    network = Clocked(a_pass, a_picture)
+    monkeypatch.setattr("time.perf_counter", lambda: network.now)
+    seconds = _seconds_per_picture(network, torch.zeros(2, 1, 1, 1), 32)
+    assert network.passes == passes
+    assert seconds == pytest.approx(a_pass / passes[-1] + a_picture)
 
 
 @pytest.mark.parametrize("loss", ["ce", "nonl", "scl"])

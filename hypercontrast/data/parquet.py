@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +21,7 @@ import torch
 
 from hypercontrast.config import UsageError
 from hypercontrast.data.encoded import VALIDATION_NAMES, Labelled, Reader, Splits, need, opened
+from hypercontrast.output import warn
 
 IN_MEMORY_BYTES = 2 << 30  # of a split's files
 PICTURE_COLUMNS = ("img", "image")
@@ -173,7 +173,7 @@ class _Split:
             with _locked(target.with_suffix(".lock")):
                 column = _mapped(target, origin)  # another rank may have been first
                 if column is None:
-                    print(f"unpacking {gib:.1f} GiB of Parquet, once, to {target}", file=sys.stderr, flush=True)
+                    warn(f"unpacking {gib:.1f} GiB of Parquet, once, to {target}")
                     _write(target, self._pictures(chosen), origin)
                     column = _mapped(target, origin)
         except OSError as error:
