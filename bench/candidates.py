@@ -73,7 +73,7 @@ class Cell:
         they find the cell empty, and take the wide kernels.
         """
         keys = [self.key] if self.narrow else [(self.key[0], small) for small in (False, True)]
-        names = {self.table.removesuffix("_CROWDED"), f"{self.table.removesuffix('_CROWDED')}_CROWDED"}
+        names = {f"{self.table.removesuffix('_CROWDED')}{more}" for more in ("", "_CROWDED", "_BOTH")}
         patches = {}
         for name in names & vars(_launch).keys():
             tables = getattr(_launch, name)

@@ -121,8 +121,8 @@ _BACKWARD_WIDE: Wide = {
     (2, True): Config(64, 64, 64, 4, 4),
 }
 # On Hopper measured: two programs of few warps share a multiprocessor, so that one computes exponentials while the
-# other waits for its products.
-_BACKWARD_NARROW_90: Narrow = {**_NARROW, 128: Config(64, 64, 128, 4, 3)}
+# other waits for its products; wide tiles spread what is done to a row over more columns.
+_BACKWARD_NARROW_90: Narrow = {**_NARROW, 128: Config(64, 128, 128, 4, 2)}
 # On Blackwell both products of a tile come back into registers from a memory of their own.
 _BACKWARD_NARROW_TIGHT: Narrow = {
     **{width: Config(128, 32, width, 8, 3, max_registers=255) for width in (16, 32, 64)},
@@ -138,9 +138,11 @@ BACKWARD_WIDE = {
 # ready all that is done to them.
 BACKWARD_NARROW_CROWDED = {
     80: _BACKWARD_NARROW,
-    90: {**_BACKWARD_NARROW, 128: Config(64, 64, 128, 4, 3)},
+    90: {**_BACKWARD_NARROW, 128: Config(64, 128, 128, 4, 2)},
     100: _BACKWARD_NARROW_TIGHT,
 }
+# Sums along both sides bring all of that, of rows and of columns.
+BACKWARD_NARROW_BOTH = {**BACKWARD_NARROW_CROWDED, 90: {**_BACKWARD_NARROW, 128: Config(64, 64, 128, 4, 3)}}
 BACKWARD_WIDE_CROWDED = dict.fromkeys(ARCHITECTURES, _BACKWARD_WIDE)
 
 _PAIR_BACKWARD_WIDE: Wide = {
@@ -222,6 +224,13 @@ def padded_width(dim: int) -> int:
 
 def narrow_config(tables: dict[int, Narrow], x: Tensor) -> Config:
     return tables[architecture(x.device)][padded_width(x.shape[1])]
+
+
+def narrow_backward(rows: bool, cols: bool, listed: bool) -> dict[int, Narrow]:
+    """The tables for log-sum-exps of rows, of columns or of both; `listed`: the owned rows are classes of a list."""
+    if rows and cols:
+        return BACKWARD_NARROW_BOTH
+    return BACKWARD_NARROW_CROWDED if cols or listed else BACKWARD_NARROW
 
 
 def wide_config(tables: dict[int, Wide], x: Tensor, num_columns: int) -> Config:

@@ -336,7 +336,7 @@ def _backward_narrow() -> Iterator[AotConfiguration]:
         endings = [(True, False, False), *((False, *flags) for flags in itertools.product((True, False), repeat=2))]
         for (tensor_temperature, compact), a_is_classes in itertools.product(_flags(rows, cols), (True, False)):
             crowded = cols or (compact and a_is_classes)
-            tables = _launch.BACKWARD_NARROW_CROWDED if crowded else _launch.BACKWARD_NARROW
+            tables = _launch.narrow_backward(rows, cols, listed=compact and a_is_classes)
             for (config, archs), (split, normalize, factor) in itertools.product(_pinned(tables, dtype), endings):
                 if compact and factor:
                     continue  # absent classes are not skipped where the loss has a kernel of its own

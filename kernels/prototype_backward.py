@@ -158,25 +158,26 @@ def _lse_bwd_kernel(
         sum_RD = tl.dot(weights_RC.to(b_CD.dtype), b_CD, sum_RD, input_precision=INPUT_PRECISION)
 
     sum_RD = tl.where((class_R >= 0)[:, None], sum_RD * (inv_a_R / fp16_range)[:, None], 0.0)
-    depth = tl.arange(0, BLOCK_D)
-    inside_RD = inside_R[:, None] & (depth < D)[None, :]
-    # One address in int64; those of a tile's entries relative to it need fewer registers.
+    # What follows is counted from the program's first row: what was known before the loop would have held registers all
+    # through it. And one address in int64, with those of a tile's entries relative to it, takes fewer.
+    depth, own_R = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R)
+    left_R = own_R < R - tl.program_id(0) * BLOCK_R
+    inside_RD = left_R[:, None] & (depth < D)[None, :]
     first = tl.program_id(0).to(tl.int64) * BLOCK_R * D
-    offset_RD = tl.arange(0, BLOCK_R)[:, None] * D + depth[None, :]
+    offset_RD = own_R[:, None] * D + depth[None, :]
     if SPLIT:
         partials_ptr += tl.program_id(1).to(tl.int64) * stride_partials + first
         tl.store(partials_ptr + offset_RD, sum_RD, mask=inside_RD)
     else:
-        # Read again, from cache: kept for this, the rows would hold registers all through the loop, and so would the
-        # addresses that they were read from before it.
+        # Read again, from cache, for the same reason.
         a_ptr += tl.program_id(0).to(tl.int64) * BLOCK_R * stride_a
-        x_RD = load_rows(a_ptr, tl.arange(0, BLOCK_R), inside_R, stride_a, 0, D, BLOCK_D).to(tl.float32)
+        x_RD = load_rows(a_ptr, own_R, left_R, stride_a, 0, D, BLOCK_D).to(tl.float32)
         radial_R = tl.sum(x_RD * sum_RD, axis=1)
         if NORMALIZE:
             sum_RD -= x_RD * (radial_R * inv_a_R * inv_a_R)[:, None]
         factor = load_factor(upstream_ptr, divisor_ptr, HAS_FACTOR)
         tl.store(grad_ptr + first + offset_RD, sum_RD * (inv_temp * factor), mask=inside_RD)
-        tl.store(radial_ptr + row_R, radial_R * factor, mask=inside_R)
+        tl.store(radial_ptr + row_R, radial_R * factor, mask=left_R)
 
 
 @triton.jit(do_not_specialize=["ignored_class", "row_start"])
@@ -331,8 +332,9 @@ def _launch_narrow(
 ) -> Tensor | None:
     """dA, by recomputing the logits; or, when splits share its columns, their parts of P [S, R, D]."""
     num_rows, (num_columns, dim) = len(a.x), b.x.shape
-    crowded = (a_is_classes and operands.present is not None) or (b if a_is_classes else a).lse is not None
-    config = _launch.narrow_config(_launch.BACKWARD_NARROW_CROWDED if crowded else _launch.BACKWARD_NARROW, a.x)
+    rows, cols = (side.lse is not None for side in ((a, b) if a_is_classes else (b, a)))
+    tables = _launch.narrow_backward(rows, cols, listed=a_is_classes and operands.present is not None)
+    config = _launch.narrow_config(tables, a.x)
     row_blocks = cdiv(num_rows, config.block_r)
     splits = _launch.split_count(row_blocks, cdiv(num_columns, config.block_c), 4 * num_rows * dim)
     new = torch.empty if operands.present is None else torch.zeros  # rows of absent classes are not visited

@@ -152,7 +152,9 @@ def column_weights(
         weights_RC = weights_RC + of_B_RC if HAS_A else of_B_RC
     positive_RC = positive_R[:, None] * positive_C[None, :] if POSITIVE_OF_ROWS else positive_C[None, :]
     own_RC = class_R[:, None] == class_C.to(tl.int32, bitcast=True)[None, :]
-    return tl.where(own_RC, positive_RC if EXCLUDE_OWN else weights_RC + positive_RC, weights_RC)
+    if EXCLUDE_OWN:  # before the sum that both have: to choose between sum and positive would take registers
+        weights_RC = tl.where(own_RC, 0.0, weights_RC)
+    return tl.where(own_RC, weights_RC + positive_RC, weights_RC)
 
 
 class Columns(NamedTuple):

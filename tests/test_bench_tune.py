@@ -98,6 +98,7 @@ def test_crowded_tables_have_the_same_cells(name):
     """A launcher chooses between narrow and wide before it knows how crowded its tiles are."""
     for architecture in ARCHITECTURES:
         assert getattr(_launch, name)[architecture].keys() == getattr(_launch, f"{name}_CROWDED")[architecture].keys()
+        assert _launch.BACKWARD_NARROW_BOTH[architecture].keys() == _launch.BACKWARD_NARROW[architecture].keys()
 
 
 def test_cells_come_in_order_of_importance():
@@ -110,7 +111,7 @@ def test_cells_come_in_order_of_importance():
 
 def test_a_replaced_cell_is_what_launches_find():
     other = Config(64, 32, 16, 4, 2)
-    for tables in ("BACKWARD_NARROW", "BACKWARD_NARROW_CROWDED"):
+    for tables in ("BACKWARD_NARROW", "BACKWARD_NARROW_CROWDED", "BACKWARD_NARROW_BOTH"):
         with WIDTH_16.replaced(other):
             assert _launch.narrow_config(getattr(_launch, tables), HALF) == other
         assert _launch.narrow_config(getattr(_launch, tables), HALF) == WIDTH_16.pinned()
