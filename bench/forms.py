@@ -22,6 +22,7 @@ from torch import Tensor
 import hypercontrast as hc
 from bench.record import Case
 from hypercontrast import reference
+from hypercontrast.config import UsageError
 
 TAU = 0.1
 COLLAPSED = 1e-2  # distance of collapsed features from their class's direction, in units of its length
@@ -160,16 +161,16 @@ def _labels(kind: str, name: str, m: int, k: int, g: torch.Generator) -> Tensor:
 
 
 def check(case: Case) -> None:
-    """ValueError, which names the argument, for a case that no form can have."""
+    """UsageError, which names the argument, for a case that no form can have."""
     if min(case.n, case.k, case.d) < 1:
-        raise ValueError(f"--shape must be positive, got {case.n} {case.k} {case.d}")
+        raise UsageError(f"--shape must be positive, got {case.n} {case.k} {case.d}")
     if not 0 < case.temperature < math.inf:
-        raise ValueError(f"--temperature must be positive and finite, got {case.temperature}")
+        raise UsageError(f"--temperature must be positive and finite, got {case.temperature}")
     views = 2 if case.op == "supcon" else 1
     if case.op == "supcon" and case.k > case.n:  # whose eager form sums classes into N rows
-        raise ValueError(f"--shape needs K <= N for supcon, got {case.n} {case.k}")
+        raise UsageError(f"--shape needs K <= N for supcon, got {case.n} {case.k}")
     if case.labels == "instances" and case.op in EAGER and case.n != views * case.k:
-        raise ValueError(f"--labels instances needs N = {views}K for {case.op}, got {case.n} {case.k}")
+        raise UsageError(f"--labels instances needs N = {views}K for {case.op}, got {case.n} {case.k}")
 
 
 def of_case(case: Case, device: str) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -335,8 +335,8 @@ def _backward_narrow() -> Iterator[AotConfiguration]:
         # (SPLIT, NORMALIZE, HAS_FACTOR)
         endings = [(True, False, False), *((False, *flags) for flags in itertools.product((True, False), repeat=2))]
         for (tensor_temperature, compact), a_is_classes in itertools.product(_flags(rows, cols), (True, False)):
-            crowded = cols or (compact and a_is_classes)
             tables = _launch.narrow_backward(rows, cols, listed=compact and a_is_classes)
+            crowded = tables is not _launch.BACKWARD_NARROW
             for (config, archs), (split, normalize, factor) in itertools.product(_pinned(tables, dtype), endings):
                 if compact and factor:
                     continue  # absent classes are not skipped where the loss has a kernel of its own
