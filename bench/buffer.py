@@ -171,7 +171,7 @@ def _fields(case: Case, device: str, seconds: float) -> dict[str, Fields]:
     want = _directions(case, range(case.ranks), device)
     runs: dict[tuple[str, str], Run] = {}
     for name, exchange in exchanges.items():
-        first, again = exchange.gather(z, y).clone(), exchange.gather(z, y)
+        first, again = (exchange.gather(z, y).clone() for _ in range(2))  # the next gather writes where this one is
         found[name] |= {
             "error": max(forms.deviation([first], [want]), _queue_error(exchange, case, device)),
             "repeats": torch.equal(first, again),
