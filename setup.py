@@ -18,11 +18,19 @@ import sys
 
 from setuptools import setup
 
-HEADERS = ["csrc/negative_buffer.h", "csrc/pack.h", "csrc/pair_loss.h", "csrc/prototype_loss.h", "csrc/tiles.h"]
+HEADERS = [
+    "csrc/negative_buffer.h",
+    "csrc/pack.h",
+    "csrc/pair_loss.h",
+    "csrc/product.h",
+    "csrc/prototype_loss.h",
+    "csrc/tiles.h",
+]
 SOURCES = [
     "csrc/bindings.cpp",
     "csrc/negative_buffer.cpp",
     "csrc/pair_loss.cpp",
+    "csrc/product.cpp",
     "csrc/prototype_loss.cpp",
     "csrc/tiles.cpp",
 ]

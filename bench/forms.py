@@ -23,6 +23,7 @@ import hypercontrast as hc
 from bench.record import Case
 from hypercontrast import reference
 from hypercontrast.config import UsageError
+from hypercontrast.tiles import product_
 
 TAU = 0.1
 COLLAPSED = 1e-2  # distance of collapsed features from their class's direction, in units of its length
@@ -353,7 +354,8 @@ def _excess(got: Sequence[Tensor], want: Sequence[Tensor], limits: Sequence[floa
 def products(name: str, leaves: Sequence[Tensor], y: Tensor) -> Callable[[], None]:
     """The matrix products alone that a step cannot do without: 3·2MKD, or 4·A²D for pairs against themselves.
 
-    K are the classes of `columns`. By rows, where all logits would take more than PRODUCT_LOGITS.
+    K are the classes of `columns`. By rows, where all logits would take more than PRODUCT_LOGITS. On a CPU by the
+    library that ours takes, which need not be that of torch.mm.
     """
     z, other = leaves[0].detach(), columns(name, leaves, y).detach()
     rows = min(len(z), max(1024, PRODUCT_LOGITS // len(other)))
@@ -364,11 +366,9 @@ def products(name: str, leaves: Sequence[Tensor], y: Tensor) -> Callable[[], Non
     def run() -> None:
         for z_R, out_R in zip(z.split(rows), out.split(rows), strict=True):
             s_R, weights_R = s[: len(z_R)], weights[: len(z_R)]
-            torch.mm(z_R, other.T, out=s_R)
-            torch.mm(weights_R, other, out=out_R)
-            if name in PROTOTYPE_LOSSES and rows == len(z):
-                torch.mm(weights_R.T, z_R, out=out_other)
-            elif name in PROTOTYPE_LOSSES:
-                out_other.addmm_(weights_R.T, z_R)
+            product_(z_R, other.T, s_R)
+            product_(weights_R, other, out_R)
+            if name in PROTOTYPE_LOSSES:
+                product_(weights_R.T, z_R, out_other, add=rows < len(z))
 
     return run

@@ -45,6 +45,7 @@ from bench.measure import Run, clock, interleaved, reduced
 from bench.peers import OURS
 from bench.record import Case, Point
 from hypercontrast import blockwise_pairs
+from hypercontrast.tiles import product_
 
 PASSES = ("forward", "forward + backward")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -108,7 +109,7 @@ def square_probe(size: int, dtype: torch.dtype, device: str) -> tuple[Run, float
     """A product of two square matrices, and its FLOP."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return lambda: torch.mm(a, b, out=out), 2.0 * size**3
+    return lambda: product_(a, b, out), 2.0 * size**3
 
 
 def products_probe(op: str, leaves: Sequence[torch.Tensor], y: torch.Tensor, dtype: torch.dtype) -> tuple[Run, float]:

@@ -5,6 +5,7 @@
 
 #include "negative_buffer.h"
 #include "pair_loss.h"
+#include "product.h"
 #include "prototype_loss.h"
 #include "tiles.h"
 
@@ -19,6 +20,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("prototype_loss_backward", &hypercontrast::prototype_loss_backward, without_gil());
   module.def("pair_loss", &hypercontrast::pair_loss, without_gil());
   module.def("pair_loss_backward", &hypercontrast::pair_loss_backward, without_gil());
+  module.def("product", &hypercontrast::product, without_gil());
   module.def("exponentiate", &hypercontrast::exponentiate, without_gil());
   module.def("weigh", &hypercontrast::weigh, without_gil());
   module.def("reusable", &hypercontrast::reusable, without_gil());

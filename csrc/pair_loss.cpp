@@ -5,7 +5,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/index_select.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -16,6 +15,7 @@
 #include <optional>
 #include <vector>
 
+#include "product.h"
 #include "tiles.h"
 
 namespace hypercontrast {
@@ -100,8 +100,8 @@ PairLossAndSaved pair_loss(const at::Tensor& features, const at::Tensor& labels,
   const at::Tensor units = sorted.units(features, inv_norms, std::sqrt(inv_temperature));
   const at::Tensor sums = at::zeros({sorted.n}, at::kDouble), kept = reusable(room);
   const at::Tensor diagonal = at::arange(edge, at::kLong), unread = at::empty({edge}, at::kFloat);
-  const int64_t used = sorted.tiles(kept, edge, [&](at::Tensor s, int64_t r, int64_t rows, int64_t c, int64_t cols) {
-    at::mm_out(s, units.narrow(0, r, rows), units.narrow(0, c, cols).t());
+  const int64_t used = sorted.tiles(kept, edge, [&](const at::Tensor& s, int64_t r, int64_t rows, int64_t c, int64_t cols) {
+    product(units.narrow(0, r, rows), units.narrow(0, c, cols).t(), s, false);
     if (r == c) {
       exponentiate(s, {}, diagonal.narrow(0, 0, rows), unread.narrow(0, 0, rows), true, sums.narrow(0, r, rows), {});
     } else {
@@ -153,10 +153,10 @@ std::tuple<at::Tensor, double> pair_loss_backward(double factor, const at::Tenso
   at::Tensor grad = reusable_matrix(sorted.n, features.size(1)).zero_();
   const bool keeps = kept.numel() > 0;
   const at::Tensor memory = reusable(keeps ? edge * edge : 0);
-  sorted.tiles(kept, edge, [&](at::Tensor s, int64_t r, int64_t rows, int64_t c, int64_t cols) {
+  sorted.tiles(kept, edge, [&](const at::Tensor& s, int64_t r, int64_t rows, int64_t c, int64_t cols) {
     const at::Tensor of_rows = units.narrow(0, r, rows), of_cols = units.narrow(0, c, cols);
-    if (!keeps) at::mm_out(s, of_rows, of_cols.t());
-    at::Tensor g = keeps ? matrix_at(memory, 0, rows, cols) : s;  // a graph may be walked again
+    if (!keeps) product(of_rows, of_cols.t(), s, false);
+    const at::Tensor g = keeps ? matrix_at(memory, 0, rows, cols) : s;  // a graph may be walked again
     weigh(s, {}, keeps, weight.narrow(0, r, rows), weight.narrow(0, c, cols), g);
     // Positives join in before the products: added to them they would leave the rounding of both behind.
     at::parallel_for(r, r + rows, 64, [&](int64_t begin, int64_t end) {
@@ -167,8 +167,8 @@ std::tuple<at::Tensor, double> pair_loss_backward(double factor, const at::Tenso
         if (r == c) row[i - c] = 0;
       }
     });
-    grad.narrow(0, r, rows).addmm_(g, of_cols);
-    if (r != c) grad.narrow(0, c, cols).addmm_(g.t(), of_rows);
+    product(g, of_cols, grad.narrow(0, r, rows), true);
+    if (r != c) product(g.t(), of_rows, grad.narrow(0, c, cols), true);
   });
   const double logit_grad_sum = wants_logit_grad_sum ? factor * units.mul(grad).sum(at::kDouble).item<double>() : 0;
   // On the units, whose length is √τ: dL/dx = (g - (û·g) û) / (|x| √τ).

@@ -1,7 +1,6 @@
 #include "prototype_loss.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -14,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "product.h"
 #include "tiles.h"
 
 namespace hypercontrast {
@@ -166,14 +166,6 @@ class Joined {
   std::unique_lock<std::mutex> alone_;
 };
 
-void multiply(const at::Tensor& a, const at::Tensor& b, at::Tensor out, bool add) {
-  if (add) {
-    out.addmm_(a, b);
-  } else {
-    at::mm_out(out, a, b);
-  }
-}
-
 }  // namespace
 
 LossAndSaved prototype_loss(const at::Tensor& features, const at::Tensor& prototypes, const at::Tensor& labels,
@@ -198,8 +190,8 @@ LossAndSaved prototype_loss(const at::Tensor& features, const at::Tensor& protot
     t.blocks([&](int64_t j, int64_t rows) {
       const std::optional<at::Tensor> place = t.kept_tile(kept, c, cols, j, rows);
       if (place) used += rows * cols;
-      at::Tensor s = place ? *place : matrix_at(memory, 0, rows, cols);
-      at::mm_out(s, x.narrow(0, j, rows), w.t());
+      const at::Tensor s = place ? *place : matrix_at(memory, 0, rows, cols);
+      product(x.narrow(0, j, rows), w.t(), s, false);
       std::optional<at::Tensor> of_rows, of_cols;  // of the tile, which are samples and classes
       if (o.cols) of_rows = col_sums.narrow(0, j, rows);
       if (o.rows) of_cols = row_sums.narrow(0, c, cols);
@@ -285,9 +277,9 @@ std::tuple<at::Tensor, at::Tensor, double> prototype_loss_backward(
     t.blocks([&](int64_t j, int64_t rows) {
       const at::Tensor x_block = x.narrow(0, j, rows), own = t.own(c, cols, j, rows);
       const std::optional<at::Tensor> e = t.kept_tile(kept, c, cols, j, rows);
-      at::Tensor g = folded ? *e : matrix_at(memory, 0, rows, cols);
+      const at::Tensor g = folded ? *e : matrix_at(memory, 0, rows, cols);
       if (!folded) {
-        if (!e) at::mm_out(g, x_block, w.t());
+        if (!e) product(x_block, w.t(), g, false);
         std::optional<at::Tensor> of_rows, of_cols;
         if (o.cols) of_rows = of_sample->narrow(0, j, rows);
         if (o.rows) of_cols = of_class->narrow(0, c, cols);
@@ -297,7 +289,7 @@ std::tuple<at::Tensor, at::Tensor, double> prototype_loss_backward(
       const Joined joined(g, own, positives.data_ptr<float>() + j, o.exclude_own, folded);
       if (wants_features) {
         const at::Tensor grad = grad_x.narrow(0, j, rows);
-        multiply(g, w, grad, c > 0);
+        product(g, w, grad, c > 0);
         if (c + cols == t.k) {
           logit_grad_sum +=
               through_norm(grad, x_block, inv_x.narrow(0, j, rows), outer_x.narrow(0, j, rows), true, factor);
@@ -306,7 +298,7 @@ std::tuple<at::Tensor, at::Tensor, double> prototype_loss_backward(
       if (wants_prototypes) {
         const at::Tensor u = units.narrow(0, 0, rows);
         scale_rows(x_block, outer_x.narrow(0, j, rows), u);
-        multiply(g.t(), u, grad_w, j > 0);
+        product(g.t(), u, grad_w, j > 0);
       }
     });
     if (!wants_prototypes || t.n == 0) return;

@@ -33,7 +33,7 @@ BOUNDED_INV_TEMPERATURE = 64.0
 MIN_FOLDED_SCALE, MAX_FOLDED_SCALE = 1e-32, 1e32
 
 TILE_ELEMENTS = 1 << 21  # logits in a tile, 8 MiB of float32: fewer rows slow the products, more are more memory
-PANEL_CLASSES = 4096  # classes in a tile
+PANEL_CLASSES = 1024  # classes in a tile: sums of more products round half as much again in oneDNN
 MIN_BLOCK = 128  # samples in a tile at least, so that the products stay products of matrices
 
 _kept_in_use = threading.Lock()
@@ -208,7 +208,7 @@ def lse_forward(features, prototypes, labels, *, keep_bytes, **options):
                 s_BP = _tile(buffer, 0, len(own_B), len(w_PD))
             else:
                 used += s_BP.numel()
-            torch.mm(t.features[block].to(dtype), w_PD.T, out=s_BP)
+            tiles.product_(t.features[block].to(dtype), w_PD.T, s_BP)
             inv_B, positives_B = t.inv_features[block], positives[block]
             if t.bounded:
                 rows, cols = row_sum[panel] if t.rows else None, col_sum[block] if t.cols else None
@@ -278,13 +278,11 @@ def lse_backward(
                 _weigh(t, x_BD, w_PD, e_BP, block, panel, row, col, out=g_BP)
             # Positives join in before the products: added to the products they would leave the rounding of both behind.
             with _joined(g_BP, own_B, pos[block], t.exclude_own, kept=folded):
-                if wants_features and panel.start == 0:
-                    torch.mm(g_BP, w_PD, out=grad_u[block])
-                elif wants_features:
-                    grad_u[block].addmm_(g_BP, w_PD)
+                if wants_features:
+                    tiles.product_(g_BP, w_PD, grad_u[block], add=panel.start > 0)
                 if wants_prototypes:
                     u_BD = torch.mul(x_BD, inv_u[block, None], out=units[: len(own_B)])
-                    grad_w[panel].addmm_(g_BP.T, u_BD)
+                    tiles.product_(g_BP.T, u_BD, grad_w[panel], add=True)
 
     grad_features = grad_prototypes = features.new_empty(0)
     logit_grad_sum = grad_u.new_zeros(())
@@ -340,7 +338,7 @@ def _weigh(t: _Tiling, x_BD, w_PD, e_BP, block: slice, panel: slice, row, col, o
     """G without its positives, from the kept exponentials or by computing the logits again."""
     inv_B = t.inv_features[block]
     if e_BP is None:
-        torch.mm(x_BD, w_PD.T, out=out)
+        tiles.product_(x_BD, w_PD.T, out)
     if t.bounded:  # both shifts are zero: one exponential serves rows and columns
         weights = col[1][block] if t.cols else None, row[1][panel] if t.rows else None
         tiles.weigh(out if e_BP is None else e_BP, inv_B, e_BP is not None, *weights, out=out)

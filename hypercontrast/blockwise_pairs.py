@@ -119,7 +119,7 @@ class _Pairs:
         return self.memory[which, : height * width].view(height, width)
 
     def logits(self, rows: slice, columns: slice) -> Tensor:
-        return torch.mm(self.rows.units[rows], self.columns.units[columns].T, out=self.buffer(rows, columns, 0))
+        return tiles.product_(self.rows.units[rows], self.columns.units[columns].T, self.buffer(rows, columns, 0))
 
     def fill_own_(self, rows: slice, columns: slice, x: Tensor, value: float) -> None:
         """Set the entries of rows with themselves."""
@@ -274,9 +274,9 @@ def launch_bwd(
             g_RC += torch.where(found, weights, 0)
         p.fill_own_(*tile, g_RC, 0.0)
         r, c = tile
-        grad[r].addmm_(g_RC, p.columns.units[c])
+        tiles.product_(g_RC, p.columns.units[c], grad[r], add=True)
         if p.mirrors(r, c):
-            grad[c].addmm_(g_RC.T, p.rows.units[r])
+            tiles.product_(g_RC.T, p.rows.units[r], grad[c], add=True)
     logit_grad_sum = _through_norm_(grad, p)
     return p.rows.put_gradient(grad).to(rows.dtype), logit_grad_sum
 

@@ -39,6 +39,14 @@ def release() -> None:
         extension.release()
 
 
+def product_(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
+    """out <- a b, or out + a b: with the extension by whichever of PyTorch's libraries is the faster one here."""
+    if out.dtype == torch.float32 and out.device.type == "cpu" and (extension := _extension.quietly()) is not None:
+        extension.product(a, b, out, add)
+        return out
+    return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+
+
 def exponentiate_(
     tile: Tensor,
     factors: Tensor | None,

@@ -51,6 +51,33 @@ def test_exponentials_and_their_sums(shape, exclude_own):
 
 
 @pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("transposed", ["neither", "left", "right"])
+@pytest.mark.parametrize("add", [False, True])
+def test_products(transposed, add):
+    """Small and large ones, wide and narrow, of none, of numbers that lie apart; the same bits every time."""
+    g = torch.Generator().manual_seed(0)
+    for m, k, n in [(0, 3, 2), (2, 0, 3), (3, 7, 5), (1, 2000, 700), (700, 2000, 1), (300, 1, 4000), (257, 1000, 129)]:
+        a = torch.randn(k, m, generator=g).T if transposed == "left" else torch.randn(m, k, generator=g)
+        b = torch.randn(n, k, generator=g).T if transposed == "right" else torch.randn(k, n, generator=g)
+        before = torch.randn(m, n, generator=g)
+        want = a.double() @ b.double() + (before.double() if add else 0)
+        got, again = before.clone(), before.clone()
+        assert tiles.product_(a, b, got, add) is got
+        assert (got - want).norm() <= 1e-6 * want.norm()
+        assert torch.equal(got, tiles.product_(a, b, again, add))
+        spread_a, spread_b = torch.zeros(m, 2 * k + 1)[:, : 2 * k : 2].copy_(a), torch.zeros(k, n + 3)[:, 2:-1].copy_(b)
+        assert (tiles.product_(spread_a, spread_b, before.clone(), add) - want).norm() <= 1e-6 * want.norm()
+
+
+@needs_extension
+def test_without_onednn_products_are_those_of_pytorch():
+    a, b = torch.randn(500, 300), torch.randn(300, 200)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(tiles.product_(a, b, torch.empty(500, 200)), a @ b)
+        assert torch.equal(tiles.product_(a, b, torch.ones(500, 200), add=True), torch.ones(500, 200).addmm_(a, b))
+
+
+@pytest.mark.usefixtures("_way")
 def test_exponentials_are_exact_to_the_last_places():
     x = torch.linspace(-86, 86, 100_003)[None]
     tile = x.clone()

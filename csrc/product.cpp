@@ -1,0 +1,56 @@
+#include "product.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/mm.h>
+
+#include "tiles.h"
+
+// out <- beta out + alpha a b by oneDNN: what PyTorch multiplies bfloat16 with. It is exported but in no installed header;
+// weak, so that a torch without it still loads this extension.
+#if defined(__linux__) && defined(__x86_64__)
+namespace at::native {
+__attribute__((weak)) void mkldnn_matmul(const Tensor& a, const Tensor& b, const Tensor& out, float beta, float alpha);
+}
+#endif
+
+namespace hypercontrast {
+namespace {
+
+#if defined(__linux__) && defined(__x86_64__)
+// Below it oneDNN's preparations take longer than the product.
+constexpr int64_t kWorthwhile = int64_t{1} << 20;  // multiplications
+
+// MKL, which multiplies float32 in PyTorch, keeps to AVX2 on processors that are not Intel's; oneDNN does not, and takes
+// half the time there.
+bool is_faster_by_onednn() {
+  static const bool is = &at::native::mkldnn_matmul != nullptr && !__builtin_cpu_is("intel") &&
+                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                         __builtin_cpu_supports("avx512vl");
+  return is;
+}
+
+bool takes_onednn(const at::Tensor& a, const at::Tensor& b) {
+  return a.size(0) * a.size(1) * b.size(1) >= kWorthwhile && is_faster_by_onednn() &&
+         at::globalContext().userEnabledMkldnn();
+}
+#endif
+
+}  // namespace
+
+void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool add) {
+  const Plainly plainly;
+#if defined(__linux__) && defined(__x86_64__)
+  if (takes_onednn(a, b)) {
+    at::native::mkldnn_matmul(a, b, out, add ? 1.0f : 0.0f, 1.0f);
+    return;
+  }
+#endif
+  at::Tensor result = out;
+  if (add) {
+    result.addmm_(a, b);
+  } else {
+    at::mm_out(result, a, b);
+  }
+}
+
+}  // namespace hypercontrast
