@@ -128,7 +128,11 @@ _BACKWARD_NARROW_TIGHT: Narrow = {
     **{width: Config(128, 32, width, 8, 3, max_registers=255) for width in (16, 32, 64)},
     128: Config(64, 64, 128, 8, 3, max_registers=255),
 }
-BACKWARD_NARROW = {80: _BACKWARD_NARROW, 90: _BACKWARD_NARROW_90, 100: _BACKWARD_NARROW_TIGHT}
+BACKWARD_NARROW = {
+    80: {**_BACKWARD_NARROW, 64: Config(128, 32, 64, 8, 3, max_registers=255)},
+    90: _BACKWARD_NARROW_90,
+    100: _BACKWARD_NARROW_TIGHT,
+}
 BACKWARD_WIDE = {
     80: _BACKWARD_WIDE,
     90: {**_BACKWARD_WIDE, (2, False): Config(128, 128, 64, 4, 3)},
