@@ -164,12 +164,13 @@ def results_folder(device: str) -> Path:
 
 
 def cpu_name() -> str:
+    """The processor and the vector instructions that PyTorch takes there: "AMD EPYC" alone names many."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
+        lines = [f"model name: {platform.processor()}"]
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+    return f"{next(names, '') or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def commit() -> str:
