@@ -21,7 +21,7 @@ from torch import Tensor
 from hypercontrast import _checks, tiles
 from hypercontrast.blockwise import accumulate, exponent, inverse_norms, is_bounded, spans, spread, statistics_dtype
 
-EDGE = 512  # rows and columns of a tile: 1 MiB of float32, so that a tile, its factors and its operands stay in L2
+EDGE = 640  # rows and columns of a tile: 1.6 MiB of float32, so that two threads' halves of it stay in L2
 
 
 def kept_elements(num_samples: int, dtype: torch.dtype, keep_bytes: int) -> int:

@@ -39,9 +39,10 @@ def test_peak_of_pairs_is_linear(samples, peak_mib):
 
 @needs_proc
 def test_pairs_that_fit_are_kept(peak_mib):
-    kept = (4096**2 + 4096 * 512) / 2 * 4 / 2**20  # 36 MiB
-    assert kept < peak_mib("supcon", 4096, 100, 16, budget=36 * 2**20) < kept + 16
-    assert peak_mib("supcon", 4096, 100, 16, budget=36 * 2**20 - 1) < 16
+    needed = (4096**2 + 6 * 640**2 + 256**2) // 2 * 4  # 36.8 MiB: six whole tiles along the diagonal and a rest
+    kept = needed / 2**20
+    assert kept < peak_mib("supcon", 4096, 100, 16, budget=needed) < kept + 16
+    assert peak_mib("supcon", 4096, 100, 16, budget=needed - 1) < 16
 
 
 @needs_proc
