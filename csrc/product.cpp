@@ -2,6 +2,9 @@
 
 #include <ATen/Context.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/ones.h>
+
+#include <exception>
 
 #include "tiles.h"
 
@@ -23,15 +26,26 @@ constexpr int64_t kWorthwhile = int64_t{1} << 20;  // multiplications
 // MKL, which multiplies float32 in PyTorch, keeps to AVX2 on processors that are not Intel's; oneDNN does not, and takes
 // half the time on AMD's family 26, the one that was measured.
 bool is_faster_by_onednn() {
-  static const bool is = &at::native::mkldnn_matmul != nullptr && !__builtin_cpu_is("intel") &&
-                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                         __builtin_cpu_supports("avx512vl");
-  return is;
+  return !__builtin_cpu_is("intel") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+
+// No header promises that this torch takes float32 there.
+bool takes_float32() {
+  if (&at::native::mkldnn_matmul == nullptr) return false;
+  constexpr int64_t size = 32;
+  const at::Tensor ones = at::ones({size, size}), out = at::ones({size, size});
+  try {
+    at::native::mkldnn_matmul(ones, ones, out, 1.0f, 1.0f);
+  } catch (const std::exception&) {
+    return false;
+  }
+  return out.eq(size + 1).all().item<bool>();
 }
 
 bool takes_onednn(const at::Tensor& a, const at::Tensor& b) {
-  return a.size(0) * a.size(1) * b.size(1) >= kWorthwhile && is_faster_by_onednn() &&
-         at::globalContext().userEnabledMkldnn();
+  static const bool may = is_faster_by_onednn() && takes_float32();
+  return may && a.size(0) * a.size(1) * b.size(1) >= kWorthwhile && at::globalContext().userEnabledMkldnn();
 }
 #endif
 
