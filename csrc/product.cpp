@@ -45,7 +45,10 @@ bool takes_float32() {
 
 bool takes_onednn(const at::Tensor& a, const at::Tensor& b) {
   static const bool may = is_faster_by_onednn() && takes_float32();
-  return may && a.size(0) * a.size(1) * b.size(1) >= kWorthwhile && at::globalContext().userEnabledMkldnn();
+  const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
+  // A single row or column is another kernel's, which rounds more and in torch 2.13 reads past its end.
+  const bool of_matrices = m > 1 && n > 1;
+  return may && of_matrices && m * k * n >= kWorthwhile && at::globalContext().userEnabledMkldnn();
 }
 #endif
 
