@@ -21,6 +21,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("pair_loss", &hypercontrast::pair_loss, without_gil());
   module.def("pair_loss_backward", &hypercontrast::pair_loss_backward, without_gil());
   module.def("product", &hypercontrast::product, without_gil());
+  module.def("takes_onednn", &hypercontrast::takes_onednn);
   module.def("exponentiate", &hypercontrast::exponentiate, without_gil());
   module.def("weigh", &hypercontrast::weigh, without_gil());
   module.def("reusable", &hypercontrast::reusable, without_gil());

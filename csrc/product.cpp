@@ -43,21 +43,28 @@ bool takes_float32() {
   return out.eq(size + 1).all().item<bool>();
 }
 
-bool takes_onednn(const at::Tensor& a, const at::Tensor& b) {
-  static const bool may = is_faster_by_onednn() && takes_float32();
+bool are_worthwhile(const at::Tensor& a, const at::Tensor& b) {
   const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
   // A single row or column is another kernel's, which rounds more and in torch 2.13 reads past its end.
-  const bool of_matrices = m > 1 && n > 1;
-  return may && of_matrices && m * k * n >= kWorthwhile && at::globalContext().userEnabledMkldnn();
+  return m > 1 && n > 1 && m * k * n >= kWorthwhile;
 }
 #endif
 
 }  // namespace
 
+bool takes_onednn() {
+#if defined(__linux__) && defined(__x86_64__)
+  static const bool is_there = is_faster_by_onednn() && takes_float32();
+  return is_there && at::globalContext().userEnabledMkldnn();
+#else
+  return false;
+#endif
+}
+
 void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool add) {
   const Plainly plainly;
 #if defined(__linux__) && defined(__x86_64__)
-  if (takes_onednn(a, b)) {
+  if (are_worthwhile(a, b) && takes_onednn()) {
     at::native::mkldnn_matmul(a, b, out, add ? 1.0f : 0.0f, 1.0f);
     return;
   }

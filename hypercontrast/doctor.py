@@ -211,7 +211,8 @@ def _extension_found() -> Finding:
     if module is not None:
         compiled = "C++ and CUDA" if module.CUDA else "C++"
         if module.CUDA or not torch.cuda.is_available():
-            return Finding(OK, "extension", compiled)
+            products = ", products on a CPU by oneDNN" if module.takes_onednn() else ""
+            return Finding(OK, "extension", compiled + products)
         return Finding(OPTIONAL, "extension", f"{compiled} alone: with nvcc the buffer packs in one launch", _build())
     if not reason:
         return Finding(OPTIONAL, "extension", "left out, as HYPERCONTRAST_NO_EXT=1 asks", "unset HYPERCONTRAST_NO_EXT")

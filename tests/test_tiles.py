@@ -73,6 +73,7 @@ def test_products(transposed, add):
 def test_without_onednn_products_are_those_of_pytorch():
     a, b = torch.randn(500, 300), torch.randn(300, 200)
     with torch.backends.mkldnn.flags(enabled=False):
+        assert not EXTENSION.takes_onednn()
         assert torch.equal(tiles.product_(a, b, torch.empty(500, 200)), a @ b)
         assert torch.equal(tiles.product_(a, b, torch.ones(500, 200), add=True), torch.ones(500, 200).addmm_(a, b))
 
