@@ -45,7 +45,7 @@ bool takes_float32() {
 
 bool are_worthwhile(const at::Tensor& a, const at::Tensor& b) {
   const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
-  // A single row or column is another kernel's, which rounds more and in torch 2.13 reads past its end.
+  // A single row or column is another kernel's, which rounds more, and crashes in torch 2.13.
   return m > 1 && n > 1 && m * k * n >= kWorthwhile;
 }
 #endif
