@@ -300,10 +300,10 @@ def _rank(rank: int, way: str, case: Case, folder: str) -> None:
             "times": times,
         }
         Path(folder, f"report-{rank}").write_text(json.dumps(report))
-        # Gloo's threads must have let go of the last tensors before the interpreter ends, or it aborts.
         dist.barrier()
     finally:
         dist.destroy_process_group()
+        time.sleep(0.1)  # Gloo's threads let go of the last tensors: see hypercontrast/launch.py
 
 
 def _settled() -> int | None:
