@@ -56,5 +56,4 @@ if dist.get_rank() == 0:
     accuracy = hc.PrototypeClassifier(head.prototypes).predict(model(test[0])).eq(test[1]).float().mean()
     print(f"{dist.get_world_size()} ranks: loss {losses[0]:.2f} -> {losses[-1]:.2f}, accuracy {accuracy:.3f}")
 dist.destroy_process_group()
-# Gloo's threads drop the last call's tensors; one that finds Python ended aborts (pytorch/pytorch pull request 179291).
-time.sleep(0.1)
+time.sleep(0.1)  # Gloo's threads have tensors to let go: one that finds Python ended aborts the process

@@ -6,8 +6,6 @@ back, so DDP's average is exact, the temperature's too. The logits are never sto
     pip install '.[examples]' && torchrun --nproc-per-node 2 examples/open_clip_style.py
 """
 
-import time
-
 import torch
 import torch.distributed as dist
 from sklearn.datasets import load_digits
@@ -59,4 +57,3 @@ if __name__ == "__main__":
     if dist.get_rank() == 0:
         print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}, zero-shot accuracy {accuracy:.3f}")
     dist.destroy_process_group()
-    time.sleep(0.1)  # as in ddp.py
