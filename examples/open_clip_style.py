@@ -1,10 +1,11 @@
 """Image-text contrastive learning as open_clip does it: both directions, a learned temperature, any number of ranks.
 
-Look at: `clip_loss`. `gather_with_grad` brings the images and texts of all ranks together and sends their gradients
-back, so DDP's average is exact, the temperature's too. The logits are never stored.
+Look at: `clip_loss`. `gather_with_grad` sends gradients back, so DDP's average is exact; no logits are ever stored.
 
     pip install '.[examples]' && torchrun --nproc-per-node 2 examples/open_clip_style.py
 """
+
+import time
 
 import torch
 import torch.distributed as dist
@@ -15,9 +16,8 @@ import hypercontrast as hc
 
 
 def clip_loss(images, texts, temperature):
-    """(image to texts + text to images) / 2, a mean over the pairs of all ranks. A pair matches itself alone."""
-    first = dist.get_rank() << 40 if dist.is_initialized() else 0  # so that ranks number their pairs apart
-    pairs = first + torch.arange(len(images), device=images.device)
+    """(image to texts + text to images) / 2, a mean over the pairs of all ranks. Ranks number their pairs apart."""
+    pairs = torch.arange(len(images), device=images.device) + (dist.get_rank() << 40 if dist.is_initialized() else 0)
     all_images, all_texts, all_pairs = map(hc.gather_with_grad, (images, texts, pairs))
     options = {"ref_labels": all_pairs, "temperature": temperature}
     to_texts = hc.supcon_loss(images, pairs, ref_features=all_texts, **options)
@@ -41,8 +41,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     pixels, digits = map(torch.tensor, load_digits(return_X_y=True))
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    bold = pixels.mean(1) > pixels.mean()
-    captions = [f"{('thin', 'bold')[b]} {names[y]}" for b, y in zip(bold, digits, strict=True)]
+    captions = [f"{('thin', 'bold')[x.mean() > pixels.mean()]} {names[y]}" for x, y in zip(pixels, digits, strict=True)]
     pixels, losses, model = pixels.float() / 16, [], nn.parallel.DistributedDataParallel(Model())
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for rows in torch.cat([torch.randperm(1400) for _ in range(8)]).split(200):
@@ -57,3 +56,4 @@ if __name__ == "__main__":
     if dist.get_rank() == 0:
         print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}, zero-shot accuracy {accuracy:.3f}")
     dist.destroy_process_group()
+    time.sleep(0.1)  # as in ddp.py
