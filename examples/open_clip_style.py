@@ -41,12 +41,12 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     pixels, digits = map(torch.tensor, load_digits(return_X_y=True))
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    captions = [f"{('thin', 'bold')[x.mean() > pixels.mean()]} {names[y]}" for x, y in zip(pixels, digits, strict=True)]
+    prompts = [f"{('thin', 'bold')[b]} {names[y]}" for b, y in zip(pixels.mean(1) > pixels.mean(), digits, strict=True)]
     pixels, losses, model = pixels.float() / 16, [], nn.parallel.DistributedDataParallel(Model())
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for rows in torch.cat([torch.randperm(1400) for _ in range(8)]).split(200):
         mine = rows[dist.get_rank() :: dist.get_world_size()]
-        loss = clip_loss(*model(pixels[mine], [captions[i] for i in mine]))
+        loss = clip_loss(*model(pixels[mine], [prompts[i] for i in mine]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

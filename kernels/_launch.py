@@ -129,7 +129,7 @@ _BACKWARD_NARROW_TIGHT: Narrow = {
     128: Config(64, 64, 128, 8, 3, max_registers=255),
 }
 BACKWARD_NARROW = {
-    80: {**_BACKWARD_NARROW, 64: Config(128, 32, 64, 8, 3, max_registers=255)},
+    80: {**_BACKWARD_NARROW, 64: _BACKWARD_NARROW_TIGHT[64]},
     90: _BACKWARD_NARROW_90,
     100: _BACKWARD_NARROW_TIGHT,
 }
