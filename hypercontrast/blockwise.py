@@ -63,7 +63,7 @@ def set_memory_budget(num_bytes: int) -> None:
     K x N against prototypes, of which as many are kept as fit, and with the C++ extension half the N² of SupCon, all of
     them or none. On a GPU losses against prototypes keep all or none, in bfloat16 (temperatures from 1/64) and float16
     (from 0.1), 2 bytes each, for features wide enough to gain by it, of D >= 512 (256 for anchors on both sides), at a
-    temperature that is not learned; a backward takes up to 64 MiB more while it runs, kept or not.
+    temperature that is not learned. What a backward takes while it runs, bounded too, comes on top.
 
     The environment variable HYPERCONTRAST_MEMORY_BUDGET_MIB sets the initial value. With the C++ extension the memory
     of one loss on a CPU, up to 256 MiB, waits for the next step; setting the budget gives it back.

@@ -350,11 +350,12 @@ def loss_follows_lse(num_samples: int, num_classes: int, dim: int, rows: bool, c
     return not rows or not skips_absent_classes(num_samples, num_classes, dim)
 
 
-def chunks(num_rows: int, num_columns: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
-    """(rows, columns) of matrices that hold at most CHUNK_BYTES (one strip of 128 at the least), cut along the longer
-    side: the shorter side's sum is the smaller one to keep between chunks."""
+def chunks(num_rows: int, num_columns: int, itemsize: int, dim: int) -> Iterator[tuple[slice, slice]]:
+    """(rows, columns) of matrices that hold at most CHUNK_BYTES, as do their fp32 products with the shorter side (one
+    strip of 128 at the least), cut along the longer side: the shorter side's sum is the smaller one to keep between
+    chunks."""
     longer, shorter = max(num_rows, num_columns), min(num_rows, num_columns)
-    length = max(128, CHUNK_BYTES // (itemsize * shorter) // 128 * 128)
+    length = max(128, CHUNK_BYTES // max(itemsize * shorter, 4 * dim) // 128 * 128)
     for start in range(0, longer, length):
         part = slice(start, min(start + length, longer))
         yield (part, slice(0, num_columns)) if num_rows > num_columns else (slice(0, num_rows), part)
@@ -367,11 +368,11 @@ def row_chunks(num_rows: int, bytes_a_row: int) -> Iterator[slice]:
         yield slice(start, min(start + length, num_rows))
 
 
-def pair_chunks(num_rows: int, num_columns: int, itemsize: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Rows, and the columns in parts: matrices of at most SCRATCH_BYTES (128 rows at the least), about square, so that
-    library products over their columns have enough rows to fill a GPU."""
+def pair_chunks(num_rows: int, num_columns: int, itemsize: int, dim: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Rows, and the columns in parts: matrices of at most SCRATCH_BYTES (128 rows at the least), as are the rows' fp32
+    sums, about square, so that library products over their columns have enough rows to fill a GPU."""
     parts = [slice(start, min(start + CHUNK_COLUMNS, num_columns)) for start in range(0, num_columns, CHUNK_COLUMNS)]
-    for rows in row_chunks(num_rows, itemsize * min(num_columns, CHUNK_COLUMNS)):
+    for rows in row_chunks(num_rows, max(itemsize * min(num_columns, CHUNK_COLUMNS), 4 * dim)):
         yield rows, parts
 
 

@@ -470,10 +470,10 @@ def _launch_narrow(scaling: Scaling, chunk: Backward, weights_range: Tensor | No
 
 def wide(scaling: Scaling, backward: Backward, gradient: Gradient) -> None:
     """The gradient through H, a bounded chunk at a time; P stays in fp32 until all columns are in."""
-    num_rows, num_columns = len(gradient.x), len(backward.pairs.columns)
+    (num_rows, dim), num_columns = gradient.x.shape, len(backward.pairs.columns)
     weights_range = fp16_range(backward.dtype, backward.upstream(), backward.inv_rows, backward.inv_columns)
     backward = backward.taken_apart(scaling)
-    for rows, column_parts in _launch.pair_chunks(num_rows, num_columns, backward.dtype.itemsize):
+    for rows, column_parts in _launch.pair_chunks(num_rows, num_columns, backward.dtype.itemsize, dim):
         whole_sum = None
         for columns in column_parts:
             chunk = backward.chunk(rows, columns)

@@ -547,6 +547,7 @@ def triangle(scaling: Scaling, samples: Samples, with_positives: bool) -> list[T
         _join(
             [result[first:] for result in results], group_rows, row_sums, col_sums, config.block_r, accumulate=first > 0
         )
+        del row_sums, col_sums  # before the next are made
     return results
 
 
@@ -666,6 +667,7 @@ def backward(scaling: Scaling, given: Backward, gradient: Gradient) -> None:
         )
         # The kernel has undone the scale of fp16.
         finish(scaling, None, (gradient.rows(part), partials))
+        del partials  # before the next are made
 
 
 def _prepare_side(

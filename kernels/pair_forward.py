@@ -378,6 +378,7 @@ def triangle(scaling: Scaling, pairs: Pairs, inv: Tensor) -> Tensor:
         )
         combine(row_lse, into=lse[first:last])
         combine(col_lse, into=lse[first:], step=config.block_r)
+        del row_lse, col_lse  # before the next are made
     return lse
 
 

@@ -386,8 +386,9 @@ def wide(
             operands, options, classes, samples, grad_pos, (weights_range, weights_range), of_classes=False
         )
     shorter = 1 if num_rows > num_samples else 0  # of (classes, samples): the side that every chunk holds whole
-    whole_sum = None
-    for rows, part in _launch.chunks(num_rows, num_samples, dtype.itemsize):
+
+    def add_chunk(rows: slice, part: slice, whole_sum: Tensor | None) -> Tensor | None:
+        """The shorter side's sum with this chunk. All else that it takes is gone before the next one begins."""
         w, z = classes.rows(rows), samples.rows(part)
         h = _launch_tile(
             operands, options, w, z, part, rows.start, grad_pos, weights_range,
@@ -405,6 +406,11 @@ def wide(
                 whole.append((side, total[None]))
         if whole:
             finish(options, weights_range, *whole)
+        return whole_sum
+
+    whole_sum = None
+    for rows, part in _launch.chunks(num_rows, num_samples, dtype.itemsize, samples.x.shape[1]):
+        whole_sum = add_chunk(rows, part, whole_sum)
 
 
 def _launch_tile(
