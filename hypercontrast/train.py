@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import sys
 import time
@@ -453,7 +454,8 @@ class _Run:
             return
         if self.damaged:
             names = "".join(f"{name}\n" for name in self.damaged)
-            checkpoint.write_atomic(self.folder / "damaged.txt", names.encode())
+            # As the system spells them, for a file's name need not be UTF-8.
+            checkpoint.write_atomic(self.folder / "damaged.txt", os.fsencode(names))
         self._write_history()
 
     def _save_inside(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import signal
 import time
 
@@ -292,14 +293,18 @@ def test_a_worker_that_dies_is_an_error_of_the_next_batch_and_no_hang(folder):
 
 @pytest.mark.parametrize("workers", [None, 0, 2])
 def test_a_run_leaves_out_damaged_pictures(tmp_path, monkeypatch, workers):
-    """One epoch, a damaged picture in either set; the same lines whatever the workers, and without any, resident."""
+    """One epoch, a damaged picture in either set, one of them with a name that is no UTF-8; the same lines whatever the
+    workers, and without any, resident.
+    """
     for extra in ("safetensors", "yaml"):
         pytest.importorskip(extra)
     from hypercontrast.config import configure
     from hypercontrast.train import train
 
     root = make_folder(tmp_path / "data", counts=(("train", 75), ("val", 51)))
-    names = sorted(str(root / split / "bee" / "7.png") for split in ("train", "val"))
+    bees = root / "train" / "bee"
+    (bees / "7.png").rename(bees / os.fsdecode(b"7\xff.png"))
+    names = [str(bees / os.fsdecode(b"7\xff.png")), str(root / "val" / "bee" / "7.png")]
     for name in names:
         with open(name, "wb") as file:
             file.write(b"nothing")
@@ -313,5 +318,5 @@ def test_a_run_leaves_out_damaged_pictures(tmp_path, monkeypatch, workers):
     train(config)
     [record] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert record["damaged"] == 2
-    assert (run / "damaged.txt").read_text().splitlines() == names
+    assert os.fsdecode((run / "damaged.txt").read_bytes()).splitlines() == names
     assert record["samples"] == 149
