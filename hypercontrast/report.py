@@ -582,7 +582,7 @@ def write_report(run_dirs: Iterable[str | Path], output: str | Path | None = Non
     content = render(runs)
     with access(target, "written"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(content, encoding="utf-8")
+        target.write_text(content, encoding="utf-8", errors="replace")  # names of folders need not be UTF-8
     return target
 
 

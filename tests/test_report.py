@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -448,6 +449,12 @@ def test_class_names_must_match(tmp_path):
     run = make_run(tmp_path / "r", classes=3, class_names=["a", "b"])
     with pytest.raises(ValueError, match="must name its 3 classes, got 2 names"):
         report.load_runs([run])
+
+
+def test_class_names_need_not_be_utf8(tmp_path):
+    """A class may be a folder, whose name is bytes."""
+    run = make_run(tmp_path / "r", classes=3, class_names=["a", os.fsdecode(b"b\xff"), "c"])
+    assert "b?" in report.write_report([run]).read_text(encoding="utf-8")
 
 
 def test_class_names_must_be_a_list(tmp_path):
