@@ -274,7 +274,10 @@ def class_means(workspace: Workspace) -> Tensor:
 
 @torch.no_grad()
 def averaged_means(workspace: Workspace, config: Config) -> Tensor:
-    """Fixed prototypes [K, D] as the paper's public code makes them, for comparison: see the module's text."""
+    """Fixed prototypes [K, D] as the paper's public code makes them, for comparison: see the module's text.
+
+    Of several ranks all average the first one's batches: a run has one classifier.
+    """
     train, ranks = workspace.dataset.train, workspace.ranks
     means = ClassMeans(*workspace.network.head.prototypes.shape, mode="ema").to(ranks.device)
     full = [
@@ -283,7 +286,7 @@ def averaged_means(workspace: Workspace, config: Config) -> Tensor:
         if len(indices) == min(config.batch_size, len(train))
     ]
     order = torch.cat([share.indices for share in epoch_batches(train.labels, len(train), seed=config.seed, epoch=0)])
-    shares = [Share(order[places], places, len(places)) for places in full[ranks.rank :: ranks.world]]
+    shares = [Share(order[places], places, len(places)) for places in full[:: ranks.world]]
     workspace.network.eval()
     for batch in train.views(shares, AUGMENTATIONS[workspace.dataset.augmentation], [config.seed]):
         means.update(workspace.embed(workspace.normalized(batch.pixels), batch.labels).head, batch.labels)

@@ -135,6 +135,15 @@ def test_averaged_prototypes_follow_the_public_code(runs):
     assert not torch.allclose(several, averaged, atol=1e-4)
     record = evaluate(Options(str(runs["ce"]), methods=("averaged-prototypes",), nc=False, **ONE_RANK))
     assert record["results"][0]["accuracy"] > 0.25
+    # Every rank has the first one's, even where there are fewer batches than ranks.
+    for batch_size in (50, 150):
+        config = dataclasses.replace(config, batch_size=batch_size)
+        of_ranks = []
+        for rank in range(2):
+            workspace.ranks = Ranks(rank, 2, torch.device("cpu"))
+            of_ranks.append(averaged_means(workspace, config))
+        assert of_ranks[0].equal(of_ranks[1])
+        torch.testing.assert_close(of_ranks[0].norm(dim=1), torch.ones(10))
 
 
 def test_probes_see_the_backbone_and_prototypes_the_head(runs):
