@@ -71,7 +71,7 @@ ALEXNET_CLASSES = 1000
 SOURCES = ("imagenet-c", "generated")
 RESULT = "corruptions.json"
 # What two records must agree in to be measured on the same pictures.
-SAME_PICTURES = ("source", "classes", "pictures")
+SAME_PICTURES = ("source", "dataset", "classes", "pictures")
 
 Errors = Mapping[str, Sequence[float | None]]  # of each corruption, by severity; None where not measured
 HEADER = f"{'error at severity':17}" + "".join(f"{severity:8}" for severity in SEVERITIES) + f"{'CE':>8}"
@@ -128,10 +128,10 @@ def measure(options: Options) -> dict[str, Any]:
 
     Returns what was written.
 
-    Keys: epoch (of the checkpoint), source, classes and pictures (of each corruption and severity), reference (AlexNet,
-    a run's folder or None), clean_error (on as many validation pictures), errors (of each corruption, by severity; None
-    where not measured), ce (of each corruption) and mce, in percent, as far as errors and reference allow, and damaged:
-    the files that could not be read and were left out. Errors are shares of 1.
+    Keys: epoch (of the checkpoint), source, dataset (the run's), classes and pictures (of each corruption and
+    severity), reference (AlexNet, a run's folder or None), clean_error (on as many validation pictures), errors (of
+    each corruption, by severity; None where not measured), ce (of each corruption) and mce, in percent, as far as
+    errors and reference allow, and damaged: the files that could not be read and were left out. Errors are shares of 1.
 
     Raises UsageError if that cannot be done here, CheckpointError if the run has no intact checkpoint,
     BrokenProcessPool if a process that corrupts pictures is killed.
@@ -145,6 +145,7 @@ def measure(options: Options) -> dict[str, Any]:
     record: dict[str, Any] = {
         "epoch": epoch,
         "source": kind,
+        "dataset": config.dataset,
         "classes": workspace.dataset.num_classes,
         "pictures": source.pictures,
         "reference": options.reference or ("AlexNet" if kind == "imagenet-c" else None),

@@ -409,7 +409,8 @@ def test_a_run_on_imagenet_c(wordnet, tmp_path, capsys):
 
 def measured(run, **change):
     """A record of another run, as on the digits."""
-    record = {"epoch": 1, "source": "generated", "classes": 10, "pictures": 200, "errors": {}, "damaged": []}
+    record = {"epoch": 1, "source": "generated", "dataset": "mnist5k", "classes": 10, "pictures": 200, "errors": {}}
+    record["damaged"] = []
     (run / "corruptions.json").write_text(json.dumps(record | change))
 
 
@@ -424,6 +425,7 @@ def measured(run, **change):
         (None, ["--workers", "0"], "workers must be at least 1, got 0"),
         (None, ["--source", "imagenet-c"], "source imagenet-c needs a run on pictures of 3 x 224 x 224, got 1 x 28 x 28"),
         (None, ["--reference", "/nowhere"], "reference must be a run measured by hypercontrast.corruptions, got no /nowhere/"),
+        ({"dataset": "cifar10"}, ["--reference"], "reference must have the same dataset as the run, mnist5k, got cifar10"),
         ({"classes": 100}, ["--reference"], "reference must have the same classes as the run, 10, got 100"),
         ({"pictures": 100}, ["--reference"], "reference must have the same pictures as the run, 200, got 100"),
         ({"source": "imagenet-c"}, ["--reference"], "reference must have the same source as the run, generated, got imagenet-c"),
@@ -445,7 +447,7 @@ def test_a_mistake_gives_one_line_and_code_2(run, inverting, prepare, flags, say
     assert not (run / "corruptions.json").exists()
 
 
-WITHOUT_ERRORS = '{"epoch": 1, "source": "", "classes": 1, "pictures": 1, "errors": [], "damaged": []}'
+WITHOUT_ERRORS = '{"epoch": 1, "source": "", "dataset": "", "classes": 1, "pictures": 1, "errors": [], "damaged": []}'
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"epoch": 1}', WITHOUT_ERRORS])
