@@ -412,7 +412,7 @@ TABLES = [  # options of write_parquet, or the bytes of train.parquet
     ({"labels": [0, -1]}, "must be at least 0, got -1"),
     ({"labels": ["ant", "bee"]}, "must hold integers in column label, got string"),
     ({"labels": [0.0, 1.0]}, "must hold integers in column label, got double"),
-    ({"labels": [0, None]}, "must hold integers in column label"),
+    ({"labels": [0, None]}, "must hold a label in every row of column label"),
     ({"labels": [], "pictures": []}, "must hold"),
     ({"labels": [0, 2], "names": ["ant", "bee"]}, "must lie in [0, 2), got 2"),
     ({"labels": [0, 2**40]}, f"must lie in [0, 2), got {2**40}"),

@@ -161,13 +161,25 @@ def test_parquet_mistakes(tmp_path, options, says):
         data.load(f"parquet:{tmp_path}")
 
 
-def test_damaged_parquet(tmp_path):
-    pytest.importorskip("pyarrow")
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.parquet").write_bytes(b"PAR1 nothing PAR1")
-    with pytest.raises(UsageError, match=r"train\.parquet must be readable Parquet") as error:
+def test_every_file_of_a_split_has_the_columns_of_the_first(tmp_path):
+    for name in ("train-0", "test"):
+        write_parquet(tmp_path / f"{name}.parquet", [encoded(), encoded()], [0, 1])
+    write_parquet(tmp_path / "train-1.parquet", [encoded()], [0], column="img")
+    with pytest.raises(UsageError, match=r"train-1\.parquet must have a column image, got none"):
         data.load(f"parquet:{tmp_path}")
-    assert "\n" not in str(error.value)
+    write_parquet(tmp_path / "train-1.parquet", [encoded()], [0], label="labels")
+    with pytest.raises(UsageError, match=r"train-1\.parquet must hold a label in every row of column label"):
+        data.load(f"parquet:{tmp_path}")
+
+
+def test_damaged_parquet(tmp_path):
+    write_parquet(tmp_path / "test.parquet", [encoded()], [0], column="photograph")
+    intact = (tmp_path / "test.parquet").read_bytes()
+    for content in (b"PAR1 nothing PAR1", intact.replace(b"photograph", b"photogra\xff\xff")):
+        (tmp_path / "train.parquet").write_bytes(content)
+        with pytest.raises(UsageError, match=r"train\.parquet must be readable Parquet") as error:
+            data.load(f"parquet:{tmp_path}")
+        assert "\n" not in str(error.value)
 
 
 def test_a_small_file_that_claims_to_be_huge_is_refused(tmp_path):

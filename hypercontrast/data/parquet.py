@@ -90,18 +90,21 @@ class _Split:
         with _reading(files[0]):
             counts = [pq.read_metadata(file).num_rows for file in files]
             schema = pq.read_schema(files[0])
+            self.picture = _column(schema.names, files[0], PICTURE_COLUMNS)
+            self.label = _column(schema.names, files[0], LABEL_COLUMNS)
+            kind = schema.field(self.picture).type
+            bytes_of = {f.name: f.type for f in kind}.get("bytes", pa.null()) if pa.types.is_struct(kind) else kind
         self.starts = np.cumsum([0, *counts[:-1]])
         self.metadata = schema.metadata or {}
-        self.picture = _column(schema.names, files[0], PICTURE_COLUMNS)
-        self.label = _column(schema.names, files[0], LABEL_COLUMNS)
-        kind = schema.field(self.picture).type
-        bytes_of = {f.name: f.type for f in kind}.get("bytes", pa.null()) if pa.types.is_struct(kind) else kind
         if not pa.types.is_binary(bytes_of):
             raise UsageError(f"{files[0]} must hold encoded pictures in column {self.picture}, got {kind}")
         with _reading(files[0]):
             labels = pq.read_table(files, columns=[self.label])[self.label]
-        if len(labels) == 0 or not pa.types.is_integer(labels.type) or labels.null_count:
+        if len(labels) == 0 or not pa.types.is_integer(labels.type):
             raise UsageError(f"{files[0]} must hold integers in column {self.label}, got {labels.type}")
+        if labels.null_count:  # as all rows of a file without the column count
+            file = files[int(np.searchsorted(self.starts, labels.is_null().index(True).as_py(), side="right")) - 1]
+            raise UsageError(f"{file} must hold a label in every row of column {self.label}")
         self.labels = labels.to_numpy().astype(np.int64)
         if self.labels.min() < 0:
             raise UsageError(f"labels of {files[0]} must be at least 0, got {self.labels.min()}")
@@ -149,7 +152,7 @@ class _Split:
                 parquet = pq.ParquetFile(file)
                 _check_pages(file, parquet.metadata, most)
                 for batch in parquet.iter_batches(BATCH_ROWS, columns=[self.picture]):
-                    cells = batch.column(0)
+                    cells = batch.column(_column(batch.schema.names, file, (self.picture,)))
                     if pa.types.is_struct(cells.type):
                         cells = pc.struct_field(cells, "bytes")
                     unpacked += cells.nbytes
@@ -235,7 +238,7 @@ def _reading(file: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a column's name
         raise UsageError(f"{file} must be readable Parquet: {' '.join(str(error).split())}") from None
 
 
@@ -243,4 +246,4 @@ def _column(found: Sequence[str], file: Path, names: Sequence[str]) -> str:
     for name in names:
         if name in found:
             return name
-    raise UsageError(f"{file} must have a column {' or '.join(names)}, got {', '.join(found)}")
+    raise UsageError(f"{file} must have a column {' or '.join(names)}, got {', '.join(found) or 'none'}")
