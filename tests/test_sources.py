@@ -334,11 +334,17 @@ def test_large_parquet_is_unpacked_once(unpacked, capfd):
     assert new.pixels[5].equal(torch.from_numpy(np.array(picture(seed=9))).permute(2, 0, 1))
 
 
-def test_an_unpacked_file_that_was_cut_off_is_written_again(unpacked):
+def test_an_unpacked_file_that_was_cut_off_or_damaged_is_written_again(unpacked):
+    """Cut off, or with a place of the footer overwritten, whatever it says: where a part begins, or how long it is."""
     expected = data.load(f"parquet:{unpacked}").train.pixels
     file = unpacked / "train.arrow"
-    file.write_bytes(file.read_bytes()[:-100])
+    intact = file.read_bytes()
+    file.write_bytes(intact[:-100])
     assert data.load(f"parquet:{unpacked}").train.pixels.equal(expected)
+    footer = len(intact) - 10 - int.from_bytes(intact[-10:-6], "little")
+    for place in range(footer, len(intact), 4):
+        file.write_bytes(intact[:place] + b"\x7f" + intact[place + 1 :])
+        assert data.load(f"parquet:{unpacked}").train.pixels.equal(expected), place
 
 
 def test_parquet_that_cannot_be_unpacked_says_where(unpacked):

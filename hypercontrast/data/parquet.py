@@ -196,7 +196,7 @@ def _mapped(target: Path, origin: str) -> Any | None:
             return None
         column = reader.read_all().column(0)
         column.validate(full=True)  # or the offsets of a damaged file would be followed out of the map
-    except (pa.ArrowInvalid, FileNotFoundError):  # invalid where writing was cut off by a crash of the machine
+    except (pa.ArrowException, OSError):  # not there, cut off by a crash of the machine, or damaged
         return None
     return column
 
