@@ -241,3 +241,20 @@ def test_lists_that_are_not_as_published(tmp_path):
     write_lines(tmp_path / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / "person_test.txt", ["000003 1"])
     with pytest.raises(UsageError, match="the lists of voc2007 must be as published: KeyError"):
         locate("voc2007", tmp_path)(0)
+
+
+def test_labels_are_those_of_classes(tmp_path):
+    pets(tmp_path)
+    trainval = tmp_path / "oxford-iiit-pet" / "annotations" / "trainval.txt"
+    for lines, says in (
+        (["Abyssinian_1 1 1 1", "american_bulldog_20 7 2 1"], "training labels 0 to 6 of 3 classes"),
+        (["Abyssinian_1 0 1 1", "american_bulldog_20 2 2 1"], "training labels -1 to 1 of 3 classes"),
+        ([], "no training pictures"),
+    ):
+        write_lines(trainval, lines)
+        with pytest.raises(UsageError, match=f"the lists of pets must be as published: ValueError.*{says}"):
+            locate("pets", tmp_path)(0)
+    flowers(tmp_path)
+    save_matlab(tmp_path / "flowers-102" / "imagelabels.mat", labels=np.array([[1, 2, 3, 3, 2, 2**40]]))
+    with pytest.raises(UsageError, match=r"the lists of flowers must be as published: ValueError.* of 6 classes"):
+        locate("flowers", tmp_path)(0)

@@ -79,6 +79,7 @@ def _load(
 ) -> TransferSet:
     try:
         (train, test, class_names), targets = read()
+        _check_labels(train.labels, test.labels, len(class_names))
     except UsageError:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -91,6 +92,14 @@ def _load(
     ]
     chosen = targets and (targets[0][rows[0]], targets[1][rows[1]])
     return TransferSet(sets[0], sets[1], class_names, chosen)
+
+
+def _check_labels(train: Tensor, test: Tensor, num_classes: int) -> None:
+    for split, labels in (("training", train), ("test", test)):
+        if len(labels) == 0:
+            raise ValueError(f"no {split} pictures")
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise ValueError(f"{split} labels {labels.min()} to {labels.max()} of {num_classes} classes")
 
 
 def _read_food101(folder: Path) -> _Read:
@@ -154,7 +163,8 @@ def _read_flowers(folder: Path) -> _Read:
             [int(labels[number - 1]) - 1 for number in chosen],
         )
 
-    names = tuple(str(label + 1) for label in range(int(max(labels))))
+    # A class is one that some picture shows: a single label of 2^40 must not make as many.
+    names = tuple(str(label + 1) for label in range(min(int(max(labels)), len(labels))))
     return _Read(Splits(part("trnid", "valid"), part("tstid"), names))
 
 
