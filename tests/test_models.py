@@ -127,6 +127,13 @@ def test_a_timm_network_for_other_pictures():
         build_model("timm:crossvit_tiny_240", 3, 32)
 
 
+def test_the_convnet_halves_its_pictures_twice():
+    backbone, dim = build_model("convnet", 1, 4)
+    assert backbone(torch.zeros(2, 1, 4, 4)).shape == (2, dim)
+    with pytest.raises(UsageError, match="image_size must be at least 4 with model convnet, got 3"):
+        build_model("convnet", 1, 3)
+
+
 def test_models_that_are_not_here():
     with pytest.raises(
         UsageError, match=r"model must be one of convnet, resnet18, .*, vit_l_16 or timm:NAME, got 'vgg'"

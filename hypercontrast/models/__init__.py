@@ -40,6 +40,8 @@ def build_model(name: str, in_channels: int, image_size: int, width: int = Confi
     """
     check_model(name, width)
     if name == "convnet":
+        if image_size < ConvNet.least_size:
+            raise UsageError(f"image_size must be at least {ConvNet.least_size} with model convnet, got {image_size}")
         return ConvNet(in_channels), ConvNet.feature_dim
     if name.startswith(TIMM):
         from hypercontrast.models.from_timm import build_timm

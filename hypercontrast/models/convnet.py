@@ -12,6 +12,7 @@ class ConvNet(nn.Sequential):
     """
 
     feature_dim = 128
+    least_size = 4  # pixels a side, which are halved twice
 
     def __init__(self, in_channels: int = 1) -> None:
         super().__init__(
