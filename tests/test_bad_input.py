@@ -434,7 +434,7 @@ NAMES = [
     ("imagenet", "dataset must be one of mnist5k, cifar10"),
     ("https://example.org/x", "dataset must be one of mnist5k, cifar10"),
     ("folder:/nowhere", "dataset must hold /nowhere/train/CLASS/*"),
-    ("parquet:/nowhere", "dataset must hold /nowhere/train*.parquet"),
+    ("parquet:/nowhere", "dataset must hold /nowhere/train{,-*}.parquet"),
     ("parquet:" + "a" * 5000, "dataset must be in a readable folder: [Errno 36] File name too long"),
     ("imagenet100", "data_root must hold imagenet100: expected"),
 ]

@@ -48,12 +48,12 @@ def test_mnist5k_is_split_evenly_and_always_alike():
             "imagenet",
             "dataset must be one of mnist5k, cifar10, cifar100, imagenet100, imagenet1k, folder:PATH, parquet:PATH, got 'imagenet'",
         ),
-        ("cifar10", "expected {root}/cifar10/{{train,test}}*.parquet or {root}/cifar-10-batches-py/"),
+        ("cifar10", "expected {root}/cifar10/{{train,test}}{{,-*}}.parquet or {root}/cifar-10-batches-py/"),
         ("cifar100", "get it from https://www.cs.toronto.edu/~kriz/cifar.html"),
         ("imagenet100", "data_root must hold imagenet100: expected {root}/imagenet100/{{train,val}}/nXXXXXXXX/*.JPEG"),
         ("imagenet1k", "get it from https://image-net.org"),
         ("folder:{root}/none", "{root}/none/train/CLASS/* and {root}/none/val/CLASS/*"),
-        ("parquet:{root}/none", "{root}/none/train*.parquet"),
+        ("parquet:{root}/none", "{root}/none/train{{,-*}}.parquet"),
     ],
 )
 def test_what_is_not_there_is_named(tmp_path, name, says):

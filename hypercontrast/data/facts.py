@@ -28,23 +28,23 @@ FACTS = {
     ),
     "cifar10": Facts(
         10, 50_000, 10_000, 3, 32,
-        "ROOT/cifar10/{train,test}*.parquet or ROOT/cifar-10-batches-py/",
+        "ROOT/cifar10/{train,test}{,-*}.parquet or ROOT/cifar-10-batches-py/",
         "https://www.cs.toronto.edu/~kriz/cifar.html, the Python version",
     ),
     "cifar100": Facts(
         100, 50_000, 10_000, 3, 32,
-        "ROOT/cifar100/{train,test}*.parquet or ROOT/cifar-100-python/",
+        "ROOT/cifar100/{train,test}{,-*}.parquet or ROOT/cifar-100-python/",
         "https://www.cs.toronto.edu/~kriz/cifar.html, the Python version",
     ),
     "imagenet100": Facts(
         100, 126_689, 5_000, 3, 224,
-        "ROOT/imagenet100/{train,val}/nXXXXXXXX/*.JPEG or ROOT/imagenet100/{train,validation}*.parquet,"
+        "ROOT/imagenet100/{train,val}/nXXXXXXXX/*.JPEG or ROOT/imagenet100/{train,validation}{,-*}.parquet,"
         " or imagenet1k, of which it takes 100 classes",
         "https://image-net.org, ILSVRC 2012; classes of https://github.com/HobbitLong/CMC",
     ),
     "imagenet1k": Facts(
         1_000, 1_281_167, 50_000, 3, 224,
-        "ROOT/imagenet1k/{train,val}/nXXXXXXXX/*.JPEG or ROOT/imagenet1k/{train,validation}*.parquet",
+        "ROOT/imagenet1k/{train,val}/nXXXXXXXX/*.JPEG or ROOT/imagenet1k/{train,validation}{,-*}.parquet",
         "https://image-net.org, ILSVRC 2012",
     ),
 }  # fmt: skip

@@ -49,7 +49,9 @@ class Cells:
 
 
 def find_parquet(folder: Path, class_names: Sequence[str] = (), chosen: Sequence[str] = ()) -> Reader | None:
-    """What reads FOLDER/train*.parquet and FOLDER/{val,test}*.parquet, or the same in FOLDER/data; None without them.
+    """What reads FOLDER/train{,-*}.parquet and FOLDER/{val,test}{,-*}.parquet, or the same in FOLDER/data.
+
+    None where they are not there.
 
     class_names: of the labels 0, 1, ... in the files; by default as their metadata says, else the numbers.
     chosen: names of the classes to take, in the order of their new labels; by default all.

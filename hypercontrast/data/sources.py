@@ -199,5 +199,5 @@ DATASETS: dict[str, Callable[[Path], Loader]] = {
 }
 PATH_SOURCES: dict[str, Callable[[Path], Loader]] = {
     "folder": partial(_locate_path, find_folders, "PATH/train/CLASS/* and PATH/val/CLASS/*"),
-    "parquet": partial(_locate_path, find_parquet, "PATH/train*.parquet and PATH/{val,test}*.parquet"),
+    "parquet": partial(_locate_path, find_parquet, "PATH/train{,-*}.parquet and PATH/{val,test}{,-*}.parquet"),
 }
