@@ -80,6 +80,15 @@ def test_folder_of_mixed_sizes_and_grey_pictures(tmp_path):
     assert insects.train.pixels.shape == (6, 1, 24, 24)
 
 
+def test_a_grey_picture_does_not_take_the_others_colours(tmp_path):
+    root = make_folder(tmp_path)
+    colourful = data.load(f"folder:{root}").train.pixels
+    picture(mode="L").save(root / "train" / "ant" / "0.png")
+    pixels = data.load(f"folder:{root}").train.pixels
+    assert pixels[1:].equal(colourful[1:])
+    assert pixels[0, 0].equal(pixels[0, 2])
+
+
 def test_folder_mistakes(tmp_path):
     root = make_folder(tmp_path)
     (root / "val" / "cat").mkdir()

@@ -142,8 +142,8 @@ def _locate_path(find: Callable[[Path], Reader | None], layout: str, folder: Pat
 
 
 def _load(read: Reader, facts: Facts | None, limit: int, workers: int) -> Dataset:
-    """Pictures of the size and mode that the facts say, or of those of the first: its shorter side, at most
-    LARGEST_SIDE. Where many stream, the first tells little of the others, so a large side becomes the largest.
+    """Pictures of the size and mode that the facts say, or else of the first one's shorter side, at most LARGEST_SIDE,
+    in colour if some are. Where many stream, the first tells little of the others, so a large side becomes the largest.
     """
     splits = read()
     if facts is None:
