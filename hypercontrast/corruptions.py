@@ -238,9 +238,13 @@ def _read_record(run: Path) -> dict[str, Any]:
     path = run / RESULT
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("epoch", *SAME_PICTURES, "errors", "damaged"):
+        for key in ("epoch", *SAME_PICTURES):
             record[key]
-        _means(record["errors"])
+        intact = [isinstance(record["pictures"], int), *(isinstance(name, str) for name in record["damaged"])]
+        for by_severity in record["errors"].values():
+            intact += [len(by_severity) == len(SEVERITIES), *(e is None or 0 <= e <= 1 for e in by_severity)]
+        if not all(intact):
+            raise ValueError
     except OSError:
         raise UsageError(f"reference must be a run measured by hypercontrast.corruptions, got no {path}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

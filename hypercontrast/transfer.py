@@ -279,7 +279,10 @@ def _kept(path: Path, epoch: int) -> dict[str, Any]:
         return {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return dict(record["results"]) if record["epoch"] == epoch else {}
+        results = dict(record["results"])
+        for name, result in results.items():
+            _result_row(name, result)  # which fails where something is missing
+        return results if record["epoch"] == epoch else {}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise UsageError(f"{path} must hold results of this command: delete it, or move it away") from None
 

@@ -447,12 +447,26 @@ def test_a_mistake_gives_one_line_and_code_2(run, inverting, prepare, flags, say
     assert not (run / "corruptions.json").exists()
 
 
-WITHOUT_ERRORS = '{"epoch": 1, "source": "", "dataset": "", "classes": 1, "pictures": 1, "errors": [], "damaged": []}'
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"epoch": 1}', WITHOUT_ERRORS])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"epoch": 1}',
+        {"errors": []},
+        {"errors": {"fog": [0.1]}},
+        {"errors": {"fog": ["high"] * 5}},
+        {"errors": {"fog": [2.0] * 5}},
+        {"damaged": 5},
+        {"damaged": [5]},
+        {"pictures": "200"},
+    ],
+)
 def test_a_damaged_record_is_not_built_on(run, inverting, content, capsys):
-    (run / "corruptions.json").write_text(content)
+    if isinstance(content, dict):
+        measured(run, **content)
+    else:
+        (run / "corruptions.json").write_text(content)
     assert main([str(run)]) == 2
     assert "corruptions.json must be as hypercontrast.corruptions wrote it: delete it" in capsys.readouterr().err
 

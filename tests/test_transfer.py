@@ -310,6 +310,10 @@ def with_other_results(folder):
     (folder / "transfer.json").write_text("{")
 
 
+def with_a_part_of_the_results(folder):
+    (folder / "transfer.json").write_text('{"epoch": 1, "results": {"pets": {"value": 0.5}}}')
+
+
 def diverged(folder):
     saved = load_checkpoint(folder)
     tensors = {n: x.clone().fill_(torch.nan) if n == "backbone.0.0.weight" else x for n, x in saved.tensors.items()}
@@ -329,6 +333,7 @@ def diverged(folder):
         ),
         (of_another_network, [], 2, "the checkpoint must hold the network that config.yaml describes"),
         (with_other_results, [], 2, "transfer.json must hold results of this command: delete it"),
+        (with_a_part_of_the_results, [], 2, "transfer.json must hold results of this command: delete it"),
         (diverged, [], 1, "features of cifar10 must be finite, got some that are not: the run has diverged"),
         (None, ["--datasets", "cifar10", "cars"], 2, "data_root must hold cars: expected data/cars/"),
         (None, ["--datasets", "imagenet"], 2, "datasets must be among food101, cifar10, "),
