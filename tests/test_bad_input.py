@@ -377,6 +377,16 @@ def gif(width, height):
     return b"GIF89a" + struct.pack("<HH", width, height) + b"\0\0\0," + frame
 
 
+def tiff(size, tile):
+    """A picture of this size in one tile, which is empty."""
+    bits, content = struct.pack("<HHH", 8, 8, 8), zlib.compress(b"")
+    # Tag, type (3 for 16 bits, 4 for 32), count and value, or where it stands: after header, directory and its end.
+    tags = [(256, 4, 1, size), (257, 4, 1, size), (258, 3, 3, 134), (259, 3, 1, 8), (262, 3, 1, 2), (277, 3, 1, 3)]
+    tags += [(322, 4, 1, tile), (323, 4, 1, tile), (324, 4, 1, 140), (325, 4, 1, len(content))]
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8) + directory + bits + content
+
+
 BOMB = zlib.compress(bytes(1 << 28))
 PICTURES = [
     ("empty", b"", "must be a picture, in BMP, GIF"),
@@ -394,6 +404,8 @@ PICTURES = [
     ("GIF of 2^32 pixels", gif(65535, 65535), "must be an intact picture: Image size"),
     ("PPM of 10^18 pixels", b"P6 999999999 999999999 255\n", "must be an intact picture: Image size"),
     ("PPM with an endless number", b"P6 " + b"9" * 10**5 + b" 3 255\n", "must be an intact picture"),
+    ("TIFF in an empty tile", tiff(8, 16), "must be an intact picture"),
+    ("TIFF in a tile of 2^28 pixels", tiff(8, 2**14), "must have at most 67108864 pixels, got (16384, 16384)"),
     ("text that unpacks to 256 MiB", png(8, 8, png_chunk(b"zTXt", b"k\0\0" + BOMB)), "must be an intact picture"),
     ("a profile that unpacks to 256 MiB", png(8, 8, png_chunk(b"iCCP", b"k\0\0" + BOMB)), "must be an intact picture"),
 ]

@@ -21,6 +21,7 @@ VALIDATION_NAMES = ("val", "valid", "validation", "test")
 LARGEST_PICTURE = 1 << 26  # pixels; a few kilobytes can claim to hold far more
 LARGEST_ASPECT = 64  # of length to width, or a line of pixels, scaled until it is as wide as the others, would do so
 SAMPLED = 100  # pictures that are looked at before the others are read
+TILE_SIDES = 322, 323  # TIFF's tags
 # No others: Pillow hands EPS, for one, to another program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -109,13 +110,21 @@ def opened(source: Path | bytes, name: str) -> Any:
         raise UsageError(f"{name} must be a picture, in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}") from None
     except (Image.DecompressionBombError, *UNREADABLE) as error:
         raise UsageError(f"{name} must be an intact picture: {error}") from None
-    if math.prod(picture.size) > LARGEST_PICTURE:
-        raise UsageError(f"{name} must have at most {LARGEST_PICTURE} pixels, got {picture.size}")
+    for size in (picture.size, _tile(picture)):
+        if math.prod(size) > LARGEST_PICTURE:
+            raise UsageError(f"{name} must have at most {LARGEST_PICTURE} pixels, got {size}")
     if max(picture.size) > LARGEST_ASPECT * min(picture.size):
         raise UsageError(f"{name} must be at most {LARGEST_ASPECT} times as long as wide, got {picture.size}")
     if picture.mode[0] in "IF":  # which Pillow would convert by cutting off all above 255
         raise UsageError(f"{name} must have 8 bits a channel, got mode {picture.mode}")
     return picture
+
+
+def _tile(picture: Any) -> tuple[int, int]:
+    """Width and height of what a TIFF is decoded in: a tile may be larger than the picture, and is decoded whole."""
+    sides = [picture.tag_v2.get(tag) for tag in TILE_SIDES] if picture.format == "TIFF" else []
+    width, height = sides if sides and all(isinstance(side, int) for side in sides) else (0, 0)
+    return width, height
 
 
 # What Pillow raises for damaged files, whichever of its decoders meets them.
