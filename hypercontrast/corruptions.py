@@ -272,10 +272,11 @@ def _earlier(run: Path, record: Mapping[str, Any]) -> tuple[dict[str, list[float
     earlier = _read_record(run)
     if all(earlier[key] == record[key] for key in ("epoch", *SAME_PICTURES)):
         return earlier["errors"], earlier["damaged"]
-    if earlier["epoch"] == record["epoch"] and earlier["pictures"] > record["pictures"]:
+    replaces = earlier["source"] != record["source"] or earlier["pictures"] > record["pictures"]
+    if earlier["epoch"] == record["epoch"] and replaces:
         raise UsageError(
-            f"{run / RESULT} must be moved away first: it holds results on {earlier['pictures']} pictures, and a"
-            f" measurement on {record['pictures']} would replace them"
+            f"{run / RESULT} must be moved away first: it holds results on {earlier['pictures']} {earlier['source']}"
+            f" pictures, and a measurement on {record['pictures']} {record['source']} ones would replace them"
         )
     return {}, []
 

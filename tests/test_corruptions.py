@@ -318,9 +318,16 @@ def test_fewer_pictures_never_replace_more(run, inverting, capsys):
     assert main([str(run), *few, "--limit", "20"]) == 0
     kept = (run / "corruptions.json").read_text()
     assert main([str(run), *few, "--limit", "10"]) == 2
-    assert (
-        "must be moved away first: it holds results on 20 pictures, and a measurement on 10" in capsys.readouterr().err
-    )
+    assert "must be moved away first: it holds results on 20 generated pictures, and a" in capsys.readouterr().err
+    assert (run / "corruptions.json").read_text() == kept
+
+
+def test_one_source_never_replaces_another(run, inverting, capsys):
+    measured(run, source="imagenet-c", pictures=20)
+    kept = (run / "corruptions.json").read_text()
+    assert main([str(run), "--corruptions", "fog", "--limit", "30"]) == 2
+    says = "results on 20 imagenet-c pictures, and a measurement on 30 generated ones would replace them"
+    assert says in capsys.readouterr().err
     assert (run / "corruptions.json").read_text() == kept
 
 
