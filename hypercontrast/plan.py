@@ -76,7 +76,7 @@ def plan(config: Config) -> str:
         "loss": config.loss + _temperature(config),
         "ranks": f"{world} on {device.type}",
         "global batch": f"{batch}, at most {-(-batch // world)} a rank" + "; two views of each" * (views == 2),
-        "negatives": _negatives(config.loss, views * batch + config.queue, extent.classes),
+        "negatives": _negatives(config, views * batch + config.queue, extent.classes),
         "steps": f"{steps} an epoch, {steps * config.epochs} in {config.epochs} epochs",
         "learning rate": _learning_rate_rule(config),
         "memory": f"about {memory / 2**20:.0f} MiB a rank for weights, activations and pictures",
@@ -133,15 +133,17 @@ def _learning_rate_rule(config: Config) -> str:
     )
 
 
-def _negatives(loss: str, batch: int, num_classes: int) -> str:
+def _negatives(config: Config, batch: int, num_classes: int) -> str:
     of_other_classes = batch * (num_classes - 1) // num_classes
-    if loss in ("nonl", "ntce"):
-        return f"about {of_other_classes} samples of other classes for every prototype"
-    if loss == "scl":
+    if config.loss == "scl":
         return f"about {of_other_classes} views of other classes for every view"
-    if loss == "etf-dr":
+    if config.loss == "etf-dr":
         return "none: features are drawn to fixed prototypes"
-    return f"{num_classes - 1} prototypes of other classes for every sample"
+    samples = f"about {of_other_classes} samples of other classes for every prototype"
+    prototypes = f"{num_classes - 1} prototypes of other classes for every sample"
+    if config.anchor == "both":
+        return f"{samples}, {prototypes}"
+    return samples if config.loss in ("nonl", "ntce") and config.anchor == "prototype" else prototypes
 
 
 @torch.no_grad()

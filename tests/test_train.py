@@ -420,6 +420,8 @@ def test_dry_run_says_much_and_does_nothing(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
     assert "9 prototypes of other classes" in plan(prepare(configure(loss="ce")))
     assert "fixed prototypes" in plan(prepare(configure(loss="etf-dr")))
+    assert "negatives      9 prototypes of other classes" in plan(prepare(configure(anchor="sample")))
+    assert "for every prototype, 9 prototypes of other classes" in plan(prepare(configure(anchor="both")))
     scl = plan(prepare(configure(loss="scl", batch_size=125, queue=1000)))
     assert "two views of each" in scl
     assert "about 1125 views of other classes for every view" in scl
