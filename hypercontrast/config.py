@@ -178,6 +178,8 @@ class Config:
             self._require("temperature_rule", self.temperature_rule == "fixed", f"fixed with loss {self.loss}")
         if self.loss not in ("ntce", "nonl", "scl"):
             self._require("queue", self.queue == 0, f"0 with loss {self.loss}")
+        if self.anchor == "sample":
+            self._require("queue", self.queue == 0, "0 with anchor sample, which contrasts prototypes alone")
         if self.loss in ("scl", "etf-dr"):
             self._require("class_weights", self.class_weights == "none", f"none with loss {self.loss}")
         if self.loss == "scl":

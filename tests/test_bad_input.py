@@ -604,6 +604,7 @@ TRAIN = [
     (["--accumulate", "0"], "accumulate must be at least 1, got 0"),
     (["--queue", "-1"], "queue must be at least 0, got -1"),
     (["--loss", "normface", "--queue", "10"], "queue must be 0 with loss normface, got 10"),
+    (["--anchor", "sample", "--queue", "10"], "queue must be 0 with anchor sample, which contrasts prototypes alone"),
     (["--loss", "scl", "--neck", "bn"], "neck must be none with loss scl, which has a --head, got bn"),
     (["--head", "conv"], "invalid choice 'conv'"),
     (["--loss", "ntce", "--anchor", "both"], "anchor must be prototype with loss ntce, got both"),
