@@ -141,6 +141,9 @@ class Config:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             object.__setattr__(self, name, _checked(name, getattr(self, name), hint))
+        self._check()
+
+    def _check(self) -> None:
         for name in (
             "epochs",
             "batch_size",
@@ -204,6 +207,13 @@ class Config:
         return self.lr * self.batch_size / self.lr_per if self.lr_per else self.lr
 
 
+class _Draft(Config):
+    """What flags say of the recipe or run they go on top of: only with that below them need they fit together."""
+
+    def _check(self) -> None:
+        pass
+
+
 def _checked(name: str, value: Any, hint: Any) -> Any:
     """The value in its field's type, for YAML and callers are as untyped as they like."""
     if get_origin(hint) is Literal:
@@ -228,12 +238,12 @@ def recipe_names() -> list[str]:
 
 def configure(*, recipe: str = "auto", **flags: Any) -> Config:
     """The config of a recipe with `flags` on top, as the command line makes it. Raises UsageError."""
-    return dataclasses.replace(_base(Config(**(flags | {"recipe": recipe}))), **flags)
+    return dataclasses.replace(_base(_Draft(**(flags | {"recipe": recipe}))), **flags)
 
 
 def parse(argv: Sequence[str], prog: str = "python -m hypercontrast.train") -> Config:
     """The config that a command line asks for. Raises UsageError in one line; `--help` prints and exits."""
-    draft = _parse_flags(argv, Config(recipe="auto"), prog)
+    draft = _parse_flags(argv, _Draft(recipe="auto"), prog)
     base = _base(draft)
     config = _parse_flags(argv, base, prog)
     return dataclasses.replace(config, recipe=base.recipe)
@@ -338,7 +348,7 @@ def _parse_flags(argv: Sequence[str], default: Config, prog: str) -> Config:
     page.isatty = lambda: coloured  # type: ignore[method-assign]
     try:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(page):
-            return tyro.cli(Config, prog=prog, args=list(argv), default=default)
+            return tyro.cli(type(default), prog=prog, description=Config.__doc__, args=list(argv), default=default)
     except SystemExit as stop:
         if stop.code:
             raise UsageError(_one_line(complaint.getvalue())) from None
@@ -353,4 +363,4 @@ def _one_line(box: str) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
     blocks = re.split(r"[─-]{3,}|Argument helptext:", re.sub(r"[│╭╮╰╯|]", " ", plain))
     sentences = [" ".join(block.split()) for block in blocks if block.strip(" ─-\n")]
-    return sentences[min(1, len(sentences) - 1)].removeprefix("Error parsing Config: ")
+    return re.sub(r"^Error parsing (Config|_Draft): ", "", sentences[min(1, len(sentences) - 1)])

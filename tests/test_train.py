@@ -64,6 +64,13 @@ def test_flags_beat_the_recipe_which_beats_the_defaults():
     assert config.weight_decay == Config().weight_decay
     assert parse(["--loss", "ce", "--dataset", "cifar10"]).recipe == "cifar10-ce"
     assert parse(["--dataset", "folder:somewhere"]).recipe == "none"
+    for config in (
+        parse(["--recipe", "cifar10-nonl", "--warmup-epochs", "20"]),  # more than the epochs of the defaults
+        configure(recipe="cifar10-nonl", warmup_epochs=20),
+    ):
+        assert (config.warmup_epochs, config.epochs) == (20, 1000)
+    with pytest.raises(UsageError, match="warmup_epochs must be between 0 and epochs, got 20"):
+        parse(["--warmup-epochs", "20"])
     assert parse(["--recipe", "none", "--dataset", "cifar10"]).model == Config().model
     assert configure(loss="ce", dataset="cifar10") == parse(["--loss", "ce", "--dataset", "cifar10"])
 
