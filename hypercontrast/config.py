@@ -254,10 +254,11 @@ def _base(draft: Config) -> Config:
     folder = resume_folder(draft)
     if folder and holds(folder, "config.yaml"):
         saved = Path(folder, "config.yaml")
+        run = read_config(saved)
+        if draft.recipe not in ("auto", run.recipe):  # its settings would be passed over
+            raise UsageError(f"recipe must stay {run.recipe} to resume the run in {saved.parent}, got {draft.recipe}")
         # How to run it is this call's business, not the run's.
-        return dataclasses.replace(
-            read_config(saved), run_dir=str(saved.parent), quiet=False, json=False, dry_run=False
-        )
+        return dataclasses.replace(run, run_dir=str(saved.parent), quiet=False, json=False, dry_run=False)
     name = draft.recipe
     if name == "auto":
         name = f"{draft.dataset}-{draft.loss}"

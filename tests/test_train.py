@@ -707,6 +707,8 @@ def test_resuming_another_run_is_refused(tmp_path, capsys):
         train(small(folder, resume="auto", lr=0.3))
     with pytest.raises(UsageError, match="run_dir must be the folder to resume"):
         prepare(Config(resume=str(folder), run_dir=str(tmp_path / "other")))
+    assert main(["--resume", "auto", "--run-dir", str(folder), "--recipe", "mnist5k-ce"]) == 2
+    assert "recipe must stay mnist5k-nonl to resume the run in" in capsys.readouterr().err
     # The command line takes the run's own settings, so none have to be repeated.
     assert main(["--resume", str(folder), "--quiet"]) == 0
     assert [record["epoch"] for record in records(folder)] == [1, 2]
