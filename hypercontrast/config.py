@@ -86,7 +86,7 @@ class Config:
     temperature: float = 0.2
     """Temperature τ of the prototype losses and scl; ce and etf-dr have none."""
     temperature_rule: Literal["fixed", "learned", "cosine"] = "fixed"
-    """Keep τ, learn it from --temperature on, or take it along a cosine to --final-temperature."""
+    """Keep τ, learn it from --temperature (at most 1) on, or take it along a cosine to --final-temperature."""
     final_temperature: float = 0.1
     """Where the cosine rule ends, and the least that the learned rule may come to."""
     seed: int = 42
@@ -179,6 +179,9 @@ class Config:
             self._require("anchor", self.anchor == "prototype", f"prototype with loss {self.loss}")
         if self.loss in ("ce", "etf-dr"):
             self._require("temperature_rule", self.temperature_rule == "fixed", f"fixed with loss {self.loss}")
+        if self.temperature_rule == "learned":
+            within = f"between final_temperature={self.final_temperature:g} and 1 where it is learned"
+            self._require("temperature", self.final_temperature <= self.temperature <= 1, within)
         if self.loss not in ("ntce", "nonl", "scl"):
             self._require("queue", self.queue == 0, f"0 with loss {self.loss}")
         if self.anchor == "sample":

@@ -609,6 +609,14 @@ TRAIN = [
     (["--head", "conv"], "invalid choice 'conv'"),
     (["--loss", "ntce", "--anchor", "both"], "anchor must be prototype with loss ntce, got both"),
     (["--loss", "ce", "--temperature-rule", "learned"], "temperature_rule must be fixed with loss ce, got learned"),
+    (
+        ["--temperature", "0.07", "--temperature-rule", "learned"],
+        "temperature must be between final_temperature=0.1 and 1 where it is learned, got 0.07",
+    ),
+    (
+        ["--temperature", "2", "--temperature-rule", "learned"],
+        "temperature must be between final_temperature=0.1 and 1 where it is learned, got 2.0",
+    ),
     (["--loss", "scl", "--class-weights", "inverse"], "class_weights must be none with loss scl, got inverse"),
     (["--imbalance", "0"], "imbalance must be above 0 and at most 1, got 0.0"),
     (["--evaluate-every", "0"], "evaluate_every must be at least 1, got 0"),
