@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from hypercontrast import figures, page
-from hypercontrast.config import Config, access, read_recipe
+from hypercontrast.config import Config, access, read_recipe, recipe_names
 from hypercontrast.figures import Array, Curve, Span, classes_a_cell, count, number, shorten
 from hypercontrast.mistakes import confusion_section, percent, pictures_section
 from hypercontrast.output import say
@@ -510,7 +510,7 @@ def _own_settings(config: Config) -> str:
 
 def _base(config: Config) -> tuple[Config, str]:
     """What the run's settings started from, and how to call it."""
-    if config.recipe in ("none", "auto"):
+    if config.recipe not in recipe_names():  # none, or one of another version
         return dataclasses.replace(Config(), recipe=config.recipe), "the defaults"
     return read_recipe(config.recipe), f"the recipe {config.recipe}"
 
@@ -523,7 +523,7 @@ def _changes(config: Config) -> list[tuple[str, object, object]]:
 
 def training_command(config: Config) -> str:
     """The command line that trains the same again: the recipe, and what the run changed of it."""
-    words = ["--recipe", config.recipe]
+    words = ["--recipe", config.recipe if config.recipe in recipe_names() else "none"]
     for key, value, _ in _changes(config):
         flag = key.replace("_", "-")
         words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]

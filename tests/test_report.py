@@ -590,6 +590,15 @@ def test_the_command_turns_switches_both_ways():
                 assert config.parse(words) == chosen
 
 
+def test_a_recipe_of_another_version_costs_no_report(tmp_path):
+    run = tmp_path / "r"
+    make_run(run)
+    (run / "config.yaml").write_text(config.to_yaml(config.Config(recipe="mnist5k-nonl-1999", lr=0.3)))
+    text = report.render(report.load_runs([run]))
+    assert "settings as the defaults" in text
+    assert "--recipe none --lr 0.3" in text
+
+
 def test_settings_that_were_changed_come_first(tmp_path):
     run = tmp_path / "r"
     make_run(run)
