@@ -545,6 +545,8 @@ def _thumbnails(pixels: Tensor) -> Tensor:
 def _interrupted(folder: str) -> str:
     if not holds(folder, "config.yaml"):
         return "interrupted before anything was saved"
+    if holds(folder, "embeddings.safetensors"):  # the report alone is left to be written
+        return f"interrupted; {folder} holds a finished run; for its report: {command('report')} {folder}"
     resume = f"{command('train')} --resume {folder}"
     return f"interrupted; {checkpoint.last_good(Path(folder))}; to continue: {resume}"
 

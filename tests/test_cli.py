@@ -278,6 +278,18 @@ def test_ctrl_c_anywhere_is_one_line(module, words, work, monkeypatch, capsys):
     assert error.count("\n") == 1
 
 
+def test_ctrl_c_after_the_last_epoch_leads_to_the_report(tmp_path, monkeypatch, capsys):
+    def stopped(run_dirs):
+        raise KeyboardInterrupt
+
+    train = importlib.import_module("hypercontrast.train")
+    monkeypatch.setattr(train, "write_report", stopped)
+    assert train.main([*FAST, "--run-dir", str(tmp_path / "run")]) == 130
+    error = capsys.readouterr().err
+    assert "holds a finished run; for its report: " in error
+    assert "--resume" not in error  # which is refused
+
+
 # Terminals and pipes.
 
 
