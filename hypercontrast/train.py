@@ -24,6 +24,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -180,7 +181,8 @@ def _placed(config: Config) -> Config:
         folder = Path(config.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
         if holds(folder, "config.yaml"):
             raise UsageError(
-                f"run_dir must not hold a run yet, got {folder}: continue it with --resume {folder}, or name another"
+                f"run_dir must not hold a run yet, got {folder}: continue it with --resume {shlex.quote(str(folder))},"
+                " or name another"
             )
         return dataclasses.replace(config, run_dir=str(folder))
     if not resume_folder(config):
@@ -546,8 +548,8 @@ def _interrupted(folder: str) -> str:
     if not holds(folder, "config.yaml"):
         return "interrupted before anything was saved"
     if holds(folder, "embeddings.safetensors"):  # the report alone is left to be written
-        return f"interrupted; {folder} holds a finished run; for its report: {command('report')} {folder}"
-    resume = f"{command('train')} --resume {folder}"
+        return f"interrupted; {folder} holds a finished run; for its report: {command('report')} {shlex.quote(folder)}"
+    resume = f"{command('train')} --resume {shlex.quote(folder)}"
     return f"interrupted; {checkpoint.last_good(Path(folder))}; to continue: {resume}"
 
 

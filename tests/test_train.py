@@ -29,7 +29,17 @@ from hypercontrast.metrics import DESCRIPTIONS
 from hypercontrast.objective import inverse_weights
 from hypercontrast.plan import _seconds_per_picture
 from hypercontrast.runs import load_runs
-from hypercontrast.train import LossRecord, NotFinite, TrainingError, learning_rate, main, plan, prepare, train
+from hypercontrast.train import (
+    LossRecord,
+    NotFinite,
+    TrainingError,
+    _interrupted,
+    learning_rate,
+    main,
+    plan,
+    prepare,
+    train,
+)
 
 for extra in ("mlxtend", "safetensors", "tyro", "yaml"):
     pytest.importorskip(extra)
@@ -712,6 +722,15 @@ def test_resuming_another_run_is_refused(tmp_path, capsys):
     # The command line takes the run's own settings, so none have to be repeated.
     assert main(["--resume", str(folder), "--quiet"]) == 0
     assert [record["epoch"] for record in records(folder)] == [1, 2]
+
+
+def test_a_folder_with_a_space_is_quoted_in_commands(tmp_path, capsys):
+    folder = tmp_path / "a run"
+    with pytest.raises(Interruption):
+        train(small(folder), on_epoch=interrupt_after(1))
+    assert main(["--run-dir", str(folder)]) == 2
+    assert f"continue it with --resume '{folder}'" in capsys.readouterr().err
+    assert _interrupted(str(folder)).endswith(f" --resume '{folder}'")
 
 
 def wait_for_checkpoint(folder):
