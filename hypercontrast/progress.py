@@ -47,6 +47,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Flags may also stand among several words, as in `table all --markdown runs/*`."""
+        return self.parse_intermixed_args(args, namespace)
+
     def print_help(self, file: Any = None) -> None:
         say(self.format_help().rstrip())
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import hypercontrast as hc
-from hypercontrast import cli, config
+from hypercontrast import cli, config, progress
 from hypercontrast.metrics import DESCRIPTIONS
 
 ROOT = Path(__file__).parents[1]
@@ -103,13 +103,16 @@ def test_commands_parse(line, monkeypatch):
         module, words = f"hypercontrast.{cli.COMMANDS[words[1]][0]}", words[2:]
     else:
         module, words = words[2], words[3:]
-    understand = argparse.ArgumentParser.parse_args
 
-    def parse_args(self, given=None, namespace=None):
-        understand(self, given, namespace)
-        raise Parsed
+    def stopping(understand):
+        def parse_args(self, given=None, namespace=None):
+            understand(self, given, namespace)
+            raise Parsed
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        return parse_args
+
+    for kind in (argparse.ArgumentParser, progress.Parser):
+        monkeypatch.setattr(kind, "parse_args", stopping(kind.parse_args))
     if "--help" in words:
         assert words == ["--help"]
     elif module == "hypercontrast.train":

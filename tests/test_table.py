@@ -531,6 +531,8 @@ def test_command_line(tmp_path, root, capsys):
     assert max(len(line) for line in text.splitlines() if not line.startswith("[")) <= 100
     assert main(["all", *map(str, words), "--markdown"]) == 0
     text = capsys.readouterr().out
+    assert main(["all", "--markdown", *map(str, words)]) == 0
+    assert capsys.readouterr().out == text
     assert text.count("## Table") == 13  # 9 and 10 are one
     assert "| NONL | CIFAR-10 | 94.9 | 94.90, n = 1 | +0.00 | reproduced |" in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
