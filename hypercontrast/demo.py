@@ -11,12 +11,14 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from hypercontrast.checkpoint import CheckpointError
 from hypercontrast.config import UsageError, configure
+from hypercontrast.lock import locked
 from hypercontrast.output import Terminal, on_terminal, say
 from hypercontrast.progress import Parser, command, fail
 from hypercontrast.report import outcome, write_report
@@ -53,9 +55,12 @@ def run(output: Path, epochs: int, limit: int, *, quiet: bool = False) -> Path:
         configure(loss=loss, dataset="mnist5k", epochs=epochs, limit=limit, run_dir=str(folder), quiet=True)
         for loss, folder in zip(LOSSES, folders, strict=True)
     ]
-    for folder in folders:
-        # Only ever delete what is a run.
-        if all((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+    # Only ever delete what is a run, and all of them or none: another demo may be training one.
+    runs = [folder for folder in folders if all((folder / n).is_file() for n in ("config.yaml", "metrics.jsonl"))]
+    with ExitStack() as held:
+        for folder in runs:
+            held.enter_context(locked(folder))
+        for folder in runs:
             shutil.rmtree(folder)
     if quiet:
         for config in configs:

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from hypercontrast import config, figures, mistakes, neural_collapse, report, runs
+from hypercontrast.lock import locked
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 yaml = pytest.importorskip("yaml")
@@ -747,6 +748,16 @@ def test_demo_keeps_what_is_not_a_run(tmp_path, monkeypatch):
     assert demo.main(["--output", str(tmp_path)]) == 2
     assert (tmp_path / "ce" / "thesis.txt").read_text() == "precious"
     assert not Path(tmp_path / "nonl").exists()
+
+
+def test_demo_keeps_what_another_process_trains(tmp_path, capsys):
+    demo = pytest.importorskip("hypercontrast.demo")
+    for loss in ("ce", "nonl"):
+        make_run(tmp_path / loss)
+    with locked(tmp_path / "nonl"):
+        assert demo.main(["--output", str(tmp_path), "--epochs", "1", "--limit", "40"]) == 2
+    assert all((tmp_path / loss / "metrics.jsonl").exists() for loss in ("ce", "nonl"))
+    assert "is being trained by" in capsys.readouterr().err
 
 
 def test_demo_mistake_is_one_line(tmp_path, capsys):
