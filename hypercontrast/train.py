@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -178,7 +179,8 @@ def _placed(config: Config) -> Config:
     """The config with its run folder named, and `resume` down to auto or none."""
     if config.resume == "none":
         name = f"{_slug(config.dataset)}-{config.loss}" if config.recipe == "none" else config.recipe
-        folder = Path(config.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        # To the microsecond: runs over seeds may well be started together.
+        folder = Path(config.run_dir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S-%f}")
         if holds(folder, "config.yaml"):
             raise UsageError(
                 f"run_dir must not hold a run yet, got {folder}: continue it with --resume {shlex.quote(str(folder))},"

@@ -724,6 +724,12 @@ def test_resuming_another_run_is_refused(tmp_path, capsys):
     assert [record["epoch"] for record in records(folder)] == [1, 2]
 
 
+def test_runs_started_together_have_folders_of_their_own():
+    first, second = (prepare(configure(seed=seed)).run_dir for seed in (0, 1))
+    assert first != second
+    assert first.startswith("runs/mnist5k-nonl-")
+
+
 def test_a_folder_with_a_space_is_quoted_in_commands(tmp_path, capsys):
     folder = tmp_path / "a run"
     with pytest.raises(Interruption):
