@@ -1,5 +1,8 @@
 """Every recipe: what it says, its dry run without any data at hand, and one step on random pictures."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from cases import quick
@@ -30,6 +33,19 @@ def test_there_is_a_recipe_for_every_cell():
     names |= {f"imagenet1k-{loss}-{batch}" for loss in LEARNED[:4] for batch in (4096, 8192)}
     names |= {f"{dataset}-nonl-{way}" for dataset in ("mnist5k", "cifar10") for way in BEYOND}
     assert recipe_names() == sorted(names)
+
+
+def test_every_command_for_a_table_names_a_recipe():
+    page = Path(__file__).parents[1].joinpath("REPRODUCE.md").read_text(encoding="utf-8")
+    named = set()
+    for row in re.findall(r"^\| \d.*$", page, flags=re.MULTILINE):
+        runs = row.split("|")[3]
+        own = re.search(r"LOSS of ([^|]+)", runs)
+        losses = own[1].strip().split(", ") if own else LEARNED
+        for name in re.findall(r"`(?:--recipe )?([\w.-]+-(?:LOSS|scl)[\w-]*)", runs):
+            named |= {name.replace("LOSS", loss) for loss in losses}
+    assert "imagenet1k-nonl-8192" in named
+    assert named <= set(recipe_names())
 
 
 @pytest.mark.parametrize("name", recipe_names())
