@@ -266,6 +266,8 @@ def lse_backward(
     wants_features, wants_prototypes = wanted
     grad_u = inv_features.new_empty(t.n if wants_features else 0, features.shape[1])
     grad_w = inv_features.new_zeros(t.k if wants_prototypes else 0, features.shape[1])
+    if t.k == 0:  # a queue beside a batch without samples: no panel writes what the temperature's gradient is read off
+        grad_u.zero_()
     inv_u = t.inv_features if sample_factor is None else t.inv_features * sample_factor
     buffer = t.buffer()
     units = inv_features.new_empty(t.height, features.shape[1])
