@@ -21,6 +21,7 @@ from torch import Tensor
 from hypercontrast import _checks, _ops, blockwise, compiled
 from hypercontrast.distributed import ABSENT, all_sum, global_lse, world_size
 from hypercontrast.kernels import _launch  # needs no Triton
+from hypercontrast.reference import row_lengths
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def prototype_loss(
         )  # fmt: skip
         _checks.watch_labels(labels, num_classes, ignore_index, extremes)
         if class_means is not None:
-            class_means.add(*_ops.class_sums(features.detach(), inv_norms, labels, num_classes, ignore_index, backend))
+            class_means.add(*_class_sums(features, inv_norms, normalize, labels, num_classes, ignore_index, backend))
         return loss
     row_lse, col_lse, positives, batch = statistics(
         features, prototypes, labels, rule, temperature=temperature, weight=weight, ignore_index=ignore_index,
@@ -173,10 +174,18 @@ def statistics(
         row_lse = logaddexp(row_lse, past_lse)
     class_sums = None
     if class_means is not None:
-        class_sums = _ops.class_sums(features.detach(), inv_norms, labels, num_classes, ignore_index, backend)
+        class_sums = _class_sums(features, inv_norms, normalize, labels, num_classes, ignore_index, backend)
     dtype = positives.dtype  # what the O(N + K) arithmetic on them runs in
     a_N = in_range.to(dtype) if weight is None else weight.to(dtype)[class_of] * in_range
     return row_lse, col_lse, positives, Batch(labels, in_range, a_N, counts, weight, group, reduction, class_sums)
+
+
+def _class_sums(features: Tensor, inv_norms: Tensor, normalize: bool, *options) -> tuple[Tensor, Tensor]:
+    """Those of unit features, also where the loss takes features as they are and its inverse norms are ones."""
+    features = features.detach()
+    if not normalize:
+        inv_norms = 1 / row_lengths(features.to(inv_norms.dtype))[:, 0]
+    return _ops.class_sums(features, inv_norms, *options)
 
 
 def _over_classes(rule: Rule, lse_K: Tensor, positive_total: Tensor, global_total: Tensor, batch: Batch) -> Tensor:

@@ -20,7 +20,8 @@ What holds for every loss here
 - Backends. "reference" (eager, K x N or larger, one process), "blockwise" (PyTorch, memory-linear), "triton" (GPU).
   "auto" picks by device; `resolve_backend` tells which. The environment variable HYPERCONTRAST_BACKEND overrides
   "auto".
-- `class_means`: a `ClassMeans` to update with this rank's batch from the norms computed anyway.
+- `class_means`: a `ClassMeans` to update with this rank's batch, from the norms that the loss computes anyway if it
+  normalises.
 - `queue`: past features as further columns of the log-sum-exps: a `NegativeBuffer`, or a pair (features [Q, D], labels
   [Q]), in places not yet used anything finite and `NegativeBuffer.ABSENT`. They are constants and no anchors, count in
   no n_c and no mean. The loss only reads it; push after the backward.

@@ -235,13 +235,17 @@ def test_autocast_changes_nothing(name):
         assert torch.equal(a, b.double())
 
 
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_class_means_ride_along(name, backend):
+def test_class_means_ride_along(name, backend, normalize):
+    """They are of unit features, whatever the loss takes."""
     features, labels = torch.randn(30, 5), torch.randint(0, 4, (30,))
     labels[::5] = -100
     riding, direct = hc.ClassMeans(4, 5), hc.ClassMeans(4, 5)
-    call(name, features, torch.randn(4, 5), labels, class_means=riding, backend=backend)
+    features[1] = 0
+    options = {"normalize": normalize, "backend": backend}
+    call(name, features, torch.randn(4, 5), labels, class_means=riding, **options)
     direct.update(features, labels)
     assert torch.equal(riding.counts, direct.counts)
     torch.testing.assert_close(riding.sums, direct.sums, rtol=1e-5, atol=1e-6)
