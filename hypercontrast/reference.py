@@ -18,21 +18,24 @@ MIN_NORM = 1e-12
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """x/|x| along the last dimension, zero for a zero row."""
-    return x / row_lengths(x)
+    """x/|x| along the last dimension, zero for a zero row, in the dtype of x."""
+    return (x / row_lengths(x)).to(x.dtype)
 
 
 def row_lengths(x: Tensor) -> Tensor:
-    """|x| along the last dimension, which is kept; infinite for a zero row, so that divided by it there are zeros."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    """|x| along the last dimension, which is kept; infinite for a zero row, so that divided by it there are zeros.
+
+    In float32 at least: float16 ends at 65504.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     return norm.masked_fill(norm <= MIN_NORM, torch.inf)
 
 
 def _logits(features, prototypes, labels, temperature, weight, ignore_index, normalize):
     """Logits [K, M] of the samples that count, in the features' precision, then float32 at least."""
-    prototypes = prototypes.to(features.dtype)
     if normalize:
         features, prototypes = unit_rows(features), unit_rows(prototypes)
+    prototypes = prototypes.to(features.dtype)
     keep = labels != ignore_index
     y = labels[keep]
     logits = prototypes @ features[keep].T

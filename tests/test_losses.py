@@ -190,6 +190,16 @@ def test_no_samples_and_all_ignored(name, backend, reduction):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
+def test_vectors_longer_than_their_dtype_reaches(name, backend):
+    """float16 ends at 65504, which lengths of features in it exceed, and so do entries of prototypes in float32."""
+    z, w, y = torch.randn(20, 64).clamp(-3, 3).half(), torch.randn(4, 64), torch.arange(20) % 4
+    want = call(name, z, w, y, backend=backend)
+    got = call(name, z * 2**14, w * 2**17, y, backend=backend)
+    assert got.item() == pytest.approx(want.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_zero_vectors_have_no_direction(name, backend):
     features, prototypes = torch.randn(6, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
     with torch.no_grad():
