@@ -113,7 +113,7 @@ def supcon_loss(
 def _against_itself(features: Tensor, labels: Tensor | None, mask: Tensor | None, logits: _Logits) -> _Part:
     if mask is None:
         ids, count = _classes(labels, None, logits.backend)
-        count = count - 1
+        count = _others(count)
     else:
         ids, count = None, mask.sum(1) - mask.diagonal().long()
     lse, positives, *_ = _pair_ops.pair_lse(features, None, ids, ids, mask, *logits.arguments(offset=0))
@@ -149,7 +149,7 @@ def _against_all_ranks(
     lse, positives = _GlobalPairs.apply(
         features, logits.learned, columns.to(features.dtype), ids, column_ids, offset, rows, logits, group
     )
-    return _Part(lse, positives, count - 1)
+    return _Part(lse, positives, _others(count))
 
 
 class _GlobalPairs(torch.autograd.Function):
@@ -188,7 +188,7 @@ def _classes(labels: Any, column_labels: Tensor | None, backend: str) -> tuple[A
         first_column = 0 if column_labels is None else len(labels)
         ids, counts = _pair_ops.label_classes(joint.long(), first_column)
         row_ids = ids[: len(labels)]
-        count = counts[row_ids.clamp(min=0)].long()
+        count = _of_own_class(counts, row_ids).long()
         return (ids if column_labels is None else (row_ids, ids[first_column:])), count
     if column_labels is None:
         (ids,) = _class_ids(labels)
@@ -214,4 +214,14 @@ def _members(ids: Tensor, column_ids: Tensor) -> Tensor:
     """How many columns are of each anchor's class."""
     counts = ids.new_zeros(len(ids) + len(column_ids))
     counts.index_add_(0, column_ids.clamp(min=0), (column_ids >= 0).long())
-    return counts[ids.clamp(min=0)]
+    return _of_own_class(counts, ids)
+
+
+def _of_own_class(counts: Tensor, ids: Tensor) -> Tensor:
+    """Each anchor's entry of the counts of classes; none for rows that are not there."""
+    return torch.where(ids < 0, 0, counts[ids.clamp(min=0)])
+
+
+def _others(count: Tensor) -> Tensor:
+    """Without the anchor itself, which is of its own class unless it is not there."""
+    return (count - 1).clamp(min=0)

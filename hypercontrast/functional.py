@@ -296,7 +296,8 @@ def supcon_loss(
 
     Args:
         features: [N, D], or [B, V, D] for V views of B samples, which are N = B·V anchors.
-        labels: [N] or [B] int64, any values but `NegativeBuffer.ABSENT`, the least, which marks rows without a sample.
+        labels: [N] or [B] int64, any values. `NegativeBuffer.ABSENT`, the least, marks rows without a sample: columns
+            of no anchor, and anchors without positives.
             Without labels and mask, [B, V, D] is contrasted as NT-Xent: a sample's other views are its positives.
         mask: [N, N], [B, B], or [N, R] with references; bool, instead of labels: mask[i, j] makes j a positive of i.
             The diagonal is not read for [N, N]; for [B, B] it makes a sample's views positives of each other. For one

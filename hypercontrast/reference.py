@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from hypercontrast.distributed import ABSENT
+
 # Vectors at most this long have no direction: they map to the zero vector and receive a zero gradient.
 MIN_NORM = 1e-12
 
@@ -207,6 +209,8 @@ def supcon_loss(
         columns = torch.cat([columns.to(features.dtype), queue[0].to(features.dtype)])
         column_labels = torch.cat([column_labels, queue[1]])
         own = torch.nn.functional.pad(own, (0, len(queue[0])))
+    if column_labels is not None:
+        own |= column_labels == ABSENT  # no column of anyone
     columns = columns.to(features.dtype)
     if normalize:
         features, columns = unit_rows(features), unit_rows(columns)

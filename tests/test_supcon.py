@@ -167,6 +167,36 @@ def test_singletons(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "blockwise"])
+@pytest.mark.parametrize("variant", ["out", "in"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("others", ["none", "refs", "queue"])
+@pytest.mark.parametrize("tau", [0.1, 0.01])
+def test_rows_without_a_sample(backend, variant, reduction, others, tau):
+    """Are columns of no anchor, and anchors without positives."""
+    z, past = (torch.randn(12, 5, requires_grad=True) for _ in range(2))
+    y, past_y = torch.arange(12) % 3, torch.arange(12) % 4
+    there, past_there = y != 2, past_y != 1
+
+    def of(rows, columns):
+        kw = {"temperature": tau, "variant": variant, "reduction": reduction, "backend": backend}
+        labels, column_labels = (torch.where(*mask, ABSENT) for mask in ((there, y), (past_there, past_y)))
+        if others == "refs":
+            kw |= {"ref_features": past[columns], "ref_labels": column_labels[columns]}
+        if others == "queue":
+            kw["queue"] = past.detach()[columns], column_labels[columns]
+        loss, alone = hc.supcon_loss(z[rows], labels[rows], return_singletons=True, **kw)
+        return loss, alone, torch.autograd.grad(loss.sum(), z)[0]
+
+    (got, alone, grad), (want, alone_there, grad_there) = of(..., ...), of(there, past_there)
+    torch.testing.assert_close(got[there] if reduction == "none" else got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, grad_there, rtol=1e-5, atol=1e-5)
+    assert alone == alone_there + 4
+    assert not grad[~there].any()
+    if reduction == "none":
+        assert not got[~there].any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
 @pytest.mark.parametrize("n", [0, 1])
 def test_nothing_to_contrast_is_zero(backend, n):
     z = torch.randn(n, 3, requires_grad=True)
