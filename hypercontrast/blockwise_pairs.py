@@ -203,11 +203,17 @@ def launch_fwd(anchors, columns, anchor_ids, column_ids, mask, **options):
 
 
 def _class_positives(p: _Pairs) -> Tensor:
-    """Σ of each row's positives, u·(C - u), C the sum of its class's columns; less u only where it is among them."""
+    """Σ of each row's positives, u·(C - u), C the sum of its class's columns; less u only where it is among them.
+
+    In float64: at collapse a class is the same number again and again, which float32 rounds the same way every time.
+    """
     rows, columns = p.rows, p.columns
+    wide = statistics_dtype(rows.units.device)
     num_classes = 1 + max((int(x.ids[-1]) for x in (rows, columns) if x.n), default=0)
-    sums = columns.units.new_zeros(num_classes, columns.units.shape[1]).index_add_(0, columns.ids, columns.units)
-    positives = rows.units.new_empty(rows.n)
+    sums = columns.units.new_zeros(num_classes, columns.units.shape[1], dtype=wide)
+    for block in columns.blocks:
+        sums.index_add_(0, columns.ids[block], columns.units[block].to(wide))
+    positives = rows.units.new_empty(rows.n, dtype=wide)
     for block in rows.blocks:
         others = sums[rows.ids[block]]
         if p.own is not None:
