@@ -119,6 +119,18 @@ def check_ignore_index(ignore_index: int) -> None:
         raise ValueError(f"ignore_index must fit int64, got {ignore_index}")
 
 
+def check_prototypes(prototypes: Tensor, features: Tensor) -> None:
+    check_matrix("prototypes", prototypes, "[K, D]")
+    if prototypes.shape[0] == 0:
+        raise ValueError(f"prototypes must hold at least one class, got {list(prototypes.shape)}")
+    if prototypes.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"prototypes must have the features' dimension {features.shape[1]}, got {list(prototypes.shape)}"
+        )
+    if prototypes.device != features.device:
+        raise ValueError(f"prototypes must be on the features' device {features.device}, got {prototypes.device}")
+
+
 def check_prototype_inputs(
     features: Tensor,
     prototypes: Tensor,
@@ -131,15 +143,7 @@ def check_prototype_inputs(
 ) -> None:
     """Everything a prototype loss can check without reading a value from the device."""
     check_matrix("features", features, "[N, D]")
-    check_matrix("prototypes", prototypes, "[K, D]")
-    if prototypes.shape[0] == 0:
-        raise ValueError(f"prototypes must hold at least one class, got {list(prototypes.shape)}")
-    if prototypes.shape[1] != features.shape[1]:
-        raise ValueError(
-            f"prototypes must have the features' dimension {features.shape[1]}, got {list(prototypes.shape)}"
-        )
-    if prototypes.device != features.device:
-        raise ValueError(f"prototypes must be on the features' device {features.device}, got {prototypes.device}")
+    check_prototypes(prototypes, features)
     if (features.dtype == torch.float64) != (prototypes.dtype == torch.float64):
         raise TypeError(f"prototypes must be float64 exactly when features are, got {prototypes.dtype}")
     check_labels(labels, features.shape[0], features.device)

@@ -256,8 +256,8 @@ class DCLLoss(_Loss):
         return related.dcl_loss(features, **self._options())
 
 
-def _check_baseline(name: str, x: Tensor, labels: Tensor, num_classes: int) -> None:
-    _checks.check_matrix(name, x, "[N, K]" if name == "logits" else "[N, D]")
+def _check_all_labels(labels: Tensor, x: Tensor, num_classes: int) -> None:
+    """Of the rows of x: none is ignored."""
     _checks.check_labels(labels, len(x), x.device)
     if _checks.can_be_read(labels):
         _checks.check_label_range(labels, num_classes, ignore_index=0)
@@ -277,16 +277,21 @@ class CELoss(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        _check_baseline("logits", logits, labels, logits.shape[-1])
+        _checks.check_matrix("logits", logits, "[N, K]")
+        _check_all_labels(labels, logits, logits.shape[1])
+        _checks.check_weight(self.weight, logits.shape[1], logits.device)
         logits = logits.to(_checks.accumulator(logits))
-        return F.cross_entropy(logits, labels, self.weight, reduction="sum") / max(len(labels), 1)
+        weight = None if self.weight is None else self.weight.to(logits.dtype)  # which `.half()` and the like change
+        return F.cross_entropy(logits, labels, weight, reduction="sum") / max(len(labels), 1)
 
 
 class ETFDRLoss(nn.Module):
     """Dot regression to fixed prototypes, mean_i (w_{y_i}·u_i - 1)²/2 (Yang et al. 2022), the ETF+DR baseline."""
 
     def forward(self, features: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
-        _check_baseline("features", features, labels, len(prototypes))
+        _checks.check_matrix("features", features, "[N, D]")
+        _checks.check_prototypes(prototypes, features)
+        _check_all_labels(labels, features, len(prototypes))
         dtype = _checks.accumulator(features)
         cosines = (unit_rows(features.to(dtype)) * unit_rows(prototypes.to(dtype))[labels]).sum(dim=1)
         return 0.5 * (cosines - 1).square().sum() / max(len(labels), 1)

@@ -197,6 +197,8 @@ OTHERS = [
     (lambda: hc.PrototypeClassifier(torch.randn(0, 3)), ValueError, "prototypes must hold at least one class, got [0, 3]"),
     (lambda: hc.PrototypeClassifier(torch.randn(2, 3)).predict(torch.randn(2, 4)), ValueError, "features must have dimension 3, got [2, 4]"),
     (lambda: hc.CELoss()(torch.randn(2, 3), torch.tensor([0, 5])), ValueError, "labels must lie in [0, 3), got 5"),
+    (lambda: hc.CELoss(torch.ones(4))(torch.randn(2, 3), torch.tensor([0, 1])), ValueError, "weight must have shape [3], one class each, got [4]"),
+    (lambda: hc.ETFDRLoss()(torch.randn(2, 3), torch.randn(2, 1), torch.tensor([0, 1])), ValueError, "prototypes must have the features' dimension 3, got [2, 1]"),
     (lambda: hc.ETFDRLoss()(torch.randn(2, 3), torch.randn(2, 3), torch.tensor([0, -1])), ValueError, "labels must lie in [0, 2), got -1"),
     (lambda: hc.NeuralCollapse(0, 4), ValueError, "dim and num_classes must be at least 1, got 4 and 0"),
     (lambda: hc.NeuralCollapse(2.5, 4), TypeError, "dim and num_classes must be integers, got 4 and 2.5"),

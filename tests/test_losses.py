@@ -289,6 +289,9 @@ def test_module_equals_function():
 def test_driver_baselines():
     logits, labels = torch.randn(7, 3), torch.randint(0, 3, (7,))
     assert torch.equal(hc.CELoss()(logits, labels), torch.nn.functional.cross_entropy(logits, labels))
+    weighted = hc.CELoss(torch.tensor([0.5, 1.0, 2.0]))
+    want = weighted(logits.bfloat16(), labels)
+    assert torch.equal(weighted.bfloat16()(logits.bfloat16(), labels), want)
     frame = hc.simplex_etf(3, 4)
     assert hc.ETFDRLoss()(2 * frame[labels], frame, labels).item() == pytest.approx(0, abs=1e-12)
     assert hc.ETFDRLoss()(-frame[labels], frame, labels).item() == pytest.approx(2)
