@@ -50,7 +50,7 @@ from torch import Tensor
 from hypercontrast import _autograd, _checks, _supcon, blockwise, reference
 from hypercontrast._agreement import agree, ranks_of
 from hypercontrast._autograd import Rule
-from hypercontrast._ops import resolve_backend
+from hypercontrast._ops import in_full_precision, resolve_backend
 from hypercontrast.buffer import NegativeBuffer
 from hypercontrast.distributed import ABSENT, GroupLike, all_sum, resolve_group
 from hypercontrast.prototypes import ClassMeans
@@ -235,7 +235,8 @@ def _prototype_loss(
         _check_values(options["temperature"], features=features, prototypes=prototypes)
         if past is not None:
             options["queue"] = _present(past)
-        loss = specification(features, prototypes, labels, **options)
+        with in_full_precision(features):
+            loss = specification(features, prototypes, labels, **options)
         if class_means is not None:
             class_means.update(features.detach(), labels, ignore_index=options["ignore_index"])
         return loss
@@ -365,9 +366,10 @@ def supcon_loss(
     if chosen == "reference":
         _check_values(temperature, features=features, ref_features=ref_features)
         past = None if past is None else _present(past)
-        loss, alone = reference.supcon_loss(
-            features, labels, mask=mask, ref_features=ref_features, ref_labels=ref_labels, queue=past, **options
-        )
+        with in_full_precision(features):
+            loss, alone = reference.supcon_loss(
+                features, labels, mask=mask, ref_features=ref_features, ref_labels=ref_labels, queue=past, **options
+            )
     else:
         refs = None if ref_features is None else (ref_features, ref_labels)
         loss, alone = _supcon.supcon_loss(

@@ -347,7 +347,8 @@ def dcl_loss(
     chosen, temperature = checked(), _checks.widened(temperature, features)
     if chosen == "reference":
         _check_values(temperature, features=features)
-        return reference.dcl_loss(features, temperature=temperature, reduction=reduction, normalize=normalize)
+        with _ops.in_full_precision(features):
+            return reference.dcl_loss(features, temperature=temperature, reduction=reduction, normalize=normalize)
     columns, first = features, 0
     if process_group is not None:
         rows = row_counts(features, process_group)

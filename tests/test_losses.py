@@ -245,6 +245,18 @@ def test_autocast_changes_nothing(name):
         assert torch.equal(a, b.double())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_changes_nothing_in_the_reference(name):
+    """Whose backward is torch's own, and belongs outside."""
+    features, prototypes = torch.randn(12, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    labels = torch.randint(0, 4, (12,))
+    plain = loss_and_gradients(lambda *a: call(name, *a, backend="reference"), features, prototypes, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = call(name, features, prototypes, labels, backend="reference")
+    for a, b in zip(plain, (loss, *torch.autograd.grad(loss, (features, prototypes))), strict=True):
+        assert torch.equal(a, b.double())
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)

@@ -276,12 +276,15 @@ def test_compiles_whole(name):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
 @pytest.mark.parametrize("name", [*LOSSES, "dcl"])
-def test_autocast_changes_nothing(name):
+def test_autocast_changes_nothing(name, backend):
     z, w, y = torch.randn(20, 2, 8), torch.randn(5, 8), torch.arange(20) % 5
 
     def value():
-        return hc.dcl_loss(z) if name == "dcl" else call(name, z[:, 0], w, y)
+        if name == "dcl":
+            return hc.dcl_loss(z, backend=backend)
+        return call(name, z[:, 0], w, y, backend=backend)
 
     with torch.autocast("cpu", torch.bfloat16):
         inside = value()
