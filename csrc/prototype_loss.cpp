@@ -211,7 +211,10 @@ LossAndSaved prototype_loss(const at::Tensor& features, const at::Tensor& protot
   const int64_t* const sample = t.samples ? t.samples->data_ptr<int64_t>() : nullptr;
   const int64_t* const present = t.classes ? t.classes->data_ptr<int64_t>() : nullptr;
   const double *const row_sum = row_sums.data_ptr<double>(), *const col_sum = col_sums.data_ptr<double>();
-  const at::Tensor class_weights = weight ? weight->to(at::kDouble).contiguous() : wide;
+  // In units of the largest: the backward weighs exponentials in float32, where small ones would underflow.
+  double largest = weight ? weight->max().item<double>() : 1.0;
+  if (largest == 0) largest = 1.0;
+  const at::Tensor class_weights = weight ? weight->to(at::kDouble).div(largest) : wide;
   std::vector<double> lse_of_class(o.rows ? t.k : 0);
   for (int64_t c = 0; o.rows && c < t.k; ++c) {
     lse_of_class[c] = row_lse.data_ptr<double>()[present ? present[c] : c] = std::log(row_sum[c]);
@@ -234,7 +237,7 @@ LossAndSaved prototype_loss(const at::Tensor& features, const at::Tensor& protot
     if (o.cols) grad_col.data_ptr<double>()[j] = a * in_col / (in_row + in_col);
     if (o.rows) grad_row.data_ptr<double>()[c] += a * in_row / (in_row + in_col);
   }
-  const double divisor = mean && total_weight > 0 ? total_weight : 1.0;
+  const double divisor = mean && total_weight > 0 ? total_weight : 1 / largest;
   return {at::scalar_tensor(total / divisor, at::kFloat), row_lse, col_lse, all_positives, inv_features, inv_prototypes, kept,
           grad_row, grad_col, grad_pos, at::scalar_tensor(divisor, at::kDouble)};
 }

@@ -21,7 +21,8 @@ struct PrototypeLoss {
 
 // (the loss; row_lse [K] or [0], col_lse [N] or [0], positives [N], float64; 1/|x| of features [N] and prototypes [K];
 // exp(s), `room` numbers, of as many tiles as fit in their order; M times the gradients of the first three, float64; M).
-// `zero_empty`: samples without any logit to sum drop out; `mean`: divided by the samples' weights M, else M = 1.
+// `zero_empty`: samples without any logit to sum drop out; `mean`: divided by the samples' weights M, else by 1. M is in
+// units of the largest class weight.
 // Throws std::invalid_argument for a label that is no class and for a norm that is not finite.
 using LossAndSaved = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
                                 at::Tensor, at::Tensor, at::Tensor, at::Tensor>;

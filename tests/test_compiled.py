@@ -61,6 +61,21 @@ def test_what_is_computed_there(name, taken):
     assert len(taken) == 4
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_only_the_ratios_of_class_weights_matter(name):
+    """Those of 1e-21 times exp(-64) are below float32, in which exponentials are weighed."""
+    _, w, y = problem()
+    z, weight = w[y.clamp(min=0)], torch.rand(len(w))
+
+    def gradients(weight):
+        leaves = z.clone().requires_grad_(), w.clone().requires_grad_()
+        loss = CALLS[name](*leaves, y, temperature=1 / 64, weight=weight)
+        return torch.autograd.grad(loss, leaves)
+
+    for small, want in zip(gradients(2.0**-70 * weight), gradients(weight), strict=True):
+        assert torch.equal(small, want)
+
+
 def test_what_is_computed_there_of_pairs(taken):
     z, _, y = problem()
     hc.supcon_loss(z, y)
