@@ -21,7 +21,7 @@ from torch import Tensor
 from hypercontrast import _checks, _ops, blockwise, compiled
 from hypercontrast.distributed import ABSENT, all_sum, global_lse, world_size
 from hypercontrast.kernels import _launch  # needs no Triton
-from hypercontrast.reference import row_lengths
+from hypercontrast.reference import in_dtype_of, row_lengths
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,9 @@ def statistics(
         past, past_labels = queue
         if backend == "triton" and len(past) < len(features):
             listed = None
+        past = in_dtype_of(features, past, normalize)
         past_lse, *_ = _ops.lse(
-            past.to(features.dtype), prototypes, torch.where(past_labels == ABSENT, ignore_index, past_labels), listed,
+            past, prototypes, torch.where(past_labels == ABSENT, ignore_index, past_labels), listed,
             learned, inv_temperature, ignore_index, True, False, rule.exclude_own, normalize, budget, backend,
         )  # fmt: skip
         row_lse = logaddexp(row_lse, past_lse)

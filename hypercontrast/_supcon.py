@@ -25,6 +25,7 @@ from torch import Tensor
 from hypercontrast import _autograd, _checks, _pair_ops, compiled
 from hypercontrast._agreement import agree
 from hypercontrast.distributed import ABSENT, gather_rows, row_counts
+from hypercontrast.reference import in_dtype_of
 
 if TYPE_CHECKING:
     from hypercontrast.buffer import NegativeBuffer
@@ -129,7 +130,7 @@ def _against(
         (ids, column_ids), count = _classes(labels, column_labels, logits.backend)
     else:
         ids, column_ids, count = None, None, mask.sum(1)
-    columns = columns.to(features.dtype)
+    columns = in_dtype_of(features, columns, logits.normalize)
     lse, positives, *_ = _pair_ops.pair_lse(features, columns, ids, column_ids, mask, *logits.arguments(offset=None))
     return _Part(lse, positives, count)
 

@@ -33,6 +33,13 @@ def row_lengths(x: Tensor) -> Tensor:
     return norm.masked_fill(norm <= MIN_NORM, torch.inf)
 
 
+def in_dtype_of(features: Tensor, x: Tensor, normalize: bool) -> Tensor:
+    """Further columns in the features' dtype; unit vectors in float16, whose range is short, if they are to be ones."""
+    if normalize and features.dtype == torch.float16 != x.dtype:
+        x = unit_rows(x)
+    return x.to(features.dtype)
+
+
 def _logits(features, prototypes, labels, temperature, weight, ignore_index, normalize):
     """Logits [K, M] of the samples that count, in the features' precision, then float32 at least."""
     if normalize:
@@ -50,7 +57,7 @@ def _logits(features, prototypes, labels, temperature, weight, ignore_index, nor
 def _past_logits(prototypes, queue, features, temperature, ignore_index, normalize):
     """Logits [K, Q] of a queue of past samples (features, labels), [K, 0] without one, and which are of their class."""
     past, labels = (features[:0], features.new_zeros(0, dtype=torch.int64)) if queue is None else queue
-    past = past.to(features.dtype)
+    past = in_dtype_of(features, past, normalize)
     s, _, own, _, _ = _logits(past, prototypes, labels, temperature, None, ignore_index, normalize)
     return s, own
 
@@ -206,12 +213,12 @@ def supcon_loss(
     if ref_features is None:
         own.fill_diagonal_(True)
     if queue is not None:
-        columns = torch.cat([columns.to(features.dtype), queue[0].to(features.dtype)])
+        columns = torch.cat([in_dtype_of(features, x, normalize) for x in (columns, queue[0])])
         column_labels = torch.cat([column_labels, queue[1]])
         own = torch.nn.functional.pad(own, (0, len(queue[0])))
     if column_labels is not None:
         own |= column_labels == ABSENT  # no column of anyone
-    columns = columns.to(features.dtype)
+    columns = in_dtype_of(features, columns, normalize)
     if normalize:
         features, columns = unit_rows(features), unit_rows(columns)
     s = features @ columns.T

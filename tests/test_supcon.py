@@ -166,6 +166,20 @@ def test_singletons(backend):
     assert hc.supcon_loss(z, torch.arange(5), **kw) == 0
 
 
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+@pytest.mark.parametrize("length", [1e-9, 1e9])
+def test_columns_beyond_the_range_of_half_features(backend, length):
+    """The features are float16, which has neither length; what they are contrasted with is float32."""
+    z, w, y = torch.randn(12, 6).half(), torch.randn(3, 6), torch.arange(12) % 3
+    past, past_y = torch.randn(9, 6), torch.arange(9) % 3
+    for loss in (
+        lambda x: hc.ntce_loss(z, w, y, queue=(x, past_y), backend=backend),
+        lambda x: hc.supcon_loss(z, y, queue=(x, past_y), backend=backend),
+        lambda x: hc.supcon_loss(z, y, ref_features=x, ref_labels=past_y, backend=backend),
+    ):
+        assert loss(length * past).item() == pytest.approx(loss(past).item(), rel=1e-3)
+
+
 def test_sums_over_a_large_collapsed_class():
     """The same number a thousand times, which float32 would round the same way every time."""
     n, tau = 4096, 0.07
