@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 with one line on stderr for a mistake in the call, 1 for a run that failed, 130 or 143 if
     interrupted by SIGINT or SIGTERM.
     """
-    folder = ""
+    folder = result = ""
     try:
         with stop_signals(interrupt):
             config = parse(sys.argv[1:] if argv is None else argv, command("train"))
@@ -101,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 config = prepare(config)
                 folder = config.run_dir
                 run = train(config)
-                result = to_json(_result(run)) if config.json else _summary(run)
+                if is_main():  # which has written it; another rank's machine may have no such folder
+                    result = to_json(_result(run)) if config.json else _summary(run)
     except KeyboardInterrupt as stop:
         return fail(stop.code if isinstance(stop, Interrupted) else 130, _interrupted(folder))
     except UsageError as error:

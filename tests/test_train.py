@@ -788,6 +788,29 @@ def test_two_ranks_train_together(tmp_path, capfd):
     assert len(out) == 3
 
 
+def test_ranks_of_two_machines_train_together(tmp_path):
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+    ranks = []
+    for rank in range(2):  # as a launcher would start them, each in a folder of its own
+        machine = tmp_path / str(rank)
+        machine.mkdir()
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        command = [sys.executable, "-m", "hypercontrast.train", *SMALL_FLAGS, "--epochs", "1", "--run-dir", "run"]
+        environment = {**os.environ, **place, "PYTHONPATH": str(Path(__file__).parents[1])}
+        ranks.append(
+            subprocess.Popen(
+                command, cwd=machine, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    said = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert "run: accuracy" in said[0][0]
+    assert said[1] == ("", "")
+    assert (tmp_path / "0" / "run" / "report.html").exists()
+    assert list((tmp_path / "1").iterdir()) == []
+
+
 def test_a_failing_rank_is_reported_in_one_line(tmp_path, capfd):
     flags = [
         "--limit",
