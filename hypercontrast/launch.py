@@ -115,6 +115,11 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def num_ranks(config: Config) -> int:
+    """How many train together: as many as a launcher has started, else as many as are asked for."""
+    return int(os.environ["WORLD_SIZE"]) if is_rank() else config.ranks
+
+
 def is_main() -> bool:
     """Whether this process is the one that writes and speaks."""
     return int(os.environ.get("RANK", 0)) == 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from hypercontrast import data
 from hypercontrast.config import Config, UsageError
 from hypercontrast.data import FACTS, long_tailed_counts, steps_per_epoch
-from hypercontrast.launch import device_of
+from hypercontrast.launch import device_of, num_ranks
 from hypercontrast.models import Network
 from hypercontrast.objective import GLOBAL_LOSSES, VIEWS
 from hypercontrast.workspace import build_network, check_batches, load_dataset
@@ -51,7 +51,7 @@ def plan(config: Config) -> str:
 
     Memory and time are estimates, made by sending a few pictures through the network on the device at hand.
     """
-    world = config.ranks
+    world = num_ranks(config)
     extent = _extent(config)
     check_batches(config, extent.train, world)
     views = VIEWS.get(config.loss, 1)

@@ -58,6 +58,7 @@ from hypercontrast.launch import (
     is_main,
     is_rank,
     joined,
+    num_ranks,
     start_ranks,
     stop_signals,
 )
@@ -170,9 +171,10 @@ def prepare(config: Config) -> Config:
         backend = resolve_backend(config.backend, torch.empty(0, 1, device=device_of(config)))
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if backend == "reference" and config.ranks > 1:
-        raise UsageError(f"backend 'reference' must run on one rank, got {config.ranks}")
-    check_batches(config, None, config.ranks)
+    world = num_ranks(config)
+    if backend == "reference" and world > 1:
+        raise UsageError(f"backend 'reference' must run on one rank, got {world}")
+    check_batches(config, None, world)
     return _placed(config)
 
 

@@ -444,6 +444,19 @@ def test_dry_run_says_much_and_does_nothing(tmp_path, monkeypatch, capsys):
     assert "about 1125 views of other classes for every view" in scl
 
 
+def test_ranks_of_a_launcher_are_counted_before_anything_starts(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main(["--batch-size", "300", "--dry-run"]) == 0
+    assert "global batch   286, at most 96 a rank" in capsys.readouterr().out
+    for flags, rule in (
+        (["--backend", "reference"], "backend 'reference' must run on one rank, got 3"),
+        (["--batch-size", "5"], "batch_size must leave every one of 3 ranks two pictures"),
+    ):
+        assert main(flags) == 2
+        assert rule in capsys.readouterr().err
+
+
 class Clocked(torch.nn.Module):
     """Every pass takes a while, and every picture of it a little; the first pass takes long."""
 
