@@ -159,15 +159,18 @@ def nonl_loss(
 
     Source: arXiv 2605.20302, eq. 5; "sample" and "both" are what its public code runs by flag.
     """
-    _checks.check_option("anchor", anchor, ("prototype", "sample", "both"))
-    _checks.check_option("empty", empty, ("align", "zero", "error"))
-    if queue is not None and anchor == "sample":
-        raise ValueError("queue must be None for anchor='sample': only prototypes are contrasted with past samples")
+
+    def check() -> None:
+        _checks.check_option("anchor", anchor, ("prototype", "sample", "both"))
+        _checks.check_option("empty", empty, ("align", "zero", "error"))
+        if queue is not None and anchor == "sample":
+            raise ValueError("queue must be None for anchor='sample': only prototypes are contrasted with past samples")
+
     rule = Rule(rows=anchor != "sample", cols=anchor != "prototype", exclude_own=True, empty=empty)
     return _prototype_loss(
         partial(reference.nonl_loss, anchor=anchor, empty=empty), _under(rule), features, prototypes, labels,
         class_means, group, backend, temperature=temperature, weight=weight, ignore_index=ignore_index,
-        reduction=reduction, normalize=normalize, queue=queue,
+        reduction=reduction, normalize=normalize, queue=queue, check=check,
     )  # fmt: skip
 
 

@@ -115,6 +115,8 @@ CASES: list[tuple[str, str | dict]] = [
     ("supcon", {"options": {"base_temperature": 0.07}}),
     ("class means", {"options": {"mode": "ema"}}),
     ("nonl", {"options": {"anchor": "both"}}),
+    *[("nonl", {"options": options}) for options in ({"anchor": "class"}, {"empty": "none"})],  # there are no such
+    ("nonl", {"options": {"anchor": "sample", "queue": (torch.zeros(1, D), torch.zeros(1, dtype=torch.int64))}}),
     ("supcon", {"options": {"variant": "in"}}),
     *[("buffer", {"arguments": {name: value}}) for name, value in (("dim", 5), ("batch", 9), ("queue", 2))],
     ("buffer", {"arguments": {"dtype": torch.float16}}),
