@@ -15,8 +15,10 @@ What holds for every loss here
 - Global batch. With `group="auto"` and torch.distributed initialised, the loss is over all ranks' samples and the
   value is the same on every rank; gradients are scaled so that DDP's average is exact. Ranks may hold different
   numbers of samples, none included. The prototype losses exchange per-class sums and counts, 2K numbers beside 512
-  bytes that describe the call, never features; SupCon gathers features. With reduction="none" each rank gets its own
-  samples' losses, and the gradient is exact for the average over ranks of whatever each makes of them.
+  bytes that describe the call, never features: K more where logits may be large (a tensor τ, τ < 1/64,
+  `normalize=False`), and K in the backward of anchor="both" and reduction="none". SupCon gathers features. With
+  reduction="none" each rank gets its own samples' losses, and the gradient is exact for the average over ranks of
+  whatever each makes of them.
 - Backends. "reference" (eager, K x N or larger, one process), "blockwise" (PyTorch, memory-linear), "triton" (GPU).
   "auto" picks by device; `resolve_backend` tells which. The environment variable HYPERCONTRAST_BACKEND overrides
   "auto".
