@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ def accumulate_exact(
 
     So the price is one more forward, and the effective batch is bound by the features alone. Exact for any loss of
     features: `ntce_loss`, `nonl_loss`, `normface_loss`, `supcon_loss` or your own; and over a global batch, as exact as
-    the loss itself. An encoder wrapped in DDP synchronises once, in the last chunk.
+    the loss itself. An encoder wrapped in DDP, or with such inside, synchronises once, in the last chunk; a function
+    that calls one would in every chunk, and so has no place here.
 
     Example::
 
@@ -128,19 +129,28 @@ def _unchanged(encoder: Callable) -> Iterator[None]:
     """
     buffers = list(encoder.buffers()) if isinstance(encoder, nn.Module) else []
     before = [buffer.clone() for buffer in buffers]
-    ddp = encoder if isinstance(encoder, DistributedDataParallel) else None
-    broadcasts = ddp is not None and ddp.require_forward_param_sync
+    broadcasts = [(ddp, ddp.require_forward_param_sync) for ddp in _ddp_modules(encoder)]
     try:
         yield
     finally:
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
-        if ddp is not None:
-            ddp.require_forward_param_sync = broadcasts
+        for ddp, due in broadcasts:
+            ddp.require_forward_param_sync = due
 
 
-def _without_sync(encoder: Callable) -> AbstractContextManager:
-    return encoder.no_sync() if isinstance(encoder, DistributedDataParallel) else nullcontext()
+@contextmanager
+def _without_sync(encoder: Callable) -> Iterator[None]:
+    with ExitStack() as stack:
+        for ddp in _ddp_modules(encoder):
+            stack.enter_context(ddp.no_sync())
+        yield
+
+
+def _ddp_modules(encoder: Callable) -> list[DistributedDataParallel]:
+    """The encoder itself, or those inside it: `torch.compile` wraps them too."""
+    modules = encoder.modules() if isinstance(encoder, nn.Module) else ()
+    return [module for module in modules if isinstance(module, DistributedDataParallel)]
 
 
 def _random_state() -> tuple[Tensor, Tensor | None]:

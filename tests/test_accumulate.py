@@ -1,5 +1,7 @@
 """A step over chunks equals one big batch: loss, every gradient, buffers; alone and under DDP."""
 
+from functools import partial
+
 import pytest
 import ranks
 import torch
@@ -210,15 +212,20 @@ def test_an_encoder_that_raises_has_its_buffers_back():
 NOISE = iter(range(1, 100))
 
 
+WRAPPED = {"itself": lambda ddp: ddp, "inside": nn.Sequential, "compiled": partial(torch.compile, backend="eager")}
+
+
 def worker(rank, world):
-    for loss_fn in LOSSES.values():
+    """Ranks of 3 and of 5 chunks: one that is synchronised once too often would wait for the other."""
+    for name, how in [*((name, "itself") for name in LOSSES), ("nonl", "inside"), ("nonl", "compiled")]:
+        loss_fn = LOSSES[name]
         encoder, x, y = make()
         loss_fn(encoder(x), encoder.prototypes, y, None).backward()
         want = gradients(encoder)
         ddp = nn.parallel.DistributedDataParallel(encoder)
         mine = [slice(0, 11), slice(11, 30)][rank]
         hc.accumulate_exact(
-            ddp,
+            WRAPPED[how](ddp),
             lambda z, loss_fn=loss_fn, w=encoder.prototypes, y=y[mine]: loss_fn(z, w, y),
             x[mine].split(4),
             [encoder.prototypes],
