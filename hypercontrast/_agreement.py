@@ -116,8 +116,11 @@ def ranks_of(group: dist.ProcessGroup | None) -> list[int]:
 
 
 def carriers(group: dist.ProcessGroup | None) -> dict[str, str]:
-    """Which backend carries which type of device: {"cpu": "gloo", "cuda": "nccl"}."""
-    return {} if group is None else dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    """Which backend carries which type of device: {"cpu": "gloo", "cuda": "nccl"}. Raises ValueError as `ranks_of`."""
+    if group is None:
+        return {}
+    ranks_of(group)
+    return dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
 
 
 def _on(device: torch.device, header: Tensor) -> Tensor:

@@ -393,6 +393,7 @@ def check_destroyed_group(rank, world, errors):
     dist.destroy_process_group(group)
     expected = (ValueError, "group must exist, got one that destroy_process_group has ended")
     attempt(errors, "destroyed", lambda: b.gather(*samples(2, 3)), expected=expected)
+    attempt(errors, "made for a destroyed one", lambda: hc.NegativeBuffer(3, 4, group=group), expected=expected)
 
 
 def worker(rank, world):
