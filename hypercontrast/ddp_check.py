@@ -190,6 +190,8 @@ def _compare(whole: _Round, rounds: Sequence[_Round]) -> DDPVerdict:
     length = want.norm().item()
     if length == 0:
         raise ValueError("loss_fn must have a gradient, got zero everywhere on the whole batch")
+    if not math.isfinite(length):
+        raise ValueError(f"loss_fn must have a finite gradient, got one of length {length} on the whole batch")
     scale = (got @ want).item() / length**2
     cosine = scale * length / got.norm().item() if got.any() else 0.0
     length_off = abs(scale - 1) > _SCALE_TOLERANCE

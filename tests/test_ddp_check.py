@@ -234,6 +234,9 @@ def test_kinds(gradient, kind, scale):
 def test_a_loss_without_gradient_has_no_verdict():
     with pytest.raises(ValueError, match="loss_fn must have a gradient, got zero everywhere on the whole batch"):
         _compare(_Round(1.0, [0.0, 0.0]), [_Round(1.0, [0.0, 0.0])] * 2)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"loss_fn must have a finite gradient, got one of length {bad}"):
+            _compare(_Round(bad, [3.0, bad]), [_Round(bad, [3.0, bad])] * 2)
 
 
 # pytorch-metric-learning 2.9.0 multiplies by the number of ranks, which makes its default mode exact: every rank
