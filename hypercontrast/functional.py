@@ -43,7 +43,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -275,6 +275,48 @@ def _told(option: Any) -> str:
     return f"tensor {list(values.shape)} with checksum {zlib.crc32(values.numpy().tobytes()):08x}"
 
 
+@overload
+def supcon_loss(
+    features: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    ref_features: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    base_temperature: float | None = None,
+    variant: str = "out",
+    singletons: str = "exclude",
+    reduction: str = "mean",
+    normalize: bool = True,
+    return_singletons: Literal[False] = False,
+    queue: Queue = None,
+    group: GroupLike = "auto",
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def supcon_loss(
+    features: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    ref_features: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    base_temperature: float | None = None,
+    variant: str = "out",
+    singletons: str = "exclude",
+    reduction: str = "mean",
+    normalize: bool = True,
+    return_singletons: Literal[True],
+    queue: Queue = None,
+    group: GroupLike = "auto",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
 def supcon_loss(
     features: Tensor,
     labels: Tensor | None = None,
@@ -292,7 +334,7 @@ def supcon_loss(
     queue: Queue = None,
     group: GroupLike = "auto",
     backend: str = "auto",
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Supervised contrastive loss: each sample against all others, its P_i positives those of its class.
 
         "out":  mean_i [ log Σ_{j≠i} exp(s_ij) - (1/P_i) Σ_p s_ip ]
