@@ -129,7 +129,7 @@ def _pip(what: str) -> str:
 
 
 def _extra_install(extra: str) -> str:
-    """How to install an extra of ours, from a checkout or from an index."""
+    """How to install an extra of ours, in a checkout or where the package is installed."""
     in_checkout = (CHECKOUT / "pyproject.toml").is_file()
     return _pip(f"-e '{CHECKOUT}[{extra}]'" if in_checkout else f"'hypercontrast[{extra}]'")
 
@@ -223,7 +223,9 @@ def _build() -> str:
     compiler = "" if shutil.which("c++") or shutil.which("g++") else "install a C++ compiler (such as g++), then "
     if (CHECKOUT / "setup.py").is_file():
         return f"{compiler}cd {CHECKOUT} && {_pip('ninja')} && {python()} setup.py build_ext --inplace"
-    return f"{compiler}{_pip('--no-build-isolation --no-deps --force-reinstall hypercontrast')}"
+    # No index has the package, and setuptools older than that builds wheels by another package.
+    tools = _pip("'setuptools>=70.1,<82' ninja")
+    return f"{compiler}in a checkout of the repository {tools} && {_pip('--no-build-isolation --no-deps .')}"
 
 
 def _collectives() -> Finding:

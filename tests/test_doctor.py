@@ -86,6 +86,14 @@ def test_the_fixes_name_versions_that_fit(monkeypatch):
     assert doctor._triton().fix.endswith("pip install triton")
 
 
+def test_an_installed_package_is_built_from_a_checkout(monkeypatch, tmp_path):
+    """Of its name an index has nothing, or somebody else's."""
+    monkeypatch.setattr(doctor, "CHECKOUT", tmp_path)
+    fix = doctor._build()
+    assert "in a checkout of the repository " in fix
+    assert fix.endswith("pip install --no-build-isolation --no-deps .")
+
+
 def test_an_old_torch(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.10.1+cu128")
     finding = doctor._torch()
