@@ -131,6 +131,12 @@ def test_make_targets_exist():
     assert named_targets <= targets
 
 
+def test_install_says_how_to_build_the_extension():
+    """`pip install .` builds apart from torch and leaves it out; doctor names the same command."""
+    for page in (ROOT / "README.md", ROOT / "docs" / "index.md"):
+        assert "pip install --no-build-isolation --no-deps ." in "".join(blocks(page, "bash"))
+
+
 def anchors(page):
     """Of a page's headings, as GitHub and mkdocs form them."""
     text = FENCE.sub("", page.read_text())
