@@ -5,6 +5,7 @@ file, which later ones import.
 """
 
 import argparse
+import csv
 import importlib
 import importlib.util
 import re
@@ -135,6 +136,21 @@ def test_install_says_how_to_build_the_extension():
     """`pip install .` builds apart from torch and leaves it out; doctor names the same command."""
     for page in (ROOT / "README.md", ROOT / "docs" / "index.md"):
         assert "pip install --no-build-isolation --no-deps ." in "".join(blocks(page, "bash"))
+
+
+SUPCON_TIMES = {  # of 8,192 x 128, a record a column: (record, the form's name there)
+    "N x N, as its published code computes it": (("cpu-3/compiled", "published N x N"), ("cpu/matrix", "dense N x N")),
+    "`hc.supcon_loss`": (("cpu-3/compiled", "ours"), ("cpu/matrix", "ours")),
+}
+
+
+@pytest.mark.parametrize("row", SUPCON_TIMES)
+def test_times_of_supcon_are_its_records(row):
+    (line,) = re.findall(rf"^\| {re.escape(row)} \|(.*)\|$", (ROOT / "docs" / "supcon.md").read_text(), re.MULTILINE)
+    for cell, (record, form) in zip(line.split("|"), SUPCON_TIMES[row], strict=False):
+        rows = csv.DictReader((ROOT / "bench" / "results" / f"2026-11-28-{record}.csv").open())
+        (time,) = [float(x["fwd_bwd_ms"]) for x in rows if (x["op"], x["form"], x["n"]) == ("supcon", form, "8192")]
+        assert float(cell.replace(",", "")) == pytest.approx(time, rel=0.01)
 
 
 def anchors(page):
