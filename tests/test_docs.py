@@ -8,6 +8,7 @@ import argparse
 import csv
 import importlib
 import importlib.util
+import inspect
 import re
 import runpy
 import shlex
@@ -168,6 +169,18 @@ def test_links_lead_somewhere(page):
         leads_to = page if not target else page.parent / target
         assert leads_to.exists(), target
         assert not anchor or anchor in anchors(leads_to), f"{target}#{anchor}"
+
+
+def test_losses_take_the_options_that_the_page_says_they_share():
+    _, _, section = (ROOT / "docs" / "losses.md").read_text().partition("## Options they share\n")
+    of_all, of_prototypes = (
+        set(re.findall(r"`(\w+)[=`]", text)) - {"queue"}
+        for text in section.partition("```")[0].split("Losses with prototypes")
+    )
+    assert of_all
+    assert of_all <= set(inspect.signature(hc.supcon_loss).parameters)
+    for loss in (hc.normface_loss, hc.ntce_loss, hc.nonl_loss):
+        assert of_all | of_prototypes <= set(inspect.signature(loss).parameters)
 
 
 def test_every_metric_is_explained():
