@@ -7,7 +7,7 @@ from hypercontrast.accumulate import accumulate_exact
 from hypercontrast.blockwise import memory_budget, set_memory_budget
 from hypercontrast.buffer import NegativeBuffer
 from hypercontrast.ddp_check import DDPVerdict, check_ddp
-from hypercontrast.distributed import gather_with_grad
+from hypercontrast.distributed import LostRankError, gather_with_grad
 from hypercontrast.functional import nonl_loss, normface_loss, ntce_loss, resolve_backend, supcon_loss
 from hypercontrast.losses import (
     ArcFaceLoss,
@@ -44,6 +44,7 @@ __all__ = [
     "DDPVerdict",
     "ETFDRLoss",
     "LogitAdjustedLoss",
+    "LostRankError",
     "NONLLoss",
     "NTCELoss",
     "NegativeBuffer",

@@ -196,6 +196,13 @@ def test_pictures_are_what_the_script_draws():
     assert [name for name in drawn if f"pictures/{name}" not in pages] == []
 
 
+def test_every_name_of_the_api_is_the_package_s_own():
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert "Every public name is `hypercontrast.NAME`" in page
+    modules = {path.stem for path in (ROOT / "hypercontrast").glob("*.py")}
+    assert set(re.findall(r"^::: hypercontrast\.(\S+)", page, flags=re.MULTILINE)) <= {*hc.__all__, *modules}
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The built site: strictly, so that a link or an anchor that leads nowhere is an error."""
