@@ -28,7 +28,7 @@ class Operator:
         self._registered = torch.library.custom_op(name, function, mutates_args=())
         self._overload = self._registered._opoverload
         self._function = function
-        self._with_graph: type[torch.autograd.Function] | None = None
+        self._with_graph = _with_graph(function, lambda ctx, inputs, output: None, _refuse_gradient)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return self._registered.register_fake(function)
@@ -36,20 +36,7 @@ class Operator:
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
         """As of custom_op: `setup_context(ctx, inputs, output)`, and a gradient for every input or None."""
         self._registered.register_autograd(backward, setup_context=setup_context)
-        function = self._function
-
-        class WithGraph(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *inputs: Any) -> Any:
-                output = function(*inputs)
-                setup_context(ctx, inputs, output)
-                return output
-
-            @staticmethod
-            def backward(ctx: Any, *grads: Any) -> Any:
-                return backward(ctx, *grads)
-
-        self._with_graph = WithGraph
+        self._with_graph = _with_graph(self._function, setup_context, backward)
 
     def __call__(self, *args: Any) -> Any:
         if not torch.compiler.is_compiling():
@@ -58,9 +45,29 @@ class Operator:
             return self._overload(*args)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return self._function(*args)
-        if self._with_graph is None:  # the dispatcher's way ends in an error once a gradient is asked for
-            return self._overload(*args)
         return self._with_graph.apply(*args)
+
+
+def _with_graph(
+    function: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    class WithGraph(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = function(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return backward(ctx, *grads)
+
+    return WithGraph
+
+
+def _refuse_gradient(ctx: Any, *grads: Any) -> Any:
+    """The backward of an operator that has none registered: those that the losses' own backwards call."""
+    raise NotImplementedError("second derivatives of these losses need backend='reference'")
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
