@@ -69,6 +69,8 @@ def set_memory_budget(num_bytes: int) -> None:
     of one loss on a CPU, up to 256 MiB, waits for the next step; setting the budget gives it back.
     """
     global _budget_bytes
+    if isinstance(num_bytes, bool) or not isinstance(num_bytes, (int, float)):
+        raise TypeError(f"num_bytes must be a number of bytes, got {type(num_bytes).__name__}")
     if not 0 <= num_bytes < 2**63:
         raise ValueError(f"num_bytes must lie in [0, 2^63), got {num_bytes}")
     _budget_bytes = int(num_bytes)

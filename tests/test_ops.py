@@ -336,6 +336,9 @@ def test_memory_is_kept_only_within_the_budget(monkeypatch):
     assert (_ops.lse(*arguments)[-1] == torch.zeros(7 * 5 - 1)).all(), "the only tile does not fit"
     with pytest.raises(ValueError, match=r"num_bytes must lie in \[0, 2\^63\), got -1"):
         hc.set_memory_budget(-1)
+    for wrong in ("64", True, None):
+        with pytest.raises(TypeError, match=f"num_bytes must be a number of bytes, got {type(wrong).__name__}"):
+            hc.set_memory_budget(wrong)
 
 
 def test_nothing_is_kept_without_a_gradient(monkeypatch):
