@@ -125,6 +125,12 @@ def test_commands_parse(line, monkeypatch):
             main(words)
 
 
+def test_every_module_has_its_place_in_contributing():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    modules = [path for folder in ("", "data") for path in (ROOT / "hypercontrast" / folder).glob("*.py")]
+    assert [path.name for path in modules if f"{path.name}`" not in page and not path.name.startswith("__")] == []
+
+
 def test_make_targets_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     lines = [parameter.values[0] for parameter in command_lines("make ")]
