@@ -1,4 +1,4 @@
-# make demo    train cross-entropy and NONL on real digits, write runs/demo/report.html (about 2 minutes)
+# make demo    train cross-entropy and NONL on real digits, write runs/demo/report.html (about a minute)
 # make test    lint, types and the test suite; make test-all adds the tests that take minutes
 # make check   lint and types alone
 # make docs    the site, in site/: open site/index.html
