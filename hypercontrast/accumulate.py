@@ -55,7 +55,8 @@ def accumulate_exact(
     Raises:
         ValueError: without chunks; when the features have no gradient, or are not the same both times (the gradients
             are then useless) or have no rows; for a loss that is no scalar.
-        TypeError: for chunks that can be read only once, and for features or a loss that are no tensor of real floats.
+        TypeError: for chunks that can be read only once, for features or a loss that are no tensor of real floats, and
+            for parameters that are one tensor or a module.
         RuntimeError: under `torch.no_grad()`.
     """
     if not torch.is_grad_enabled():
@@ -64,7 +65,7 @@ def accumulate_exact(
         raise TypeError(f"chunks must be a sequence, got {type(chunks).__name__}")
     if not len(chunks):
         raise ValueError("chunks must hold at least one, got none")
-    parameters = [p for p in parameters if p.requires_grad]
+    parameters = [p for p in _checked_parameters(parameters) if p.requires_grad]
     features, random_states = _encode_without_graph(encoder, chunks)
     everything = torch.cat(features).requires_grad_()
     loss = loss_fn(everything)
@@ -98,6 +99,17 @@ def accumulate_exact(
     if not drift <= torch.finfo(everything.dtype).eps ** 0.5:  # more than kernels differ that add in another order
         raise ValueError(f"encoder must give the same features twice, got a difference of {drift.item():.3g}")
     return loss.detach()
+
+
+def _checked_parameters(parameters: Iterable[Tensor]) -> list[Tensor]:
+    # A tensor is an iterable too, of rows that no loss uses: it would end without a gradient, and without a word.
+    if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
+        raise TypeError(f"parameters must be several tensors, as in a list, got {type(parameters).__name__}")
+    parameters = list(parameters)
+    for p in parameters:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"parameters must hold tensors alone, got {type(p).__name__}")
+    return parameters
 
 
 def _encode(encoder: Callable[..., Tensor], chunk: Any) -> Tensor:

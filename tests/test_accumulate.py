@@ -192,6 +192,23 @@ def test_what_is_no_batch_of_features_or_no_loss_is_named(encoder, loss_fn, chun
         hc.accumulate_exact(encoder(e), loss_fn, chunks(x.split(7)))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda head: head.prototypes, "parameters must be several tensors, as in a list, got Parameter"),
+        (lambda head: head, "parameters must be several tensors, as in a list, got PrototypeHead"),
+        (lambda head: head.named_parameters(), "parameters must hold tensors alone, got tuple"),
+    ],
+)
+def test_parameters_that_would_get_no_gradient(given, message):
+    encoder, x, y = nn.Linear(4, 3), torch.randn(6, 4), torch.arange(6) % 2
+    head = hc.PrototypeHead(3, 2)
+    with pytest.raises(TypeError, match=message):
+        hc.accumulate_exact(encoder, lambda z: hc.ntce_loss(z, head.prototypes, y), x.split(2), given(head))
+    hc.accumulate_exact(encoder, lambda z: hc.ntce_loss(z, head.prototypes, y), x.split(2), head.parameters())
+    assert head.prototypes.grad is not None
+
+
 def test_features_of_zero_in_half_precision():
     """As those of a chunk of padding alone: the same both times, however near zero the smallest number is."""
     encoder, x = nn.Linear(3, 2, bias=False).half(), torch.ones(4, 3).half()
