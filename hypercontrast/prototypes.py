@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hypercontrast import _checks
 from hypercontrast._agreement import agree, connected
 from hypercontrast.distributed import resolve_group
-from hypercontrast.reference import unit_rows
+from hypercontrast.reference import MIN_NORM, unit_rows
 
 
 def check_sizes(dim: int, num_classes: int) -> None:
@@ -233,8 +233,9 @@ class PrototypeClassifier(nn.Module):
 
     @torch.no_grad()
     def predict(self, features: Tensor) -> Tensor:
-        """The label of each row's nearest prototype [N]. Where a norm is not finite there is none: ValueError on the
-        CPU; on a GPU, which is not asked, the label -1.
+        """The label of each row's nearest prototype [N], never that of one without a direction, as of a class that
+        `ClassMeans` has not seen. Where a norm is not finite there is none: ValueError on the CPU; on a GPU, which is
+        not asked, the label -1.
         """
         cosines = self(features)
         norms_N, norms_K = map(_checks.norms, (features, self.prototypes))
@@ -242,7 +243,8 @@ class PrototypeClassifier(nn.Module):
             _checks.check_finite_norms("features", norms_N)
             _checks.check_finite_norms("prototypes", norms_K)
         known = torch.isfinite(norms_N) & torch.isfinite(norms_K).all()
-        return torch.where(known, cosines.argmax(dim=1), -1)
+        directed = cosines.masked_fill(norms_K <= MIN_NORM, -torch.inf)  # whose cosine of 0 beats all negative ones
+        return torch.where(known, directed.argmax(dim=1), -1)
 
 
 def _cosines(features: Tensor, prototypes: Tensor) -> Tensor:

@@ -142,3 +142,10 @@ def test_class_means_refuse_what_would_spoil_them(call, error, says):
     with pytest.raises(error, match=says):
         call(means)
     assert all((buffer == 0).all() for buffer in means.buffers())
+
+
+def test_a_class_never_seen_is_not_predicted():
+    means = hc.ClassMeans(3, 2)
+    means.update(torch.eye(2), torch.tensor([0, 1]))
+    predicted = hc.PrototypeClassifier(means.prototypes()).predict(torch.tensor([[-1.0, -0.5], [1.0, 0.2]]))
+    assert predicted.tolist() == [1, 0]
