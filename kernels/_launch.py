@@ -322,10 +322,11 @@ def kept_shape(
 
 def sums_by_tiles(features: Tensor, num_classes: int, fixed_shift: bool) -> bool:
     """Whether every tile of a wide forward is a program's, which leaves a sum of each row: a loop over tiles starts its
-    pipeline anew for each. As long as these sums fit the scratch memory.
+    pipeline anew for each. As long as these sums fit the scratch memory, and where there are any: without samples there
+    is no tile, and no program to leave a row's sum.
     """
     wide = features.dtype.itemsize == 2 and not is_narrow(FORWARD_NARROW, features)
-    return wide and fixed_shift and 4 * num_classes * cdiv(features.shape[0], 64) <= SCRATCH_BYTES
+    return wide and fixed_shift and 0 < 4 * num_classes * cdiv(features.shape[0], 64) <= SCRATCH_BYTES
 
 
 def prepares_columns(features: Tensor, num_classes: int) -> bool:

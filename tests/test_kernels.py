@@ -322,12 +322,13 @@ def test_tangential_gradient_near_collapse(rule, dtype, width, wide, few_program
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0, 5, 8), (7, 1, 8), (1, 1, 1), (0, 1, 300)])
-def test_smallest_batches(shape, rule):
+def test_smallest_batches(shape, dtype, rule):
     n, k, d = shape
     case = Case(
-        torch.randn(n, d, device=DEVICE),
-        torch.randn(k, d, device=DEVICE),
+        torch.randn(n, d, device=DEVICE, dtype=dtype),
+        torch.randn(k, d, device=DEVICE, dtype=dtype),
         torch.zeros(n, dtype=torch.int64, device=DEVICE),
         rule,
         tau=0.2,
