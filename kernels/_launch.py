@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Two programs for each of the 132 multiprocessors of an H100. A constant, not the device's own count: the order of
-# summation follows from it, so the same input gives the same bits on every GPU.
+# summation follows from it and the tiles, so the same input gives the same bits on every GPU of an architecture.
 TARGET_PROGRAMS = 264
 SCRATCH_BYTES = 64 * 2**20
 CHUNK_BYTES = 256 * 2**20  # of H: fewer, larger chunks keep the library's products efficient and their sums few
