@@ -179,6 +179,24 @@ def test_a_wrong_row_is_told_from_rounding(op, monkeypatch, capsys):
     assert not gpu_check.equals_float64(*size)
 
 
+@pytest.mark.usefixtures("memory_budget")
+@pytest.mark.parametrize("op", ["ntce", "supcon"])
+def test_a_sum_over_wrong_samples_is_told_from_rounding(op, monkeypatch):
+    """The last three of thousands, for which the first ones are read, as by an index that wraps: in the anchors' gradient
+    alone.
+    """
+    run, size = forms.step, (op, 2000, 8, 24, torch.float16)
+
+    def wrapped(loss, leaves, y):
+        z, w = leaves
+        other = torch.cat([z[:-3], z[:3]]).detach().requires_grad_()
+        return [*run(loss, leaves, y)[:2], run(loss, (other, w), y)[2]]
+
+    assert gpu_check.equals_float64(*size)
+    monkeypatch.setattr(forms, "step", wrapped)
+    assert not gpu_check.equals_float64(*size)
+
+
 def test_a_row_shows_in_a_block_of_bfloat16():
     assert gpu_check.INDEXED_BLOCK**-0.5 > gpu_check.INDEXED_ERROR > torch.finfo(torch.bfloat16).eps
 
