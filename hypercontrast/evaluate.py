@@ -12,7 +12,8 @@ Methods
   full batches of one rank; only when asked for.
 
 RUN is a folder that `hypercontrast.train` wrote, finished or not: its newest intact checkpoint is taken, and its
-pictures and limit. The table is also written to RUN/evaluation.json, with every neural-collapse metric.
+pictures and limit. The table is also written to RUN/evaluation.json, with every neural-collapse metric, beside what
+earlier calls measured on the same checkpoint.
 
 Shapes: N samples, K classes, D dimensions.
 """
@@ -71,6 +72,7 @@ LR_PER_PICTURE = 5 / 512
 # On ImageNet the learning rate and the epochs after which it falls are others, out of 90.
 IMAGENET_LR = {"imagenet100": 2.0, "imagenet1k": 0.8}
 IMAGENET_EPOCHS, IMAGENET_MILESTONES = 90, (30 / 90, 60 / 90, 80 / 90)
+PROBES = ("linear-probe", "normalized-probe")
 RESULT = "evaluation.json"
 
 
@@ -116,7 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(options: Options) -> dict[str, Any]:
-    """Evaluate a run and write RUN/evaluation.json; returns what was written.
+    """Evaluate a run and write RUN/evaluation.json; returns what was measured.
+
+    The file keeps what earlier calls measured by other methods, where epoch, device and ranks are the same; results of
+    probes, where these were trained alike.
 
     Keys: epoch (of the checkpoint), device, ranks, probe (how the probes were trained) and results, a list with
     method, features ("backbone" or "head"), dim, accuracy (share of 1, on the validation set), seconds (to make the
@@ -128,21 +133,61 @@ def evaluate(options: Options) -> dict[str, Any]:
     TrainingError if a probe diverges, RankError if a rank fails.
     """
     config = runnable_config(options.run, options.data_root, options.gpus, options.cpu_ranks)
+    methods, earlier = _methods(options, config), _earlier(Path(options.run, RESULT))
     if config.ranks > 1 and not is_rank():
         start_ranks(config.ranks, _evaluate_rank, options)
-        return json.loads(Path(options.run, RESULT).read_text(encoding="utf-8"))
+        record = json.loads(Path(options.run, RESULT).read_text(encoding="utf-8"))
+        kept = () if options.nc else ("nc", "nc_compat")  # which an earlier call may have left there
+        mine = [result for result in record["results"] if result["method"] in methods]
+        return record | {"results": [{k: v for k, v in result.items() if k not in kept} for result in mine]}
     with joined(config) as ranks:
         with working(f"reading {config.dataset}", silent=options.quiet or not is_main()):
             workspace, epoch = restored(options.run, config, ranks)
-        record = _evaluated(options, config, workspace, epoch)
+        record = _evaluated(methods, options, config, workspace, epoch)
         if ranks.rank == 0:
-            content = json.dumps(record, indent=1) + "\n"
+            content = json.dumps(_merged(earlier, record), indent=1) + "\n"
             checkpoint.write_atomic(Path(options.run, RESULT), content.encode())
         return record
 
 
 def _evaluate_rank(options: Options) -> None:
     evaluate(options)
+
+
+def _methods(options: Options, config: Config) -> tuple[str, ...]:
+    has_head = config.loss != "scl"
+    if "head" in options.methods and not has_head:
+        raise UsageError("method head needs a run that trained one, got loss scl: take --prototypes")
+    all_of_run = (name for name in METHODS if name != "averaged-prototypes" and (name != "head" or has_head))
+    return options.methods or tuple(all_of_run)
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    """What earlier calls have written, by method; empty if there were none."""
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        results = {result["method"]: dict(result) for result in record["results"]}
+        if not results.keys() <= METHODS.keys():
+            raise ValueError
+        return {key: record[key] for key in ("epoch", "device", "ranks", "probe")} | {"results": results}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        raise UsageError(f"{path} must hold results of this command: delete it, or move it away") from None
+
+
+def _merged(earlier: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """The record, with earlier results of the same checkpoint that still hold."""
+    if any(earlier.get(key) != record[key] for key in ("epoch", "device", "ranks")):
+        return record
+    new, old = {result["method"]: result for result in record["results"]}, earlier["results"]
+    probe = record["probe"]
+    if not any(method in new for method in PROBES):
+        probe = earlier["probe"]
+    elif earlier["probe"] != probe:
+        old = {method: result for method, result in old.items() if method not in PROBES}
+    results = [old.get(method, {}) | new.get(method, {}) for method in METHODS if method in old or method in new]
+    return record | {"probe": probe, "results": results}
 
 
 def runnable_config(run: str, data_root: str = "", gpus: int = 0, cpu_ranks: int = 0) -> Config:
@@ -169,13 +214,10 @@ def restored(run: str, config: Config, ranks: Ranks) -> tuple[Workspace, int]:
     return workspace, saved.epoch
 
 
-def _evaluated(options: Options, config: Config, workspace: Workspace, epoch: int) -> dict[str, Any]:
+def _evaluated(
+    methods: Sequence[str], options: Options, config: Config, workspace: Workspace, epoch: int
+) -> dict[str, Any]:
     settings = _probe_settings(options, config)
-    methods = options.methods or tuple(
-        name for name in METHODS if name != "averaged-prototypes" and not (name == "head" and config.loss == "scl")
-    )
-    if "head" in methods and config.loss == "scl":
-        raise UsageError("method head needs a run that trained one, got loss scl: take --prototypes")
     torch.optim.SGD([torch.zeros(1)])  # a process's first optimiser imports for seconds: no method's business
     results: list[dict[str, Any]] = []
     classifiers = []
@@ -367,10 +409,15 @@ def parser() -> Parser:
         "--epochs",
         type=int,
         default=0,
-        help=f"of a probe; 0 takes as many as the run had, within {LEAST_EPOCHS} to {MOST_EPOCHS}",
+        help=f"of a probe; 0 takes as many as the run had, within {LEAST_EPOCHS} to {MOST_EPOCHS}"
+        f" (ImageNet: {IMAGENET_EPOCHS})",
     )
     parser.add_argument(
-        "--lr", type=float, default=0.0, help="of a probe, at its start; 0 takes 5 per 512 pictures of a batch"
+        "--lr",
+        type=float,
+        default=0.0,
+        help="of a probe, at its start; 0 takes 5 per 512 pictures of a batch"
+        f" ({' and '.join(f'{name}: {lr:g}' for name, lr in IMAGENET_LR.items())})",
     )
     parser.add_argument("--data-root", default="", help="where the data is now; by default where the run had it")
     parser.add_argument("--gpus", type=int, default=0, help="0 takes one if there is one, else the CPU")

@@ -216,9 +216,41 @@ def test_two_ranks_agree_with_one(runs, capfd):
     assert capfd.readouterr().out.count("\n") == 3
     record = json.loads((runs["scl"] / "evaluation.json").read_text())
     assert record["ranks"] == 2
+    assert main([folder, "--prototypes", "--cpu-ranks", "2"]) == 0
+    assert capfd.readouterr().out.count("\n") == 2
+    again = by_method(json.loads((runs["scl"] / "evaluation.json").read_text()))
+    assert again["linear-probe"] == by_method(record)["linear-probe"]
     for method, result in by_method(record).items():
         assert result["accuracy"] == pytest.approx(one[method]["accuracy"], abs=0.006)
         assert result["nc"]["nc1"] == pytest.approx(one[method]["nc"]["nc1"], rel=1e-4)
+
+
+def test_earlier_results_of_the_checkpoint_are_kept(runs, tmp_path, capsys):
+    copied(runs["ce"], tmp_path)
+    folder, file = str(tmp_path / "run"), tmp_path / "run" / "evaluation.json"
+
+    def written(*methods, **options):
+        evaluate(Options(folder, methods=methods, **({"nc": False} | ONE_RANK | options)))
+        record = json.loads(file.read_text())
+        return record, by_method(record)
+
+    _, first = written("prototypes", "linear-probe", cached=True, nc=True)
+    record, both = written("prototypes", "head")
+    assert list(both) == ["head", "prototypes", "linear-probe"]
+    assert record["probe"] == "L-BFGS on kept features"  # which the one that is kept was trained by
+    assert both["linear-probe"] == first["linear-probe"]
+    assert both["prototypes"]["nc"] == first["prototypes"]["nc"]
+    record, probes = written("normalized-probe", epochs=1)
+    assert list(probes) == ["head", "prototypes", "normalized-probe"]  # not a probe that was trained otherwise
+    assert record["probe"]["epochs"] == 1
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "epoch-0002")
+    record, alone = written("prototypes")
+    assert record["epoch"] == 1
+    assert list(alone) == ["prototypes"]
+    assert "nc" not in alone["prototypes"]
+    file.write_text('{"results": [{"method": "knn"}]}')
+    assert main([folder, "--prototypes"]) == 2
+    assert "evaluation.json must hold results of this command: delete it" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_is_evaluated_at_its_checkpoint(runs, tmp_path):
