@@ -49,7 +49,7 @@ import hypercontrast as hc
 from bench import forms, matrix, record
 from bench.arguments import writable
 from bench.matrix import Entry
-from bench.measure import captured
+from bench.measure import bits, captured
 from bench.peers import OURS
 from bench.record import Case
 from hypercontrast import reference
@@ -341,11 +341,11 @@ def repeated(rehearse: bool) -> Iterator[tuple[str, Callable[[], Sequence[Tensor
 
 def different_repeats(run: Callable[[], Sequence[Tensor]], repeats: int) -> int:
     """How many times the outputs had other bits than the first time."""
-    first = [_bits(x).clone() for x in run()]
+    first = [bits(x).clone() for x in run()]
     again = replayed(run) if first[0].is_cuda else run
     differing = torch.zeros((), dtype=torch.int64, device=first[0].device)
     for _ in range(repeats):
-        differing += torch.stack([(_bits(a) != b).any() for a, b in zip(again(), first, strict=True)]).any()
+        differing += torch.stack([(bits(a) != b).any() for a, b in zip(again(), first, strict=True)]).any()
     return int(differing)
 
 
@@ -359,10 +359,6 @@ def replayed(run: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tenso
         return outputs[-1]
 
     return again
-
-
-def _bits(x: Tensor) -> Tensor:
-    return x.reshape(-1).view(torch.uint8)
 
 
 def training(folder: Path, rehearse: bool) -> bool | str:

@@ -50,7 +50,8 @@ def check_labels(labels: Tensor, num_samples: int, device: torch.device, name: s
     if labels.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {labels.layout}")
     if labels.shape != (num_samples,):
-        raise ValueError(f"{name} must have shape [{num_samples}] to match features, got {list(labels.shape)}")
+        matched = name.replace("labels", "features")
+        raise ValueError(f"{name} must have shape [{num_samples}] to match {matched}, got {list(labels.shape)}")
     if labels.device != device:
         raise ValueError(f"{name} must be on the features' device {device}, got {labels.device}")
 

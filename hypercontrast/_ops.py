@@ -450,9 +450,12 @@ def class_sums(
         return _kernels().class_sums(features, inv_norms, labels, num_classes, ignore_index)
     in_range = labels != ignore_index
     y = torch.where(in_range, labels, 0)
-    units = features.to(inv_norms.dtype) * torch.where(in_range, inv_norms, 0)[:, None]
-    sums = units.new_zeros(num_classes, features.shape[1]).index_add_(0, y, units)
-    return sums, labels.new_zeros(num_classes).index_add_(0, y, in_range.long())
+    # At collapse a class is the same number again and again, which float32 rounds the same way every time.
+    scale = torch.where(in_range, inv_norms, 0).to(blockwise.statistics_dtype(features.device))
+    sums = scale.new_zeros(num_classes, features.shape[1])
+    for block in blockwise.spans(len(features), max(1, blockwise.TILE_ELEMENTS // features.shape[1])):
+        sums.index_add_(0, y[block], blockwise.scaled(features[block], scale[block]))
+    return sums.to(inv_norms.dtype), labels.new_zeros(num_classes).index_add_(0, y, in_range.long())
 
 
 @class_sums.register_fake

@@ -14,6 +14,7 @@ Shapes: N samples, K classes, D dimensions, B samples in a block, P classes in a
 from __future__ import annotations
 
 import contextlib
+import numbers
 import os
 import threading
 from collections.abc import Iterator
@@ -69,7 +70,7 @@ def set_memory_budget(num_bytes: int) -> None:
     of one loss on a CPU, up to 256 MiB, waits for the next step; setting the budget gives it back.
     """
     global _budget_bytes
-    if isinstance(num_bytes, bool) or not isinstance(num_bytes, (int, float)):
+    if isinstance(num_bytes, bool) or not isinstance(num_bytes, numbers.Real):
         raise TypeError(f"num_bytes must be a number of bytes, got {type(num_bytes).__name__}")
     if not 0 <= num_bytes < 2**63:
         raise ValueError(f"num_bytes must lie in [0, 2^63), got {num_bytes}")

@@ -137,7 +137,11 @@ QUEUED = [  # of ntce_loss and nonl_loss
     ("past", TypeError, "queue must be a NegativeBuffer or a pair (features, labels), got str"),
     ((torch.randn(2, 5),), TypeError, "queue must be a NegativeBuffer or a pair (features, labels), got tuple"),
     ((torch.randn(2, 6), torch.tensor([0, 1])), ValueError, "queue must hold features of dimension 5, got [2, 6]"),
-    ((torch.randn(2, 5), torch.tensor([0])), ValueError, "queue labels must have shape [2] to match features, got [1]"),
+    (
+        (torch.randn(2, 5), torch.tensor([0])),
+        ValueError,
+        "queue labels must have shape [2] to match queue features, got [1]",
+    ),
     ((torch.randn(2, 5), torch.tensor([0, 3])), ValueError, "queue labels must lie in [0, 3), got 3"),
     ((torch.randn(2, 5), torch.tensor([0, -1])), ValueError, "queue labels must lie in [0, 3), got -1"),
     ((torch.randn(2, 5, requires_grad=True), torch.tensor([0, 1])), ValueError, "queue must not require a gradient"),

@@ -377,6 +377,11 @@ def test_a_row_is_whole():
     assert {row.host_ms, row.graph_ms, row.graph_fwd_ms, row.launches} == {None}  # a GPU's
 
 
+def test_a_form_that_gives_nan_twice_repeats():
+    rows = rows_of(Case("ntce", 8, 4, 2), {"nan": lambda *inputs: math.nan * forms.ntce_eager(*inputs)})
+    assert rows["nan"].repeats is True
+
+
 def test_tf32_set_by_the_newer_switch():
     """After which torch's older one cannot be read."""
     matmul = torch.backends.cuda.matmul

@@ -273,6 +273,15 @@ def test_class_means_ride_along(name, backend, normalize):
     torch.testing.assert_close(riding.sums, direct.sums, rtol=1e-5, atol=1e-6)
 
 
+def test_class_means_of_large_collapsed_classes():
+    """The same number thousands of times, which float32 would round the same way every time."""
+    features, labels = torch.randn(2, 8).repeat(8192, 1), torch.arange(2).repeat(8192)
+    riding = hc.ClassMeans(2, 8)
+    hc.ntce_loss(features, torch.randn(2, 8), labels, class_means=riding)
+    want = torch.nn.functional.normalize(features[:2].double(), dim=1)
+    torch.testing.assert_close(riding.sums.double() / 8192, want, rtol=2e-7, atol=2e-7)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_class_means_of_a_loss_that_raises(backend):
     means, labels = hc.ClassMeans(4, 5), torch.ones(6, dtype=torch.int64)
