@@ -246,7 +246,7 @@ def test_tables_that_are_not_on_hand_say_so(name):
 def test_needs_data_names_what_is_expected(tmp_path):
     line = line_of("1", "CE", "CIFAR-10", [], str(tmp_path))
     assert line.state == "needs data cifar10"
-    assert f"{tmp_path / 'cifar10'}/{{train,test}}*.parquet" in line.note
+    assert f"{tmp_path / 'cifar10'}/{{train,test}}{{,-*}}.parquet" in line.note
 
 
 def test_finished_run_that_was_not_evaluated(tmp_path, root):
