@@ -157,15 +157,15 @@ def _beside(
     case: Case, leaves: Sequence[Tensor], y: Tensor, judged: Mapping[str, forms.Judged], yardstick: list[Tensor],
     name: str, first: Sequence[Tensor],
 ) -> Fields:  # fmt: skip
-    """Whether a form that was right at the reduced size is wrong at full size, beside the `yardstick`'s first step,
-    which stays there for the others. Eager forms come before all others, so those are never compared.
+    """Whether a form is wrong: at the reduced size, or else at full size, beside the `yardstick`'s first step, which
+    stays there for the others. Eager forms come before all others, so those are never compared.
     """
+    reason = judged[name].reason
     if name == forms.yardstick(case.op):
         yardstick += first
-    elif yardstick and not judged[name].reason:
+    elif yardstick and not reason:
         reason = forms.differs(case, leaves, y, judged[name].apart, first, yardstick)
-        return {"status": "wrong", "reason": reason} if reason else {}
-    return {}
+    return {"status": "wrong", "reason": reason} if reason else {}
 
 
 # Time

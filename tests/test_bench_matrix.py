@@ -354,6 +354,33 @@ def test_a_case_that_fails_leaves_the_others(monkeypatch, tmp_path):
     assert [(row.status, row.reason) for row in outcome.wrong] == [("failed", "ZeroDivisionError: division by zero")]
 
 
+def test_why_a_form_is_wrong_is_told_where_it_has_no_graph_either(monkeypatch):
+    """As cut-cross-entropy on a GPU: it waits for the device, so that it cannot be captured."""
+
+    class Clock(measuring._DeviceClock):
+        def __init__(self):
+            pass
+
+        def __call__(self, run):
+            return measuring._wall_clock(run)
+
+        def host_ms(self, run):
+            return 1.0
+
+    def captured(run):
+        raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr(measuring, "clock", lambda device: Clock())
+    monkeypatch.setattr(measuring, "_scratch", lambda *_: {})
+    monkeypatch.setattr(measuring, "_launches", lambda *_: {})
+    monkeypatch.setattr(measuring, "captured", captured)
+    rows = rows_of(Case("ntce", 64, 8, 16), {"eager K x M": forms.ntce_eager, "peer": WRONG["temperature"]})
+    assert rows["eager K x M"].status == "ok"
+    assert rows["eager K x M"].reason == "not captured: RuntimeError: operation not permitted"
+    assert rows["peer"].status == "wrong"
+    assert "is off by" in rows["peer"].reason
+
+
 # What a row holds
 
 
