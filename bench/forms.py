@@ -355,9 +355,12 @@ def products(name: str, leaves: Sequence[Tensor], y: Tensor) -> Callable[[], Non
     """The matrix products alone that a step cannot do without: 3·2MKD, or 4·A²D for pairs against themselves.
 
     K are the classes of `columns`. By rows, where all logits would take more than PRODUCT_LOGITS. On a CPU by the
-    library that ours takes, which need not be that of torch.mm.
+    library that ours takes, which need not be that of torch.mm, and in float32 as ours: torch's products of half types
+    take many times as long there.
     """
     z, other = leaves[0].detach(), columns(name, leaves, y).detach()
+    if z.device.type == "cpu":
+        z, other = z.float(), other.float()
     rows = min(len(z), max(1024, PRODUCT_LOGITS // len(other)))
     s, out = z.new_empty(rows, len(other)), torch.empty_like(z)
     weights = torch.randn_like(s)

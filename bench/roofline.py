@@ -112,10 +112,10 @@ def square_probe(size: int, dtype: torch.dtype, device: str) -> tuple[Run, float
     return lambda: product_(a, b, out), 2.0 * size**3
 
 
-def products_probe(op: str, leaves: Sequence[torch.Tensor], y: torch.Tensor, dtype: torch.dtype) -> tuple[Run, float]:
+def products_probe(op: str, leaves: Sequence[torch.Tensor], y: torch.Tensor) -> tuple[Run, float]:
     """The products of the case, and their FLOP."""
     flop = (4.0 if op == "supcon" else 6.0) * leaves[0].numel() * len(forms.columns(op, leaves, y))
-    return forms.products(op, [x.detach().to(dtype) for x in leaves], y), flop
+    return forms.products(op, leaves, y), flop
 
 
 def copy_probe(num_bytes: int, device: str) -> tuple[Run, float]:
@@ -155,7 +155,7 @@ def measure(case: Case, device: str, seconds: float, square: int, copy_bytes: in
     of_products = leaves[0].dtype if device == "cuda" else torch.float32
     probes = {
         "square": square_probe(square, of_products, device),
-        "products": products_probe(case.op, leaves, y, of_products),
+        "products": products_probe(case.op, leaves, y),
         "copy": copy_probe(copy_bytes, device),
         "exp": exp_probe(device),
     }

@@ -227,6 +227,16 @@ def test_classes_that_are_not_there_cost_nothing(op):
     assert counter.get_total_flops() == work
 
 
+@pytest.mark.parametrize("op", forms.EAGER)
+def test_products_are_of_the_dtype_that_ours_takes(op, monkeypatch):
+    """On a CPU float32 whatever the inputs have: products of half types by torch take other times there."""
+    leaves, y = forms.of_case(Case(op, 64, 8, 16, "float16"), "cpu")
+    dtypes = set()
+    monkeypatch.setattr(forms, "product_", lambda *tensors, **_: dtypes.update(x.dtype for x in tensors[:3]))
+    forms.products(op, leaves, y)()
+    assert dtypes == {torch.float32}
+
+
 def test_lean_pairs_in_float64():
     """With anchors that have no positives, which count for nothing."""
     z = torch.randn(40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
