@@ -197,7 +197,7 @@ def reduced(case: Case) -> Case:
     if case.op != "supcon" and case.labels != "instances":
         return case._replace(n=least)
     views = case.n // case.k if case.labels == "instances" else 1
-    return case._replace(n=least // views * views, k=max(2, case.k * least // case.n))
+    return case._replace(n=least // views * views, k=max(min(2, case.k), case.k * least // case.n))
 
 
 def logits(case: Case) -> int:

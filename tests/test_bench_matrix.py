@@ -276,6 +276,8 @@ def test_rounding_near_collapse_is_no_mistake(op, labels, tau):
         (Case("supcon", 65536, 1000, 128), (2048, 31)),  # an anchor keeps its 64 positives
         (Case("supcon", 65536, 32768, 128, labels="instances"), (2048, 1024)),
         (Case("normface", 16384, 16384, 64, labels="instances"), (1024, 1024)),
+        (Case("supcon", 65536, 5, 128), (2048, 2)),  # samples of other classes stay
+        (Case("supcon", 50, 1, 64), (50, 1)),  # unless there were none
     ],
 )
 def test_errors_are_measured_at_a_size_that_float64_can_do(case, size):
