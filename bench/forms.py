@@ -167,6 +167,8 @@ def check(case: Case) -> None:
         raise UsageError(f"--shape must be positive, got {case.n} {case.k} {case.d}")
     if not 0 < case.temperature < math.inf:
         raise UsageError(f"--temperature must be positive and finite, got {case.temperature}")
+    if case.op == "buffer" and case != Case(*case[:5], ranks=case.ranks):  # which it would not heed
+        raise UsageError("--op buffer has one kind of samples: leave out --labels, --temperature, --features")
     views = 2 if case.op == "supcon" else 1
     if case.op == "supcon" and case.k > case.n:  # whose eager form sums classes into N rows
         raise UsageError(f"--shape needs K <= N for supcon, got {case.n} {case.k}")

@@ -695,6 +695,8 @@ def test_cases_past_the_limit_are_named(tmp_path, capsys):
         (["diff", "a.csv", "b.csv", "--tolerance", "nan"], "must be a number of at least 0, got nan"),
         (["diff", "a.csv", "b.csv", "--tolerance", "-1"], "must be a number of at least 0, got -1"),
         (["--op", "step", "--dtype", "float32"], "--op step has its own cases"),
+        (["--op", "buffer", "--features", "collapsed"], "--op buffer has one kind of samples"),
+        (["--op", "ntce", "buffer", "--temperature", "0.5"], "--op buffer has one kind of samples"),
         (["--shape", "8", "0", "2"], "--shape must be positive, got 8 0 2"),
         (["--op", "ntce", "--temperature", "-1"], "--temperature must be positive and finite, got -1.0"),
         (["--op", "supcon", "--labels", "instances", "--shape", "8", "8", "2"], "N = 2K"),
