@@ -174,7 +174,8 @@ def headlines(rows: Sequence[Row]) -> str:
             continue
         errors = _both(mine.error, theirs.error, "{:.1e}".format)
         scratch = _both(mine.scratch_mib, theirs.scratch_mib, short)
-        lines.append(f"| {_short(mine.case)} | {theirs.form} | {theirs.fwd_bwd_ratio:.2f}x | {errors} | {scratch} |")
+        form = theirs.form + f" ({theirs.status})" * (theirs.status != "ok")  # a wrong result may be a fast one
+        lines.append(f"| {_short(mine.case)} | {form} | {theirs.fwd_bwd_ratio:.2f}x | {errors} | {scratch} |")
     return "\n".join(lines)
 
 

@@ -463,6 +463,11 @@ def test_a_case_that_returns_for_a_peer_compares_within_the_return(monkeypatch, 
     assert "| compiled | 1.50x |" in said
 
 
+def test_the_speed_of_a_wrong_result_is_told_as_such():
+    rows = [timed("peer", 5.0, fwd_bwd_ratio=0.5, status="wrong"), timed(fwd_bwd_ratio=1.0)]
+    assert "| peer (wrong) | 0.50x |" in matrix.headlines(rows)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_buffer_is_measured(ranks):
     from bench import buffer
