@@ -167,6 +167,14 @@ def _where(x: Row | Point) -> str:
     return x.device + (f", {x.threads} thread{'s' * (x.threads > 1)}" if x.threads else "")
 
 
+def _subtitle(together: Sequence[Row] | Sequence[Point]) -> str:
+    """Where and with what these were measured; of several files it may be with several commits, on several days."""
+    words = {"torch": "torch {}", "commit": "commit {}", "date": "{}"}
+    values = {name: ", ".join(dict.fromkeys(getattr(x, name) for x in together)) for name in words}
+    with_what = [words[name].format(value) for name, value in values.items()]
+    return " · ".join([_where(together[0]), together[0].dtype, *with_what])
+
+
 def _variant(row: Row) -> list[str]:
     """What a case has unlike most."""
     words = {"labels": "{}", "temperature": "τ = {:g}", "features": "{}", "ranks": "{} ranks"}
@@ -211,9 +219,7 @@ def growth_figure(rows: Sequence[Row], quantity: Quantity) -> Figure:
     notes = [part for note in _notes(rows) for part in textwrap.wrap(note, 80 * min(COLUMNS, len(panels)))]
     width = max(WIDTH * min(COLUMNS, len(panels)), 8)
     height = TOP + sum(heights) + GAP * (len(lines) - 1) + BOTTOM + LINE * len(notes)
-    row = rows[0]
-    subtitle = [_where(row), row.dtype, f"torch {row.torch}", f"commit {row.commit}", row.date]
-    page = _page(width, height, quantity.title, " · ".join(subtitle))
+    page = _page(width, height, quantity.title, _subtitle(drawn))
     if quantity.is_time:
         page.text(
             0.2 / width,
@@ -388,9 +394,7 @@ def roofline_figure(points: Sequence[Point]) -> Figure:
     pass as shares of its time.
     """
     inside = max(3.8, 0.62 * len(points))
-    p = points[0]
-    subtitle = [_where(p), p.dtype, f"torch {p.torch}", f"commit {p.commit}", p.date]
-    page = _page(13.6, TOP + inside + 0.75, "Roofline of ours", " · ".join(subtitle))
+    page = _page(13.6, TOP + inside + 0.75, "Roofline of ours", _subtitle(points))
     _draw_roofs(_axes(page, 0.8, TOP, 5.4, inside, "Rate of the work   ○ forward   ● forward + backward"), points)
     _draw_floors(_axes(page, 9.0, TOP, 3.1, inside, "Floors, of the time taken"), points)
     return page

@@ -62,6 +62,17 @@ def pixels():
     return lambda path: (image.imread(path)[..., :3] * 255).round().astype(int)
 
 
+@pytest.mark.parametrize("items", [GROWTH, POINTS])
+def test_a_picture_of_several_files_names_what_each_was_measured_with(items, tmp_path):
+    pytest.importorskip("matplotlib")
+    later = [replace(item, n=2 * item.n, commit="def", date="2026-02-03") for item in items]
+    files = [write(tmp_path / name, of) for name, of in (("before.csv", items), ("after.csv", later))]
+    for figure in plot.figures_of(*plot.read(files)).values():
+        assert "A machine, 2 threads · float32 · torch 2.11 · commit abc, def · 2026-01-02, 2026-02-03" in {
+            text.get_text() for text in figure.texts
+        }
+
+
 def test_pictures_of_both_kinds_of_file(tmp_path, pixels):
     # Long names and titles, and a panel beside another, find their room too.
     variant = {"features": "collapsed", "labels": "instances", "k": 100_000}
