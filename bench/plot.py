@@ -131,7 +131,7 @@ def read(csv_files: Iterable[Path]) -> tuple[list[Row], list[Point]]:
     points: dict[tuple, Point] = {}
     for path in csv_files:
         with path.open(newline="") as file:
-            of_roofline = next(csv.reader(file), None) == record.columns(Point)
+            of_roofline = "passes" in next(csv.reader(file), [])
         if of_roofline:
             points |= {(_where(p), p.op, p.passes, p.n, p.k, p.d, p.dtype): p for p in record.read(path, Point)}
         else:

@@ -190,6 +190,10 @@ def test_files_that_cannot_be_drawn(tmp_path, capsys, monkeypatch):
     other.write_text("a,b\n1,2\n")
     assert plot.run(parsed(plot, other)) == 2
     assert capsys.readouterr().err == f"bench: {other} must have the columns of a Row, got ['a', 'b']\n"
+    old = write(tmp_path / "old.csv", POINTS)
+    old.write_text(old.read_text().replace("exp_gexps", "exps_a_second", 1))
+    assert plot.run(parsed(plot, old)) == 2
+    assert f"{old} must have the columns of a Point, got [" in capsys.readouterr().err
     nothing = write(tmp_path / "nothing.csv", [row("ours", 256, status="absent")])
     assert plot.run(parsed(plot, nothing)) == 2
     assert capsys.readouterr().err == f"bench: FILE must hold measured rows, got none in {nothing}\n"
