@@ -1,4 +1,4 @@
-"""What both passes over prototypes and samples share: classes of rows, logits, and what the launchers pass on."""
+"""What both passes over prototypes and samples share: classes of rows, and what the launchers pass on."""
 
 from __future__ import annotations
 
@@ -45,21 +45,6 @@ def class_of(label, num_classes, ignored_class):
     within = label.to(tl.uint64, bitcast=True) < num_classes
     narrow = label.to(tl.int32)
     return tl.where(within & (narrow != ignored_class), narrow, -1)
-
-
-@triton.jit
-def class_logits(dots_RC, inv_R, inv_C, inv_temp, ROWS_ARE_CLASSES: tl.constexpr):
-    """s from the bare products.
-
-    The temperature joins the classes, and the factors meet before the product: a logit then has the same bits
-    whichever operand owns the rows, and exp(s - lse) in the backward suffers only the rounding of lse. That is also why
-    logits are kept in nats, not in units of log 2: converting lse, and back, would be the largest error at small τ.
-    """
-    if ROWS_ARE_CLASSES:
-        inv_R = inv_R * inv_temp
-    else:
-        inv_C = inv_C * inv_temp
-    return dots_RC * (inv_R[:, None] * inv_C[None, :])
 
 
 @dataclass(frozen=True)

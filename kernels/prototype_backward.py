@@ -12,9 +12,21 @@ from torch import Tensor
 from . import _launch
 from ._epilogue import Gradient, finish, fp16_range, load_factor, mm_fp32
 from ._launch import cdiv
-from ._prototype_tiles import Operands, Options, class_logits, load_classes
+from ._prototype_tiles import Operands, Options, load_classes
 from ._tiles import LOG2E, exp, load_inverse_temperature, load_rows, product, split_range
 from .prototype_columns import Columns, column_weights, columns, load_side
+
+
+@triton.jit
+def _class_logits(dots_RC, inv_R, inv_C, inv_temp):
+    """s from the bare products, rows of classes against columns of samples.
+
+    As in the forward the temperature joins the classes, and the factors meet before the product: a logit then has the
+    bits that it was summed with, whichever operand owned the rows there, and exp(s - lse) suffers only the rounding of
+    lse. That is also why logits are kept in nats, not in units of log 2: converting lse, and back, would be the largest
+    error at small τ.
+    """
+    return dots_RC * ((inv_R * inv_temp)[:, None] * inv_C[None, :])
 
 
 @triton.jit
@@ -272,7 +284,7 @@ def _lse_bwd_tile_kernel(
                 HAS_ROWS, HAS_COLS, EXCLUDE_OWN,
             )  # fmt: skip
         else:
-            logits_RC = class_logits(dots_RC, inv_w_R, inv_z_C, inv_temp, True)
+            logits_RC = _class_logits(dots_RC, inv_w_R, inv_z_C, inv_temp)
             grads_RC = _logit_grads(
                 logits_RC, class_R, class_C, lse_R, grad_R, lse_C, grad_C, positive_RC,
                 HAS_ROWS, HAS_COLS, EXCLUDE_OWN,
