@@ -83,7 +83,7 @@ def supcon_loss(
         # The operator's scale is a number: a learned one has a gradient of its own.
         constant, factor = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
         loss, single_count, *_ = _pair_ops.pair_loss(
-            features, labels.long(), learned, inv_temperature, constant, normalize, variant == "in",
+            features, labels, learned, inv_temperature, constant, normalize, variant == "in",
             singletons == "exclude", reduction == "mean", _autograd.keep_bytes(features, learned), backend,
         )  # fmt: skip
         return (loss if factor is None else (loss * factor).to(loss.dtype)), single_count
@@ -112,11 +112,12 @@ def supcon_loss(
 
 
 def _against_itself(features: Tensor, labels: Tensor | None, mask: Tensor | None, logits: _Logits) -> _Part:
+    ids: Tensor | None = None
     if mask is None:
-        ids, count = _classes(labels, None, logits.backend)
+        ids, _, count = _classes(labels, None, logits.backend)
         count = _others(count)
     else:
-        ids, count = None, mask.sum(1) - mask.diagonal().long()
+        count = mask.sum(1) - mask.diagonal().long()
     lse, positives, *_ = _pair_ops.pair_lse(features, None, ids, ids, mask, *logits.arguments(offset=0))
     return _Part(lse, positives, count)
 
@@ -126,10 +127,12 @@ def _against(
     logits: _Logits,
 ) -> _Part:  # fmt: skip
     """Against columns none of which is an anchor."""
+    ids: Tensor | None = None
+    column_ids: Tensor | None = None
     if mask is None:
-        (ids, column_ids), count = _classes(labels, column_labels, logits.backend)
+        ids, column_ids, count = _classes(labels, column_labels, logits.backend)
     else:
-        ids, column_ids, count = None, None, mask.sum(1)
+        count = mask.sum(1)
     columns = in_dtype_of(features, columns, logits.normalize)
     lse, positives, *_ = _pair_ops.pair_lse(features, columns, ids, column_ids, mask, *logits.arguments(offset=None))
     return _Part(lse, positives, count)
@@ -146,7 +149,7 @@ def _against_all_ranks(
         rows = row_counts(features, group)
         columns, column_labels = (gather_rows(x.detach(), rows, group) for x in (features, labels))
         offset = sum(rows[: dist.get_rank(group)])
-    (ids, column_ids), count = _classes(labels, column_labels, logits.backend)
+    ids, column_ids, count = _classes(labels, column_labels, logits.backend)
     lse, positives = _GlobalPairs.apply(
         features, logits.learned, columns.to(features.dtype), ids, column_ids, offset, rows, logits, group
     )
@@ -182,45 +185,33 @@ class _GlobalPairs(torch.autograd.Function):
         return grad, grad_learned, *[None] * 7
 
 
-def _classes(labels: Any, column_labels: Tensor | None, backend: str) -> tuple[Any, Tensor]:
-    """Classes of the rows, and of the columns where those are others; and how many columns are of each row's class."""
+def _classes(labels: Any, column_labels: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Classes of the rows, and of the columns, which without labels of their own are the rows; and how many columns are
+    of each row's class, none for rows that are not there.
+    """
+    joint = labels if column_labels is None else torch.cat([labels, column_labels])
+    first_column = 0 if column_labels is None else len(labels)
     if backend == "triton":
-        joint = labels if column_labels is None else torch.cat([labels, column_labels])
-        first_column = 0 if column_labels is None else len(labels)
-        ids, counts = _pair_ops.label_classes(joint.long(), first_column)
-        row_ids = ids[: len(labels)]
-        count = _of_own_class(counts, row_ids).long()
-        return (ids if column_labels is None else (row_ids, ids[first_column:])), count
-    if column_labels is None:
-        (ids,) = _class_ids(labels)
-        return ids, _members(ids, ids)
-    ids = _class_ids(labels, column_labels)
-    return ids, _members(*ids)
+        ids, counts = _pair_ops.label_classes(joint, first_column)
+    else:
+        ids = _class_ids(joint)
+        counted = ids[first_column:]
+        counts = ids.new_zeros(len(ids)).index_add_(0, counted.clamp(min=0), (counted >= 0).long())
+    row_ids = ids[: len(labels)]
+    count = torch.where(row_ids < 0, 0, counts[row_ids.clamp(min=0)]).long()
+    return row_ids, ids[first_column:], count
 
 
-def _class_ids(*labels: Any) -> list[Any]:
-    """Labels, whatever their values, as classes numbered from zero over all the arguments; absent rows below zero.
+def _class_ids(labels: Tensor) -> Tensor:
+    """Labels, whatever their values, as classes numbered from zero; absent rows below zero.
 
     Sorted rather than found by `torch.unique`, whose result has a size that a GPU would have to be asked for.
     """
-    joint = torch.cat(labels)
-    ordered, order = joint.sort()
+    ordered, order = labels.sort()
     changes = torch.zeros_like(ordered)
     changes[1:] = ordered[1:] != ordered[:-1]
-    ids = torch.empty_like(joint).scatter_(0, order, changes.cumsum(0))
-    return list(torch.where(joint == ABSENT, -1, ids).split([len(x) for x in labels]))
-
-
-def _members(ids: Tensor, column_ids: Tensor) -> Tensor:
-    """How many columns are of each anchor's class."""
-    counts = ids.new_zeros(len(ids) + len(column_ids))
-    counts.index_add_(0, column_ids.clamp(min=0), (column_ids >= 0).long())
-    return _of_own_class(counts, ids)
-
-
-def _of_own_class(counts: Tensor, ids: Tensor) -> Tensor:
-    """Each anchor's entry of the counts of classes; none for rows that are not there."""
-    return torch.where(ids < 0, 0, counts[ids.clamp(min=0)])
+    ids = torch.empty_like(labels).scatter_(0, order, changes.cumsum(0))
+    return torch.where(labels == ABSENT, -1, ids)
 
 
 def _others(count: Tensor) -> Tensor:
