@@ -26,6 +26,8 @@ from ._launch import cdiv
 from ._tiles import add_exponentials, load_inverse_temperature, load_rows, log_sum
 
 MAX_FIXED_SHIFT = 64.0  # |s| below this: exp(s) neither overflows a sum of 2^34 terms in fp32 nor underflows
+# |s| below this: exp(s), exp(-lse) and their products with upstream gradients all stay in fp32's range.
+MAX_BACKWARD_SHIFT = 32.0
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._epilogue import Gradient, Scaling, finish, fp16_range, mm_fp32
+from ._epilogue import MAX_BACKWARD_SHIFT, Gradient, Scaling, finish, fp16_range, mm_fp32
 from ._launch import cdiv
 from ._pair_tiles import load_ids, load_mask, pair_logits, valid_pairs
 from ._tiles import exp, load_inverse_temperature, load_rows, product, split_range
 from .pair_forward import Pairs
-
-# |s| below this: exp(s), exp(-lse) and their products with upstream gradients all stay in fp32's range.
-_MAX_FIXED_SHIFT = 32.0
 
 
 @triton.jit
@@ -377,7 +374,7 @@ class Backward:
 
     def taken_apart(self, scaling: Scaling) -> Backward:
         """With the sides as the kernels read them when the shift is fixed."""
-        if not scaling.fixed_shift(self.dtype, _MAX_FIXED_SHIFT):
+        if not scaling.fixed_shift(self.dtype, MAX_BACKWARD_SHIFT):
             return self
         row_side, column_side = (
             None if side is None else side.taken_apart(self.inside) for side in (self.row_side, self.column_side)
@@ -492,7 +489,7 @@ def _launch_tile(scaling: Scaling, chunk: Backward, weights_range: Tensor | None
     _pair_bwd_tile_kernel[(cdiv(num_rows, config.block_r) * cdiv(num_columns, config.block_c),)](
         h_ptr=h,
         stride_h=h.stride(0),
-        FIXED_SHIFT=scaling.fixed_shift(chunk.dtype, _MAX_FIXED_SHIFT),
+        FIXED_SHIFT=scaling.fixed_shift(chunk.dtype, MAX_BACKWARD_SHIFT),
         **chunk.arguments(scaling, weights_range),
         **chunk.mask_arguments(),
         **config.launch_options(),

@@ -39,9 +39,6 @@ from ._tiles import LN2, LOG2E, exp, inverse, load_rows
 if TYPE_CHECKING:
     from .pair_backward import Backward, Side
 
-# |s| below this: exp(s), exp(-lse) and their products with upstream gradients all stay in fp32's range.
-MAX_BACKWARD_SHIFT = 32.0
-
 _SMALLEST_FACTOR = tl.constexpr(1e-30)
 
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from . import _launch, pair_backward, pair_fixed, pair_forward
-from ._epilogue import Gradient, Scaling, unpadded
+from ._epilogue import MAX_BACKWARD_SHIFT, Gradient, Scaling, unpadded
 from .pair_backward import Backward, Side
 from .pair_forward import Pairs
 
@@ -160,7 +160,7 @@ def gradient(scaling: Scaling, backward: Backward, rows: Tensor) -> tuple[Tensor
     with _launch.on_device(rows):
         if backward.has_mask or not _launch.is_narrow(_launch.PAIR_BACKWARD_NARROW, pairs.rows):
             pair_backward.wide(scaling, backward, written)
-        elif pair_fixed.serves(scaling, pairs.rows, _launch.PAIR_BACKWARD_FIXED, pair_fixed.MAX_BACKWARD_SHIFT):
+        elif pair_fixed.serves(scaling, pairs.rows, _launch.PAIR_BACKWARD_FIXED, MAX_BACKWARD_SHIFT):
             pair_fixed.backward(scaling, backward, written)
         else:
             pair_backward.narrow(scaling, backward, written)
