@@ -9,6 +9,7 @@ Shapes: R rows, C columns, D width; S splits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -368,9 +369,10 @@ class Backward:
     def has_mask(self) -> bool:
         return self.pairs.row_ids is None
 
-    def upstream(self) -> list[Tensor]:
+    def upstream(self) -> Iterator[Tensor]:
+        """Made when they are read, which takes launches: for fp16 alone."""
         sides = [self.row_side] if self.row_side is self.column_side else [self.row_side, self.column_side]
-        return [g for side in sides if side is not None for g in side.upstream()]
+        return (g for side in sides if side is not None for g in side.upstream())
 
     def taken_apart(self, scaling: Scaling) -> Backward:
         """With the sides as the kernels read them when the shift is fixed."""

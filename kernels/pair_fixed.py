@@ -626,9 +626,7 @@ def backward(scaling: Scaling, given: Backward, gradient: Gradient) -> None:
     """The gradient by recomputing exp(s), a bounded number of rows at a time: their P passes through memory."""
     pairs = given.pairs
     (num_rows, dim), num_columns = pairs.rows.shape, len(pairs.columns)
-    weights_range = None
-    if given.dtype == torch.float16:
-        weights_range = fp16_range(given.dtype, given.upstream(), given.inv_columns)
+    weights_range = fp16_range(given.dtype, given.upstream(), given.inv_columns)
     columns = _prepare_side(given.column_side, given.inv_columns, pairs.column_ids, weights_range, given.inside)
     if pairs.rows is pairs.columns and given.row_side is given.column_side:
         rows = columns

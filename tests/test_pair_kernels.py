@@ -15,7 +15,7 @@ import torch
 from test_kernels import DEVICE, DTYPES, QUICK, compiled_ahead_of_time, lay_out, record_launches, unit_rows
 from torch import Tensor
 
-from hypercontrast.kernels import _launch, class_sums, pair_loss, pair_lse
+from hypercontrast.kernels import _launch, class_sums, pair_backward, pair_loss, pair_lse
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy warns of the infinities that the kernels rely on
@@ -477,6 +477,16 @@ def test_tiny_upstream_gradients_survive_float16(inside):
     sizeable = scaled["grad"].abs() >= 2.0**-13  # no subnormals
     assert sizeable.float().mean() > 0.9
     assert torch.equal((usual["grad"] * 2.0**-10)[sizeable], scaled["grad"][sizeable])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_upstream_gradients_are_looked_through_for_float16_alone(dtype, monkeypatch):
+    """Those that reach G take launches to be found, and its range is a scale of float16."""
+    asked = []
+    monkeypatch.setattr(pair_backward.Side, "upstream", lambda side: asked.append(side) or (side.grad_lse,))
+    case = clustered(6, 24, dtype)
+    run_kernels(case, random_upstream(case))
+    assert bool(asked) == (dtype == torch.float16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
