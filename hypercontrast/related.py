@@ -207,7 +207,7 @@ def _logit_adjusted_loss(
         features, prototypes = reference.unit_rows(features), reference.unit_rows(prototypes)
     scaled = bias.to(wide) * _checks.number(temperature)
     features = torch.cat([features, features.new_ones(len(features), 4)], 1)
-    prototypes = torch.cat([prototypes, F.pad(scaled.to(wide)[:, None], (0, 3))], 1)
+    prototypes = torch.cat([prototypes, F.pad(scaled[:, None], (0, 3))], 1)
     rule = Rule(rows=False, cols=True, exclude_own=False)
     return _autograd.prototype_loss(
         features, prototypes, labels, rule, temperature=temperature, normalize=False, **options

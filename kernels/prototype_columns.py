@@ -15,7 +15,7 @@ side by side, so that one load brings them all, and padded, so that a tile check
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import triton
 import triton.language as tl
@@ -24,6 +24,9 @@ from torch import Tensor
 from . import _launch
 from ._prototype_tiles import Operands, Options, load_classes
 from ._tiles import LOG2E, load_inverse_temperature
+
+if TYPE_CHECKING:
+    from .prototype_backward import Side
 
 
 @triton.jit
@@ -171,8 +174,8 @@ class Columns(NamedTuple):
 def columns(
     operands: Operands,
     options: Options,
-    classes,
-    samples,
+    classes: Side,
+    samples: Side,
     grad_pos: Tensor,
     ranges: tuple[Tensor | None, Tensor | None],
     *,

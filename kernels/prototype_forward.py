@@ -336,9 +336,8 @@ def inverse_norms(operands: Operands, options: Options, *, cols: bool, count: bo
     inv_features = torch.empty_like(positives)
     inv_prototypes = positives.new_empty(num_classes)
     padded = _launch.padded_columns(num_samples), _launch.padded_columns(num_classes)
-    sample_columns, class_columns = (
-        positives.new_empty(3, size) if used else None for used, size in zip((True, cols), padded, strict=True)
-    )
+    sample_columns = positives.new_empty(3, padded[0])
+    class_columns = positives.new_empty(3, padded[1]) if cols else None
     counts = positives.new_zeros(num_classes, dtype=torch.int32) if count else None
     blocks = _launch.row_blocks(dim)
     _inverse_norms_kernel[(sum(cdiv(size, blocks["BLOCK_R"]) for size in padded),)](
