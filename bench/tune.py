@@ -298,14 +298,14 @@ def title(cell: Cell) -> str:
     return f"{cell.kernel}: {cell.table}[{cell.architecture}][{cell.key}], {cell.dtype}"
 
 
-def markdown(trials: Sequence[Trial], rows: int = 5) -> str:
-    """The first rows, and what is pinned."""
+def markdown(trials: Sequence[Trial]) -> str:
+    """The first five, and what is pinned."""
     lines = [
         "| configuration | registers | spills | shared KiB | programs | warps | wgmma | FLOP/byte | score | ms "
         "| x today | |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for trial in [trial for place, trial in enumerate(trials) if place < rows or trial.pinned]:
+    for trial in [trial for place, trial in enumerate(trials) if place < 5 or trial.pinned]:
         e = trial.evidence
         shared = None if e.shared is None else f"{e.shared / 1024:.0f}"
         speedup = None if trial.speedup is None else f"{trial.speedup:.2f}"

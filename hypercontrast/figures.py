@@ -278,9 +278,7 @@ def ruler(spans: Sequence[Span], marks: Sequence[tuple[float, str]], low: float,
     return _svg(RULER_WIDTH, int(bottom) + 24, label, parts)
 
 
-def _value_range(
-    values: Sequence[float], ideal: float | None, legal: tuple[float, float] = (-math.inf, math.inf)
-) -> tuple[float, float]:
+def _value_range(values: Sequence[float], ideal: float | None, legal: tuple[float, float]) -> tuple[float, float]:
     """What the axis covers: the values, the ideal, and zero unless that would press the curves against the top."""
     marks = [*values] if ideal is None else [*values, ideal]
     if 0 < min(marks) < max(marks) / 2:
@@ -294,9 +292,9 @@ def _value_range(
     return min(max(least, legal[0]), low), max(min(most, legal[1]), high)
 
 
-def _ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round values inside the range."""
-    rough = (high - low) / count
+def _ticks(low: float, high: float) -> list[float]:
+    """About four round values inside the range."""
+    rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(multiple * power for multiple in (1, 2, 5, 10, 20) if multiple * power >= rough)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]

@@ -161,7 +161,7 @@ def memory_budget():
 
 @pytest.mark.usefixtures("memory_budget")
 @pytest.mark.parametrize("op", ["ntce", "supcon"])
-def test_a_wrong_row_is_told_from_rounding(op, monkeypatch, capsys):
+def test_a_wrong_row_is_told_from_rounding(op, monkeypatch):
     """The last one alone, of the gradient of either; a NaN is wrong too."""
     run, size = forms.step, (op, 200, 8, 24, torch.float16)
     assert gpu_check.equals_float64(*size)
@@ -229,7 +229,7 @@ def test_indices_pass_two_to_the_31(monkeypatch):
     assert keeping == 1
 
 
-def test_failures_are_told_when_they_happen(tmp_path, capsys):
+def test_failures_are_told_when_they_happen(tmp_path):
     test = tmp_path / "test_slow.py"
     test.write_text("import time\n\ndef test_wrong():\n    assert 1 == 2\n\ndef test_long():\n    time.sleep(60)\n")
     command = [
