@@ -187,7 +187,13 @@ def _merged(earlier: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     elif earlier["probe"] != probe:
         old = {method: result for method, result in old.items() if method not in PROBES}
     results = [old.get(method, {}) | new.get(method, {}) for method in METHODS if method in old or method in new]
-    return record | {"probe": probe, "results": results}
+    return record | {"probe": probe, "results": _with_shares(results)}
+
+
+def _with_shares(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results, each with its share of the seconds of the linear probe among them."""
+    linear = next((result["seconds"] for result in results if result["method"] == "linear-probe"), None)
+    return [result | {"share_of_linear_probe": linear and result["seconds"] / linear} for result in results]
 
 
 def runnable_config(run: str, data_root: str = "", gpus: int = 0, cpu_ranks: int = 0) -> Config:
@@ -245,9 +251,7 @@ def _evaluated(
             )
         progress.begin("neural-collapse metrics")
         collapse = _collapse(classifiers, workspace) if options.nc else []
-    linear = next((result["seconds"] for result in results if result["method"] == "linear-probe"), None)
-    for result in results:
-        result["share_of_linear_probe"] = linear and result["seconds"] / linear
+    results = _with_shares(results)
     if options.nc:
         for result, (nc, compat) in zip(results, collapse, strict=True):
             result |= {"nc": nc, "nc_compat": compat}

@@ -240,9 +240,12 @@ def test_earlier_results_of_the_checkpoint_are_kept(runs, tmp_path, capsys):
     assert record["probe"] == "L-BFGS on kept features"  # which the one that is kept was trained by
     assert both["linear-probe"] == first["linear-probe"]
     assert both["prototypes"]["nc"] == first["prototypes"]["nc"]
+    for result in both.values():
+        assert result["share_of_linear_probe"] == result["seconds"] / both["linear-probe"]["seconds"]
     record, probes = written("normalized-probe", epochs=1)
     assert list(probes) == ["head", "prototypes", "normalized-probe"]  # not a probe that was trained otherwise
     assert record["probe"]["epochs"] == 1
+    assert {result["share_of_linear_probe"] for result in probes.values()} == {None}
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "epoch-0002")
     record, alone = written("prototypes")
     assert record["epoch"] == 1
