@@ -180,6 +180,17 @@ def test_a_wrong_row_is_told_from_rounding(op, monkeypatch):
 
 
 @pytest.mark.usefixtures("memory_budget")
+def test_the_anchor_of_few_samples_counts_by_itself(monkeypatch):
+    """Its gradient is less than a hundredth of all of them together."""
+    run, size = forms.step, ("ntce", 200, 2, 24, torch.float16)
+    outputs = []
+    monkeypatch.setattr(forms, "step", lambda *args: outputs or outputs.extend(run(*args)) or outputs)
+    assert gpu_check.equals_float64(*size)
+    outputs[2][0] = 0
+    assert not gpu_check.equals_float64(*size)
+
+
+@pytest.mark.usefixtures("memory_budget")
 @pytest.mark.parametrize("op", ["ntce", "supcon"])
 def test_a_sum_over_wrong_samples_is_told_from_rounding(op, monkeypatch):
     """The last three of thousands, for which the first ones are read, as by an index that wraps: in the anchors' gradient
