@@ -131,6 +131,7 @@ def test_parquet(tmp_path):
         rows = slice(2 * shard, 2 * shard + 2)
         write_parquet(tmp_path / f"train-0000{shard}-of-00002.parquet", pictures[rows], [0, 1], names=["ant", "bee"])
     write_parquet(tmp_path / "validation.parquet", pictures[:1], [1], names=["ant", "bee"])
+    write_parquet(tmp_path / "training.parquet", pictures[:1], [1], names=["ant", "bee"])  # no part of either
     insects = data.load(f"parquet:{tmp_path}")
     assert insects.class_names == ("ant", "bee")
     assert insects.train.labels.tolist() == [0, 1, 0, 1]
