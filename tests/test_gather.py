@@ -61,10 +61,10 @@ def check_layouts(rank, world):
 
 def check_half_precision_sums(rank, world):
     x = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
-    upstream = torch.full((2 * world,), 256.0 if rank == 0 else 0.5, dtype=torch.bfloat16)
+    upstream = torch.full((2 * world,), 256.0 if rank == 0 else 1.0, dtype=torch.bfloat16)
     (grad,) = torch.autograd.grad(gather_with_grad(x), x, upstream)
-    # Rounding after every addition would lose each half: 256 + .5 is 256 in bfloat16.
-    assert torch.equal(grad, torch.full_like(x, 256 + 0.5 * (world - 1)))
+    # Rounding after every addition would lose each one: 256 + 1 is 256 in bfloat16, where 258 is a number.
+    assert grad.tolist() == [256 + world - 1] * 2
 
 
 def disagreement(x):
@@ -115,7 +115,7 @@ def check_subgroup(rank, world):
 
 CHECKS = {
     1: [check_rows_and_gradients],
-    2: [check_rows_and_gradients, check_layouts, check_half_precision_sums, check_disagreements],
+    2: [check_rows_and_gradients, check_layouts, check_disagreements],
     3: [check_rows_and_gradients, check_half_precision_sums, check_disagreements, check_subgroup],
     4: [check_rows_and_gradients],
 }
