@@ -31,6 +31,7 @@ class Operator:
         self._with_graph = _with_graph(function, lambda ctx, inputs, output: None, _refuse_gradient)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """With sizes by `x.shape`: `len(x)` is a plain number, so that each batch size would be compiled anew."""
         return self._registered.register_fake(function)
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:

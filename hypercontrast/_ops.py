@@ -140,7 +140,7 @@ def _lse_fake(
     features, prototypes, labels, counts, temperature, inv_temperature, ignore_index, rows, cols, exclude_own,
     normalize, keep_bytes, backend,
 ):  # fmt: skip
-    n, k, dtype = len(features), len(prototypes), _checks.accumulator(features)
+    n, k, dtype = features.shape[0], prototypes.shape[0], _checks.accumulator(features)
     wide = torch.float32 if backend == "triton" else blockwise.statistics_dtype(features.device)
     statistics = [features.new_empty(size, dtype=wide) for size in (k if rows else 0, n if cols else 0, n)]
     inverse_norms = [features.new_empty(size, dtype=dtype) for size in (n, k)]
@@ -254,7 +254,7 @@ def _lse_autograd(ctx, grad_row, grad_col, grad_pos, *_unused):
     grad_row = torch.zeros_like(row_lse) if grad_row is None else grad_row
     grad_col = torch.zeros_like(col_lse) if grad_col is None else grad_col
     if grad_pos is None:
-        grad_pos = row_lse.new_zeros(len(tensors[0]))
+        grad_pos = row_lse.new_zeros(tensors[0].shape[0])
     inv_temperature, ignore_index, rows, cols, exclude_own, normalize, _, backend = ctx.options
     *grads, logit_grad_sum = lse_backward(
         *tensors, grad_row, grad_col, grad_pos, counts, temperature, inv_temperature, ignore_index, rows, cols,
@@ -323,7 +323,7 @@ def _prototype_loss_fake(
     features, prototypes, labels, weight, temperature, inv_temperature, ignore_index, rows, cols, exclude_own,
     normalize, zero_empty, mean, keep_bytes, backend,
 ):  # fmt: skip
-    n, k = len(features), len(prototypes)
+    n, k = features.shape[0], prototypes.shape[0]
     wide = torch.float32 if backend == "triton" else torch.float64
     row_lse, col_lse = (features.new_empty(size, dtype=wide) for size in (k if rows else 0, n if cols else 0))
     positives, divisor = (features.new_empty(shape, dtype=wide) for shape in (n, ()))
@@ -394,7 +394,7 @@ def prototype_loss_backward(
 def _prototype_loss_backward_fake(grad_loss, divisor, features, prototypes, *args):
     *_, temperature, _, _, _, _, _, _, backend, wants_features, wants_prototypes = args
     of_all = 0 if temperature is None else 1
-    size = of_all if backend == "blockwise" else len(features) if wants_features else 0
+    size = of_all if backend == "blockwise" else features.shape[0] if wants_features else 0
     radial = features.new_empty(size, dtype=torch.float32)
     return *_fake_grads(features, prototypes, wants_features, wants_prototypes), radial
 

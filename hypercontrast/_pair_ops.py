@@ -84,7 +84,7 @@ def _options(anchors, temperature, offset, inv_temperature, normalize, inside) -
 def _pair_lse_fake(
     anchors, columns, anchor_ids, column_ids, mask, temperature, offset, inv_temperature, normalize, inside, backend
 ):
-    n, m, dtype = len(anchors), 0 if columns is None else len(columns), _checks.accumulator(anchors)
+    n, m, dtype = anchors.shape[0], 0 if columns is None else columns.shape[0], _checks.accumulator(anchors)
     wide = torch.float32 if backend == "triton" else blockwise.statistics_dtype(anchors.device)
     statistics = [anchors.new_empty(n, dtype=wide) for _ in range(2)]
     return *statistics, anchors.new_empty(n, dtype=dtype), anchors.new_empty(m, dtype=dtype)
@@ -142,7 +142,7 @@ def label_classes(labels: Tensor, first_counted: int) -> tuple[Tensor, Tensor]:
 
 @label_classes.register_fake
 def _label_classes_fake(labels, first_counted):
-    return labels.new_empty(len(labels)), labels.new_empty(len(labels), dtype=torch.int32)
+    return torch.empty_like(labels), torch.empty_like(labels, dtype=torch.int32)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -236,7 +236,7 @@ def pair_loss(
 def _pair_loss_fake(
     features, labels, temperature, inv_temperature, scale, normalize, inside, exclude, mean, keep_bytes, backend
 ):
-    n, wide = len(features), torch.float32 if backend == "triton" else torch.float64
+    n, wide = features.shape[0], torch.float32 if backend == "triton" else torch.float64
     loss, inv_norms = (features.new_empty(shape, dtype=torch.float32) for shape in ((), n))
     divisor = features.new_empty((), dtype=wide)
     lse, positives, grad_lse, grad_positives = (features.new_empty(n, dtype=wide) for _ in range(4))

@@ -310,7 +310,7 @@ def kept_shape(
     keep_bytes: int,
 ) -> tuple[int, int]:
     """Shape of the exponentials that a forward keeps for its backward, (0, 0) when none are: a rule of shapes alone."""
-    (num_samples, dim), num_classes = features.shape, len(prototypes)
+    (num_samples, dim), num_classes = features.shape, prototypes.shape[0]
     if rows and not cols and counts is not None and skips_absent_classes(num_samples, num_classes, dim):
         num_classes = num_samples
     dtype, width = kernel_dtype(features), cdiv(num_samples, 64) * 64

@@ -296,13 +296,29 @@ def test_compile_fullgraph(name, reduction):
         torch.testing.assert_close(actual, want)
 
 
-def test_compile_with_dynamic_shapes():
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, w, y: hc.ntce_loss(z, w, y),
+        lambda z, w, y: hc.nonl_loss(z, w, y, anchor="both", reduction="none").sum(),
+        lambda z, w, y: hc.supcon_loss(z, y),
+        lambda z, w, y: hc.supcon_loss(z, y, variant="in"),
+        lambda z, w, y: hc.supcon_loss(z, y, ref_features=w, ref_labels=torch.arange(5)),
+    ],
+    ids=["loss", "statistics", "pair loss", "pair statistics", "references"],
+)
+def test_one_graph_serves_every_batch_size(loss):
+    """Not one for each: after the eighth size fullgraph=True would raise, and the default run uncompiled."""
     torch._dynamo.reset()
     prototypes = torch.randn(5, 6)
-    compiled = torch.compile(hc.nonl_loss, fullgraph=True, dynamic=True, backend="aot_eager")
-    for n in (7, 9, 33):
-        features, labels = torch.randn(n, 6), torch.randint(0, 5, (n,))
-        torch.testing.assert_close(compiled(features, prototypes, labels), hc.nonl_loss(features, prototypes, labels))
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for i, n in enumerate((17, 19, 33)):
+        features, labels = torch.randn(n, 6, requires_grad=True), torch.arange(n) % 5
+        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+            actual = compiled(features, prototypes, labels)
+        want = loss(features, prototypes, labels)
+        torch.testing.assert_close(actual, want)
+        torch.testing.assert_close(*(torch.autograd.grad(x, features)[0] for x in (actual, want)))
 
 
 def test_values_are_still_checked_when_compiled():
