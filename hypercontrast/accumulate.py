@@ -81,6 +81,7 @@ def accumulate_exact(
     if grad_features is None:
         raise ValueError("loss_fn must depend on the features it is given, got a loss without their gradient")
     used = [(p, g) for p, g in zip(parameters, grad_parameters, strict=True) if g is not None]
+    after_loss = _random_state()
 
     drift = torch.zeros((), dtype=_checks.accumulator(everything), device=everything.device)
     parts = zip(chunks, features, random_states, grad_features.split([len(x) for x in features]), strict=True)
@@ -96,6 +97,7 @@ def accumulate_exact(
         if len(first):
             again, first = again.detach().to(drift.dtype), first.to(drift.dtype)  # half precision takes 1e-30 for 0
             drift = torch.maximum(drift, (again - first).abs().amax() / first.abs().amax().clamp(min=1e-30))
+    _set_random_state(after_loss)  # else the next step would draw what loss_fn has drawn in this one
     if not drift <= torch.finfo(everything.dtype).eps ** 0.5:  # more than kernels differ that add in another order
         raise ValueError(f"encoder must give the same features twice, got a difference of {drift.item():.3g}")
     return loss.detach()

@@ -98,6 +98,28 @@ def test_dropout_is_the_same_both_times():
     assert torch.equal(torch.get_rng_state(), after)
 
 
+@pytest.mark.parametrize("middle", [None, nn.Dropout(0.5)])
+def test_random_numbers_of_the_loss_are_drawn_once(middle):
+    """Steps go through the generator as those of one batch do: no step draws what the one before has drawn."""
+
+    def drawn_by(step):
+        torch.manual_seed(3)
+        encoder, x, _ = make(middle)
+        drawn = []
+
+        def loss_fn(z):
+            drawn.append(torch.rand(()).item())
+            return z.square().sum()
+
+        for _ in range(3):
+            step(encoder, loss_fn, x.split(7))
+        return drawn
+
+    plain = drawn_by(lambda encoder, loss_fn, chunks: loss_fn(torch.cat([encoder(part) for part in chunks])))
+    assert len(set(plain)) == 3
+    assert drawn_by(hc.accumulate_exact) == plain
+
+
 def test_running_statistics_see_each_chunk_once():
     (encoder, x, y), (twin, _, _) = make(nn.BatchNorm1d(16)), make(nn.BatchNorm1d(16))
     LOSSES["ntce"](torch.cat([twin(part) for part in x.split(10)]), twin.prototypes, y).backward()
