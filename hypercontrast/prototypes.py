@@ -76,7 +76,7 @@ class PrototypeHead(nn.Module):
         else:
             raise ValueError(f"neck must be None, 'linear' or 'bn', got {neck!r}")
         if fixed_etf:
-            self.register_buffer("prototypes", simplex_etf(num_classes, dim).float())
+            self.register_buffer("prototypes", simplex_etf(num_classes, dim).to(torch.get_default_dtype()))
         else:
             self.prototypes = nn.Parameter(torch.randn(num_classes, dim) / dim**0.5)
 

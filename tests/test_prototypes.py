@@ -31,6 +31,19 @@ def test_fixed_etf_is_saved_and_not_learned():
     torch.testing.assert_close(cosines, torch.eye(3) * 1.5 - 0.5, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("fixed_etf", [False, True])
+def test_prototypes_have_the_default_dtype(fixed_etf):
+    """As every layer beside the head has: the losses refuse float64 features with float32 prototypes."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        head, layer = hc.PrototypeHead(6, 3, fixed_etf=fixed_etf), torch.nn.Linear(4, 6)
+        loss = hc.ntce_loss(head.embed(layer(torch.randn(5, 4))), head.prototypes, torch.arange(5) % 3)
+    finally:
+        torch.set_default_dtype(before)
+    assert loss.dtype == torch.float64
+
+
 def test_class_means_are_means_of_unit_features():
     features, labels = torch.randn(40, 5), torch.randint(0, 3, (40,))
     means = hc.ClassMeans(4, 5)
