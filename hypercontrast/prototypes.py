@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hypercontrast import _checks
 from hypercontrast._agreement import agree, connected
+from hypercontrast._ops import in_full_precision
 from hypercontrast.distributed import resolve_group
 from hypercontrast.reference import MIN_NORM, unit_rows
 
@@ -248,6 +249,9 @@ class PrototypeClassifier(nn.Module):
 
 
 def _cosines(features: Tensor, prototypes: Tensor) -> Tensor:
-    """[N, K] in the features' dtype; lengths are taken in float32 at least, for half precision overflows at 65504."""
+    """[N, K] in the features' dtype, also under autocast, whose bfloat16 would tell close prototypes apart no more;
+    lengths are taken in float32 at least, for half precision overflows at 65504.
+    """
     u, w = (unit_rows(x.to(_checks.accumulator(x))).to(features.dtype) for x in (features, prototypes))
-    return u @ w.T
+    with in_full_precision(features):
+        return u @ w.T

@@ -44,6 +44,16 @@ def test_prototypes_have_the_default_dtype(fixed_etf):
     assert loss.dtype == torch.float64
 
 
+def test_autocast_changes_no_prediction():
+    """Off centre, as features after a bias are, all cosines are near 1: bfloat16 has three digits there."""
+    prototypes = torch.randn(100, 16)
+    features, prototypes = prototypes + 10, prototypes + 10
+    classifier = hc.PrototypeClassifier(prototypes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert classifier(features).dtype == torch.float32
+        assert torch.equal(classifier.predict(features), torch.arange(100))
+
+
 def test_class_means_are_means_of_unit_features():
     features, labels = torch.randn(40, 5), torch.randint(0, 3, (40,))
     means = hc.ClassMeans(4, 5)
