@@ -141,14 +141,15 @@ def _unchanged(encoder: Callable) -> Iterator[None]:
     """Put back a module's buffers, and whether DDP's next forward will have those of rank 0, as the first one here may
     have had: both passes then begin with the same.
     """
-    buffers = list(encoder.buffers()) if isinstance(encoder, nn.Module) else []
-    before = [buffer.clone() for buffer in buffers]
+    modules = encoder.modules() if isinstance(encoder, nn.Module) else ()
+    buffers = [(module, name, x) for module in modules for name, x in module._buffers.items() if x is not None]
+    before = [x.clone() for _, _, x in buffers]
     broadcasts = [(ddp, ddp.require_forward_param_sync) for ddp in _ddp_modules(encoder)]
     try:
         yield
     finally:
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+        for (module, name, x), value in zip(buffers, before, strict=True):
+            module._buffers[name] = x.copy_(value)  # put back too, for a forward may have assigned another tensor
         for ddp, due in broadcasts:
             ddp.require_forward_param_sync = due
 

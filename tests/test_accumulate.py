@@ -129,6 +129,26 @@ def test_running_statistics_see_each_chunk_once():
         assert torch.equal(got, want)
 
 
+class RunningMean(nn.Module):
+    """Takes a running mean away, whose buffer is assigned instead of written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(16, dtype=torch.float64))
+
+    def forward(self, x):
+        before, self.mean = self.mean, 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x - before
+
+
+def test_buffers_that_a_forward_assigns_see_each_chunk_once():
+    (encoder, x, y), (twin, _, _) = make(RunningMean()), make(RunningMean())
+    LOSSES["ntce"](torch.cat([twin(part) for part in x.split(10)]), twin.prototypes, y).backward()
+    hc.accumulate_exact(encoder, lambda z: LOSSES["ntce"](z, encoder.prototypes, y), x.split(10), [encoder.prototypes])
+    assert_same(gradients(encoder), gradients(twin))
+    assert torch.equal(encoder.layers[1].mean, twin.layers[1].mean)
+
+
 def test_memory_is_that_of_a_chunk():
     """Bytes that autograd holds at its peak, by its own hooks: at most a chunk's share and the features."""
     encoder, x, y = make(n=4000)
