@@ -111,7 +111,7 @@ def _checked_parameters(parameters: Iterable[Tensor]) -> list[Tensor]:
     for p in parameters:
         if not isinstance(p, Tensor):
             raise TypeError(f"parameters must hold tensors alone, got {type(p).__name__}")
-    return parameters
+    return list(dict.fromkeys(parameters))  # each once, else its gradient is added for every entry
 
 
 def _encode(encoder: Callable[..., Tensor], chunk: Any) -> Tensor:

@@ -62,6 +62,16 @@ def test_chunks_equal_one_batch(name, size):
     assert_same(gradients(encoder), [2 * g for g in want])
 
 
+def test_a_parameter_named_twice_has_its_gradient_once():
+    """Of two modules that share it, say."""
+    encoder, x, y = make()
+    LOSSES["ntce"](encoder(x), encoder.prototypes, y).backward()
+    want = gradients(encoder)
+    parameters = [*encoder.parameters(), encoder.prototypes]
+    hc.accumulate_exact(encoder, lambda z: LOSSES["ntce"](z, encoder.prototypes, y), x.split(7), parameters)
+    assert_same(gradients(encoder), want)
+
+
 def test_adding_up_chunk_losses_is_not_the_same():
     """What the function is for: the usual accumulation is off by far more than rounding."""
     encoder, x, y = make()
