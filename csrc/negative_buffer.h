@@ -12,7 +12,7 @@ namespace hypercontrast {
 
 // To raise, here and in hypercontrast/_extension.py, when a function of the extension or a row's layout changes: one
 // left over from an older build is then not used.
-constexpr int kRevision = 7;
+constexpr int kRevision = 8;
 
 // Write samples [n, D] with labels [n] into the first n rows; the others become absent.
 void pack(const at::Tensor& row_features, const at::Tensor& row_tails, const at::Tensor& features,

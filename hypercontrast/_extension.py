@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 
 # Equal to kRevision of csrc/negative_buffer.h: an extension left over from an older build is not used.
-REVISION = 7
+REVISION = 8
 
 
 @cache
