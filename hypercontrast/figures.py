@@ -362,17 +362,22 @@ def _mean(x: float, y: float, colour: str, css: str, *, spoke: bool) -> str:
 
 
 def _beside(means: Array, names: Sequence[str]) -> list[tuple[float, float]]:
-    """Where the names of the discs stand: away from the middle, but up or down towards it where others stand."""
+    """Where the names of the discs stand, within the picture: further from the middle, at the disc's side or above or
+    below it, but as little as need be higher or lower where discs and other names are.
+    """
+    taken = [(x, y, 6.0) for x, y, _ in means]  # and half the width
     placed: list[tuple[float, float]] = []
     for (x, y, _), name in zip(means, names, strict=True):
-        out = math.hypot(x - MIDDLE, y - MIDDLE) or 1
-        left, top = x + 15 * (x - MIDDLE) / out, y + 15 * (y - MIDDLE) / out
-        step = -14 if top > MIDDLE else 14
-        while any(
-            abs(left - other_left) < 4 * (len(name) + len(other)) and abs(top - other_top) < 13
-            for (other_left, other_top), other in zip(placed, names, strict=False)
-        ):
-            top += step
+        half = 4.0 * len(name)
+        right, down = x - MIDDLE, y - MIDDLE
+        out = math.hypot(right, down) or 1
+        left, top = x + math.copysign(half + 9, right), y + 15 * down / out
+        if abs(down) > abs(right) or not half <= left <= SQUARE - half:
+            left, top = min(max(x + 15 * right / out, half), SQUARE - half), y + math.copysign(15, down)
+        heights = [top, *sorted(range(8, SQUARE - 8), key=lambda height: abs(height - top))]
+        others = [y for x, y, width in taken if abs(left - x) < half + width]
+        top = next((height for height in heights if all(abs(height - y) >= 13 for y in others)), top)
+        taken.append((left, top, half))
         placed.append((left, top))
     return placed
 

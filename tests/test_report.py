@@ -287,6 +287,19 @@ def test_names_on_the_sphere_stand_apart():
             assert np.all((apart[:, 0] > 50) | (apart[:, 1] > 12))
 
 
+def test_names_on_the_sphere_cover_no_disc_and_are_whole():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        means = runs.unit_rows(rng.normal(size=(10, 3)))
+        drawing = figures.sphere(means, means, np.arange(10), ["automobile"] * 10, "x")
+        names = np.array(re.findall(r'<text x="([\d.]+)" y="([\d.]+)" class="centre mid name', drawing), float)
+        discs = np.array(re.findall(r'class="mean" fill="[^"]+" cx="([\d.]+)" cy="([\d.]+)"', drawing), float)
+        half = 3.7 * len("automobile")
+        assert np.all((half <= names[:, 0]) & (names[:, 0] <= figures.SQUARE - half))
+        apart = np.abs(names[:, None] - discs)
+        assert np.all((apart[..., 0] > half + 6) | (apart[..., 1] > 12))
+
+
 def axis_of(text, title):
     """The least and the largest word on the vertical axis of a chart on the page."""
     drawing = text[text.index(f"<h3>{title}</h3>") :].partition("</svg>")[0]
