@@ -412,12 +412,18 @@ def _sphere_section(runs: Sequence[Run]) -> str:
     ]
     if not spheres:
         return ""
+    sizes = [len(run.embeddings.trained.class_names) for run in runs if run.embeddings is not None]
+    crowded = (
+        """
+<p>Three axes can hold only 3/(K−1) of the variance of K evenly placed means, so some of them must look close together
+here although they are not; the matrices above are the exact picture.</p>"""
+        if max(sizes) > 4  # fewer stand in three dimensions as they are
+        else ""
+    )
     return f"""
 <p>Discs are class means, specks are validation samples; pale ones are behind. Each picture is a projection: unit
 vectors seen from the centre of the class means, projected on the three leading principal components of that run's
-class means, and scaled to length 1 again.</p>
-<p>Three axes can hold only 3/(K−1) of the variance of K evenly placed means, so some of them must look close together
-here although they are not; the matrices above are the exact picture.</p>
+class means, and scaled to length 1 again.</p>{crowded}
 <div class="grid wide">{"".join(spheres)}</div>"""
 
 

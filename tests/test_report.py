@@ -300,6 +300,12 @@ def test_names_on_the_sphere_cover_no_disc_and_are_whole():
         assert np.all((apart[..., 0] > half + 6) | (apart[..., 1] > 12))
 
 
+@pytest.mark.parametrize("classes", [2, 4, 5])
+def test_only_more_than_four_classes_are_crowded_on_the_sphere(classes, tmp_path):
+    text = report.render(report.load_runs([make_run(tmp_path / "r", classes=classes)]))
+    assert ("must look close together" in text) == (classes > 4)
+
+
 def axis_of(text, title):
     """The least and the largest word on the vertical axis of a chart on the page."""
     drawing = text[text.index(f"<h3>{title}</h3>") :].partition("</svg>")[0]
