@@ -70,6 +70,8 @@ BETTER = {"0": "lower", "1": "higher", "K − 1": "higher"}
 BETTER_OF = {"cos_mean": "lower", "distance_frame": "lower"}
 SPHERE_SAMPLES = 600  # drawn per run; more only thicken the clouds
 LONG_NAME = 12  # characters, beyond which names are cut in charts, and every run gets a letter to be told apart by
+# Settings that say which pictures a run was trained and measured on.
+DATA = ("dataset", "limit", "imbalance", "imbalance_shape")
 # Settings that say where and how to run, not what.
 PLACES = ("run_dir", "resume", "quiet", "json", "dry_run", "recipe")
 
@@ -135,9 +137,8 @@ def _leaders(runs: Sequence[Run], key: str) -> list[int]:
 
 
 def _comparable(runs: Sequence[Run]) -> bool:
-    return (
-        len(runs) > 1 and len({run.config.get("dataset") for run in runs}) == 1 and all(_has_pairs(run) for run in runs)
-    )
+    data = {tuple(run.config.get(key) for key in DATA) for run in runs}
+    return len(runs) > 1 and len(data) == 1 and all(_has_pairs(run) for run in runs)
 
 
 def _has_pairs(run: Run) -> bool:

@@ -212,7 +212,8 @@ def test_winner_only_where_it_leads_in_both_measures(tmp_path):
     assert verdict(runs[1], runs[0], make_run(tmp_path / "d", cosine=0.4)) == "a places its class means most evenly"
     undecided = "How evenly the class means are placed"
     assert verdict(runs[0], runs[2]) == verdict(runs[0], crowded) == verdict(runs[0]) == undecided
-    assert verdict(runs[0], make_run(tmp_path / "e", cosine=0.4, dataset="cifar10")) == undecided
+    for key, value in (("dataset", "cifar10"), ("imbalance", 0.01), ("limit", 500)):
+        assert verdict(runs[0], make_run(tmp_path / key, cosine=0.4, **{key: value})) == undecided
 
 
 def test_outcome_of_many_runs_gives_a_range(tmp_path):
