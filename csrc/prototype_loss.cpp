@@ -31,7 +31,7 @@ struct Walk {
   at::Tensor labels;                           // [n] among the classes that are computed
   int64_t n, k, height, width;                 // samples and classes, in all and in a tile
 
-  Walk(const at::Tensor& all_labels, int64_t num_classes, const PrototypeLoss& o) {
+  Walk(const at::Tensor& all_labels, int64_t num_classes, int64_t dim, const PrototypeLoss& o) {
     const int64_t total = all_labels.numel();
     const int64_t* const label = all_labels.data_ptr<int64_t>();
     std::vector<int64_t> counts(num_classes, 0);
@@ -70,7 +70,9 @@ struct Walk {
       for (int64_t j = 0; j < n; ++j) own[j] = counts[own[j]];
     }
     width = std::max<int64_t>(1, std::min(k, o.panel_classes));
-    height = std::max<int64_t>(1, std::min(n, std::max(o.min_block, o.tile_elements / width)));
+    // Of few classes as many samples as have their vectors within a tile's memory.
+    const int64_t wide = std::max(width, std::min(dim, o.panel_classes));
+    height = std::max<int64_t>(1, std::min(n, std::max(o.min_block, o.tile_elements / wide)));
   }
 
   at::Tensor of_samples(const at::Tensor& x) const { return samples ? x.index_select(0, *samples) : x; }
@@ -173,7 +175,7 @@ LossAndSaved prototype_loss(const at::Tensor& features, const at::Tensor& protot
                             int64_t room) {
   const Plainly plainly;
   const int64_t all_samples = features.size(0), all_classes = prototypes.size(0), dim = features.size(1);
-  const Walk t(labels, all_classes, o);
+  const Walk t(labels, all_classes, dim, o);
   const at::Tensor inv_features = inverse_norms("features", features);
   const at::Tensor inv_prototypes = inverse_norms("prototypes", prototypes);
   const at::Tensor x = t.of_samples(features), inv_x = t.of_samples(inv_features);
@@ -249,7 +251,7 @@ std::tuple<at::Tensor, at::Tensor, double> prototype_loss_backward(
     const at::Tensor& grad_pos, const PrototypeLoss& o, bool wants_features, bool wants_prototypes) {
   const Plainly plainly;
   const int64_t dim = features.size(1);
-  const Walk t(labels, prototypes.size(0), o);
+  const Walk t(labels, prototypes.size(0), dim, o);
   const at::Tensor x = t.of_samples(features), inv_x = t.of_samples(inv_features), inv_w = t.of_classes(inv_prototypes);
   const at::Tensor positives = t.of_samples(grad_pos).to(at::kFloat);
   std::optional<at::Tensor> of_class, of_sample, folded_class, folded_sample;

@@ -100,7 +100,10 @@ def kept_elements(num_samples: int, num_classes: int, dtype: torch.dtype, keep_b
 
 def inverse_norms(name: str, x: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
     """1/|x| of each row, zero where |x| <= MIN_NORM; ones when the rows are taken as they are."""
-    norms = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
+    norms = x.new_empty(len(x), dtype=dtype)
+    at_once = len(x) if x.dtype == dtype else TILE_ELEMENTS // x.shape[1]
+    for block in spans(len(x), max(at_once, 1)):
+        torch.linalg.vector_norm(x[block], dim=1, dtype=dtype, out=norms[block])  # widens whatever it is given
     if x.device.type == "cpu":
         _checks.check_finite_norms(name, norms)
     return torch.where(norms <= MIN_NORM, 0, 1 / norms) if normalize else torch.ones_like(norms)
@@ -177,8 +180,9 @@ class _Tiling:
 
     @property
     def height(self) -> int:
-        """Samples in a tile."""
-        return min(self.n, max(MIN_BLOCK, TILE_ELEMENTS // max(min(self.k, PANEL_CLASSES), 1)))
+        """Samples in a tile: of few classes as many as have their vectors within a tile's memory."""
+        width = min(max(self.k, self.features.shape[1]), PANEL_CLASSES)
+        return min(self.n, max(MIN_BLOCK, TILE_ELEMENTS // max(width, 1)))
 
     def buffer(self) -> Tensor:
         """Room for the largest tile; every tile is a contiguous view of it."""

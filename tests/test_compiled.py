@@ -94,7 +94,7 @@ BUDGETS = {"none kept": 0, "some kept": 10_000, "all kept": 1 << 20}
 def _budget(request, monkeypatch):
     """In bytes; tiles have 64 samples."""
     monkeypatch.setattr("hypercontrast.blockwise._budget_bytes", BUDGETS[request.param])
-    monkeypatch.setattr("hypercontrast.blockwise.TILE_ELEMENTS", 64 * 37)
+    monkeypatch.setattr("hypercontrast.blockwise.TILE_ELEMENTS", 64 * 48)
     monkeypatch.setattr("hypercontrast.blockwise.MIN_BLOCK", 1)
 
 

@@ -1,12 +1,13 @@
 """The blockwise backend's memory: flat in batch x classes once past the budget. Peaks are read in fresh processes."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import hypercontrast as hc
-from bench.measure import in_fresh_process, peak_of_step
+from bench.measure import _kib, in_fresh_process, peak_of_step
 from bench.peers import OURS
 from bench.record import Case
 
@@ -55,6 +56,29 @@ def test_peak_is_flat(name, peak_mib):
     for budget in (64, 128):
         kept = min(m * k * 4 / 2**20, budget)
         assert kept - tile < peak_mib(name, m, k, d, budget=budget * 2**20) < kept + gradients + 4 * tile + 16
+
+
+@needs_proc
+@pytest.mark.parametrize("name", ["ntce", "nonl", "normface"])
+def test_peak_of_few_classes_holds_no_second_copy_of_the_features(name, peak_mib):
+    m, k, d = 65_536, 4, 256  # 64 MiB
+    assert peak_mib(name, m, k, d, budget=0) < m * d * 4 / 2**20 + 6 * 8
+
+
+def peak_of_forward(n, d):
+    """In MiB beyond the inputs, of bfloat16."""
+    features, prototypes = (torch.ones(rows, d, dtype=torch.bfloat16) for rows in (n, 4))
+    labels = torch.arange(n) % 4
+    hc.ntce_loss(features[:100], prototypes, labels[:100])  # what is allocated once
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _kib("/proc/self/status", "VmRSS")
+    hc.ntce_loss(features, prototypes, labels)
+    return (_kib("/proc/self/status", "VmHWM") - before) / 1024
+
+
+@needs_proc
+def test_half_precision_is_widened_a_block_at_a_time():
+    assert in_fresh_process(peak_of_forward, 65_536, 256) < 6 * 8  # the features are 64 MiB in float32
 
 
 @pytest.mark.parametrize("function", [hc.normface_loss, hc.ntce_loss, hc.nonl_loss])
