@@ -152,6 +152,9 @@ class NeuralCollapse:
             1 GiB, keeps all of CIFAR-100 at D = 512 and 131 samples a class of ImageNet at D = 2048.
         device: where the statistics live (it must know float64); batches are moved there.
 
+    What is held is K x D and D x D numbers and the kept samples. `compute` takes several times K x K numbers more and,
+    for the eigenvalues of one such matrix, time that grows with K³: 1.1 GiB at 6,000 classes.
+
     Raises ValueError when the sizes are not positive or the budget is below two samples a class or not finite,
     TypeError when the sizes are no integers or the budget is no number.
     """
@@ -317,10 +320,7 @@ class NeuralCollapse:
 
     def _effective_rank(self, rows: Tensor) -> float:
         """exp H(σ/Σσ) for the eigenvalues σ of the covariance of `rows` [N, D]."""
-        centred = rows - rows.mean(0)
-        # The smaller of the two Gram matrices holds all eigenvalues that are not zero.
-        gram = centred @ centred.T if len(centred) <= self.dim else centred.T @ centred
-        variances = torch.linalg.eigvalsh(gram / len(centred)).clamp(min=0)
+        variances = torch.linalg.eigvalsh(_gram(rows - rows.mean(0)) / len(rows)).clamp(min=0)
         if variances.sum() <= NEGLIGIBLE:
             return 0.0
         if self.compat:
@@ -413,6 +413,11 @@ def _entropy(values: Tensor) -> Tensor:
     return torch.special.entr(p).sum()
 
 
+def _gram(rows: Tensor) -> Tensor:
+    """The smaller of the two Gram matrices: it holds all eigenvalues that are not zero."""
+    return rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
+
+
 def _matrix_entropy(gram_KK: Tensor) -> Tensor:
     return _entropy(torch.linalg.eigvalsh(gram_KK).clamp(min=0))
 
@@ -425,8 +430,8 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 def _information_ratios(a_KD: Tensor, b_KD: Tensor) -> tuple[Tensor, Tensor]:
     """HDR = |H1 − H2|/max(H1, H2) and MIR = (H1 + H2 − H(G1∘G2))/min(H1, H2) of two sets of unit rows."""
-    gram_a, gram_b = a_KD @ a_KD.T, b_KD @ b_KD.T
-    h_a, h_b, h_joint = (_matrix_entropy(gram) for gram in (gram_a, gram_b, gram_a * gram_b))
+    joint_KK = (a_KD @ a_KD.T) * (b_KD @ b_KD.T)  # its rank is as high as K, whatever D is
+    h_a, h_b, h_joint = (_matrix_entropy(gram) for gram in (_gram(a_KD), _gram(b_KD), joint_KK))
     return (
         _ratio((h_a - h_b).abs(), torch.maximum(h_a, h_b)),
         _ratio(h_a + h_b - h_joint, torch.minimum(h_a, h_b)),

@@ -314,6 +314,15 @@ def test_nc4_counts_samples_that_prototypes_send_to_an_unseen_class():
     assert neural_collapse(features, labels, prototypes)["nc4"] == 0.5
 
 
+def test_of_many_classes_one_matrix_has_its_eigenvalues_taken(monkeypatch):
+    """All others are of D x D, or of a class's samples."""
+    sizes = []
+    original = torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda x: sizes.append(len(x)) or original(x))
+    neural_collapse(torch.randn(80, 3), torch.arange(80) % 40, torch.randn(40, 3))
+    assert sizes.count(40) == 1
+
+
 def test_without_prototypes_the_class_means_stand_in():
     features, labels, _ = sample()
     result = neural_collapse(features, labels)
