@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -121,6 +122,7 @@ def _rank(rank: int, case: Case, folder: str, threads: int) -> None:
     if rank == 0:
         torch.save(found, Path(folder) / "found")
     dist.destroy_process_group()
+    time.sleep(0.1)  # Gloo's threads let go of the last tensors: see hypercontrast/launch.py
 
 
 def _samples(case: Case, rank: int, device: str) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,7 @@ RUN_COLOURS = 6  # --run0 ... --run5, then again from the start
 # Told apart without colour, too; strokes and gaps of each run's curves.
 DASHES = ("", "8 4", "2 4", "12 4 2 4", "5 3", "16 5")
 LOG_SPAN = 30  # times its smallest value that a curve of positive ones must reach to be drawn on a logarithmic axis
+ROUNDED_ZERO = 1e-12  # smaller values are what rounding has left of a zero
 # Teal and brown: told apart in every colour vision, and so light that both black and white can be read on them.
 COSINE_COLOURS = {1: (18, 132, 121), -1: (178, 95, 23)}
 CLASS_COLOURS = (
@@ -180,13 +181,13 @@ def chart(
 ) -> str:
     """Values over epochs: every curve in the same axes, labelled where it ends; dashes mark the ideal.
 
-    legal: the values there can be, which the axis does not leave. It is logarithmic where all values are positive and
-    far apart; an ideal of 0 is then out of the picture.
+    legal: the values there can be, which the axis does not leave. It is logarithmic where all values are positive, more
+    than rounding, and far apart; an ideal of 0 is then out of the picture.
     """
     epochs = [epoch for curve in curves for epoch, _ in curve.points]
     first, last = min(epochs), max(epochs)
     values = [value for curve in curves for _, value in curve.points]
-    if logarithmic := 0 < min(values) < max(values) / LOG_SPAN:
+    if logarithmic := ROUNDED_ZERO < min(values) < max(values) / LOG_SPAN:
         ideal = ideal if ideal and ideal > 0 else None
         values = [math.log10(value) for value in values]
         low, high = float(math.floor(min(values))), float(math.ceil(max(values)))

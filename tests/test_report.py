@@ -275,6 +275,13 @@ def test_chart_stays_inside_its_box(values, ideal):
     assert min(np.diff(labels)) >= 13.9
 
 
+@pytest.mark.parametrize(("least", "logarithmic"), [(1e-3, True), (6e-16, False), (0.0, False)])
+def test_what_rounding_left_of_a_zero_makes_no_logarithmic_axis(least, logarithmic):
+    """It would spread over ten powers of ten, and press the others together."""
+    curves = [figures.Curve(name, 0, [(1, value), (2, value)]) for name, value in (("zero", least), ("run", 0.6))]
+    assert ("log scale" in figures.chart(curves, "x")) == logarithmic
+
+
 def test_names_on_the_sphere_stand_apart():
     rng = np.random.default_rng(0)
     names = [f"class {c}" for c in range(20)]
