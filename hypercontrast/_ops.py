@@ -450,11 +450,7 @@ def class_sums(
         return _kernels().class_sums(features, inv_norms, labels, num_classes, ignore_index)
     in_range = labels != ignore_index
     y = torch.where(in_range, labels, 0)
-    # At collapse a class is the same number again and again, which float32 rounds the same way every time.
-    scale = torch.where(in_range, inv_norms, 0).to(blockwise.statistics_dtype(features.device))
-    sums = scale.new_zeros(num_classes, features.shape[1])
-    for block in blockwise.spans(len(features), max(1, blockwise.TILE_ELEMENTS // features.shape[1])):
-        sums.index_add_(0, y[block], blockwise.scaled(features[block], scale[block]))
+    sums = blockwise.class_sums(features, torch.where(in_range, inv_norms, 0), y, num_classes)
     return sums.to(inv_norms.dtype), labels.new_zeros(num_classes).index_add_(0, y, in_range.long())
 
 

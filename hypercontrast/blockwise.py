@@ -118,6 +118,19 @@ def spans(length: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
+def class_sums(x: Tensor, factors: Tensor | None, ids: Tensor, num_classes: int) -> Tensor:
+    """Σ of the rows of each class [K, D], times their factors if there are any, in `statistics_dtype`.
+
+    At collapse a class is the same number again and again, which float32 rounds the same way every time.
+    """
+    wide = statistics_dtype(x.device)
+    sums = x.new_zeros(num_classes, x.shape[1], dtype=wide)
+    for block in spans(len(x), max(1, TILE_ELEMENTS // x.shape[1])):
+        rows = x[block].to(wide)
+        sums.index_add_(0, ids[block], rows if factors is None else rows * factors[block, None])
+    return sums
+
+
 class _Tiling:
     """What forward and backward share: the samples and classes that count, the walk over tiles, and a tile's logits.
 

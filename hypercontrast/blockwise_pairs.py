@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 
 from hypercontrast import _checks, tiles
-from hypercontrast.blockwise import accumulate, exponent, inverse_norms, is_bounded, spans, spread, statistics_dtype
+from hypercontrast.blockwise import (
+    accumulate,
+    class_sums,
+    exponent,
+    inverse_norms,
+    is_bounded,
+    spans,
+    spread,
+    statistics_dtype,
+)
 
 EDGE = 640  # rows and columns of a tile: 1.6 MiB of float32, so that two threads' halves of it stay in L2
 
@@ -203,17 +212,11 @@ def launch_fwd(anchors, columns, anchor_ids, column_ids, mask, **options):
 
 
 def _class_positives(p: _Pairs) -> Tensor:
-    """Σ of each row's positives, u·(C - u), C the sum of its class's columns; less u only where it is among them.
-
-    In float64: at collapse a class is the same number again and again, which float32 rounds the same way every time.
-    """
+    """Σ of each row's positives, u·(C - u), C the sum of its class's columns; less u only where it is among them."""
     rows, columns = p.rows, p.columns
-    wide = statistics_dtype(rows.units.device)
     num_classes = 1 + max((int(x.ids[-1]) for x in (rows, columns) if x.n), default=0)
-    sums = columns.units.new_zeros(num_classes, columns.units.shape[1], dtype=wide)
-    for block in columns.blocks:
-        sums.index_add_(0, columns.ids[block], columns.units[block].to(wide))
-    positives = rows.units.new_empty(rows.n, dtype=wide)
+    sums = class_sums(columns.units, None, columns.ids, num_classes)
+    positives = sums.new_empty(rows.n)
     for block in rows.blocks:
         others = sums[rows.ids[block]]
         if p.own is not None:
