@@ -14,8 +14,8 @@ sanitizer      90 s  compute-sanitizer's memcheck, racecheck and initcheck over 
                      allocator; left out where it is not installed
 
 Each stage is a process of its own, ended after its seconds: it then counts as not passed, with what it has told until
-then. --stages runs some alone. The exit code is 0 when all that ran passed. bench/results/DATE-DEVICE/ has, as they
-come: environment.txt, verdicts.txt, STAGE.txt with what a stage says to the terminal, the logs and tables of some.
+then. --stages runs some alone. The exit code is 0 when all that ran passed. A new bench/results/DATE-DEVICE/ has, as
+they come: environment.txt, verdicts.txt, STAGE.txt with what a stage says to the terminal, the logs and tables of some.
 
 Needs torch, triton, pytest and the checkout alone; pytest-xdist shares the tests out better, pictures need matplotlib.
 Without a GPU, --rehearse walks the same stages on the CPU at small sizes, in Triton's interpreter.
@@ -47,16 +47,15 @@ from torch import Tensor
 
 import hypercontrast as hc
 from bench import forms, matrix, record
-from bench.arguments import writable
+from bench.arguments import new_folder, writable
 from bench.matrix import Entry
 from bench.measure import bits, captured
 from bench.peers import OURS
-from bench.record import Case
+from bench.record import ROOT, Case
 from hypercontrast import reference
 from hypercontrast.config import UsageError
 from hypercontrast.progress import fail
 
-ROOT = Path(__file__).parents[1]
 TAU = forms.TAU
 TESTS = tuple(
     f"tests/test_{name}.py"
@@ -448,7 +447,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="NAME", help="default: all"
     )
     parser.add_argument("--rehearse", action="store_true", help="small sizes on the CPU, in Triton's interpreter")
-    parser.add_argument("--output", type=Path, help="folder of the results (default: bench/results/DATE-DEVICE)")
+    parser.add_argument("--output", type=Path, help="default: a new folder, bench/results/DATE-DEVICE")
     parser.add_argument("--inside", choices=STAGES, help=argparse.SUPPRESS)  # one stage, in this process
     parser.add_argument("--once", nargs=3, help=argparse.SUPPRESS)  # a stage, and which of how many parts of its calls
     args = parser.parse_args(argv)
@@ -464,8 +463,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.rehearse and not torch.cuda.is_available():
         print("gpu-check needs a GPU; --rehearse walks its stages on the CPU", file=sys.stderr)
         return 2
-    machine = "rehearsal" if args.rehearse else torch.cuda.get_device_name().replace(" ", "-")
-    folder = (args.output or ROOT / "bench" / "results" / f"{time.strftime('%Y-%m-%d')}-{machine}").absolute()
+    machine = "rehearsal" if args.rehearse else torch.cuda.get_device_name()
+    folder = (args.output or new_folder(machine, "bench/results")).absolute()
     try:
         writable(folder / "environment.txt").write_text(environment())
     except UsageError as error:
@@ -479,7 +478,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         failed |= verdict.startswith("FAILED")
         line = f"{name}: {verdict} ({time.perf_counter() - start:.0f} s)"
         print(line, flush=True)
-        with (folder / "verdicts.txt").open("a") as file:  # other stages may have run before, with --stages
+        with (folder / "verdicts.txt").open("a") as file:  # with --output other stages may have run before
             file.write(f"{line}\n")
     print(f"results in {folder}")
     return int(failed)

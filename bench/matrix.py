@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 
 from bench import forms, peers
-from bench.arguments import non_negative, positive
+from bench.arguments import add_output, new_folder, non_negative, positive, writable
 from bench.measure import measure, reason_of, row
 from bench.peers import OURS
-from bench.record import Case, Row, Writer, environment, markdown, markdown_line, results_folder, short
+from bench.record import Case, Row, Writer, environment, markdown, markdown_line, short
 
 OPS = ("nonl", "ntce", "normface", "supcon", "buffer", "step")
 # Where --shape is not given: N, K (supcon: classes, buffer: rows of its queue), D.
@@ -217,7 +217,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--seconds", type=non_negative, metavar="S", help="of rounds a case (default: 5, quick: 1)")
     parser.add_argument("--threads", type=positive, metavar="T", help="of the CPU (default: torch's choice)")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/bench/DATE-DEVICE")
+    add_output(parser)
 
 
 def chosen(args: argparse.Namespace, device: str) -> list[Entry]:
@@ -263,18 +263,15 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     where = environment(device)
     start = time.perf_counter()
-    folder = args.output or results_folder(device)
+    folder = args.output or new_folder(where["device"])
+    csv = writable(folder / "matrix.csv")
     print("# " + ", ".join(f"{name} {value}" for name, value in where.items() if value), flush=True)
     a_case = args.seconds if args.seconds is not None else 1.0 if args.quick else 5.0
     limit = QUICK_SECONDS if args.quick else None
-    try:
-        outcome = measure_all(entries, folder / "matrix.csv", device, a_case, limit)
-    except OSError as error:  # of the file: a case's own are in its row
-        print(f"bench: --output must be a folder that can be written: {error}", file=sys.stderr)
-        return 2
+    outcome = measure_all(entries, csv, device, a_case, limit)
     (folder / "matrix.md").write_text(f"{markdown(outcome.rows)}\n\n{headlines(outcome.rows)}\n")
     print(f"\n{headlines(outcome.rows)}\n")
-    for path in [folder / "matrix.csv", folder / "matrix.md", *draw(folder / "matrix.csv")]:
+    for path in [csv, folder / "matrix.md", *draw(csv)]:
         print(path)
     print(f"{len(outcome.rows)} rows in {time.perf_counter() - start:.0f} s")
     for bad in outcome.wrong:

@@ -22,7 +22,7 @@ import torch
 from torch.autograd import DeviceType
 
 from bench import forms, record
-from bench.arguments import writable
+from bench.arguments import add_output, new_folder, writable
 from bench.measure import Run
 from bench.record import ROOT, Case
 from bench.roofline import add_case_arguments, case_of
@@ -128,7 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_case_arguments(parser)
     parser.add_argument("--passes", choices=("forward", "backward", "both"), default="both")
     parser.add_argument("--kernel", type=pattern, metavar="REGEX", help="of those whose name it matches (default: all)")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/bench/DATE-DEVICE")
+    add_output(parser)
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)  # the child that ncu watches
 
 
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     if args.once:
         run_once(passes_of(case, args.passes, device))
         return 0
-    folder = (args.output or record.results_folder(device)).resolve()
+    folder = (args.output or new_folder(record.environment(device)["device"])).resolve()
     writable(folder / "profile.txt")
     summary = None
     if device == "cuda" and shutil.which("ncu"):

@@ -9,7 +9,6 @@ import csv
 import dataclasses
 import functools
 import platform
-import re
 import subprocess
 import time
 from collections.abc import Iterable
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
+
+from hypercontrast.config import access
 
 ROOT = Path(__file__).parents[1]
 
@@ -157,12 +158,6 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def results_folder(device: str) -> Path:
-    """Where a command writes when nobody says where: runs/bench/DATE-DEVICE."""
-    where = environment(device)
-    return ROOT / "runs" / "bench" / f"{where['date']}-{re.sub(r'[^A-Za-z0-9]+', '-', where['device']).strip('-')}"
-
-
 def cpu_name() -> str:
     """The processor and the vector instructions that PyTorch takes there: "AMD EPYC" alone names many."""
     try:
@@ -196,12 +191,13 @@ class Writer:
 
     def __init__(self, path: Path, kind: type = Row) -> None:
         self.path, self.columns = path, columns(kind)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerow(self.columns)
+        with access(path, "written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", newline="") as file:
+                csv.writer(file).writerow(self.columns)
 
     def add(self, row: Any) -> None:
-        with self.path.open("a", newline="") as file:
+        with access(self.path, "written"), self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(dataclasses.asdict(row))
 
 

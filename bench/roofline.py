@@ -34,13 +34,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 import hypercontrast as hc
 from bench import forms, record
-from bench.arguments import non_negative, positive, writable
+from bench.arguments import add_output, new_folder, non_negative, positive, writable
 from bench.measure import Run, clock, interleaved, reduced
 from bench.peers import OURS
 from bench.record import Case, Point
@@ -249,13 +248,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_case_arguments(parser)
     parser.add_argument("--seconds", type=non_negative, default=8, metavar="S", help="of rounds an op (default: 8)")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/bench/DATE-DEVICE")
+    add_output(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = [case_of(args, op, device) for op in args.op]
-    folder = args.output or record.results_folder(device)
+    folder = args.output or new_folder(record.environment(device)["device"])
     writer = record.Writer(writable(folder / "roofline.csv"), Point)
     probes, wrong = [], []
     print(HEADER, flush=True)

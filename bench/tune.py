@@ -7,7 +7,7 @@ pinned, on the shapes of the speed targets, in the pass (forward or backward) th
 crossover is measured: narrow against wide kernels of half types, by width.
 
 Cells come in order of importance, and each result is in tune.csv as soon as it is there, so a run may be stopped at any
-time; runs with the same folder add to it. Nothing is pinned by itself: paste pins.txt into _launch.py and let
+time; runs with the same --output add to it. Nothing is pinned by itself: paste pins.txt into _launch.py and let
 tests/test_compile.py compile it with all flags. Evidence ranks and does not predict: only times pin.
 """
 
@@ -33,10 +33,10 @@ from torch import Tensor
 
 import hypercontrast as hc
 from bench import forms
-from bench.arguments import non_negative, positive, writable
+from bench.arguments import new_folder, non_negative, positive, writable
 from bench.candidates import DTYPES, KERNELS, Cell, Evidence, cells, examine
 from bench.measure import clock, interleaved, ratio, reason_of
-from bench.record import ROOT, environment
+from bench.record import environment
 from hypercontrast.kernels import _launch
 from hypercontrast.kernels._launch import Config
 
@@ -349,7 +349,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile-only", action="store_true", help="evidence alone, even with a GPU")
     parser.add_argument("--rehearse", action="store_true", help="times on the CPU: tiny float16 shapes, few candidates")
     parser.add_argument("--seconds", type=non_negative, default=600, help="when to stop (default: 600)")
-    parser.add_argument("--output", type=Path, help="folder of the results (default: bench/results/DATE-tune)")
+    parser.add_argument("--output", type=Path, help="folder to add to (default: a new one, bench/results/DATE-tune)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -365,7 +365,7 @@ def run(args: argparse.Namespace) -> int:
     crosses = device and CROSSOVER in args.kernel and dtype != "float32"  # times, of kernels that float32 has not
     if not chosen and not crosses:
         return _refused(f"no table has a cell for --kernel {' '.join(args.kernel)}, {dtype}, --width {args.width}")
-    folder = args.output or ROOT / "bench" / "results" / f"{time.strftime('%Y-%m-%d')}-tune"
+    folder = args.output or new_folder("tune", "bench/results")
     table, pins = Table(writable(folder / "tune.csv"), device), []
     budget = hc.memory_budget()
     hc.set_memory_budget(0)  # what is kept from the forward is no part of a kernel's time
@@ -380,7 +380,8 @@ def run(args: argparse.Namespace) -> int:
                 if device:
                     trials = timed(trials, device, table, args.rehearse, end)
                     pins.append(pin(cell, trials))
-                    (folder / "pins.txt").write_text("".join(pins))
+                    with (folder / "pins.txt").open("a") as file:
+                        file.write(pins[-1])
                 else:
                     for trial in trials:
                         table.add(trial.line())

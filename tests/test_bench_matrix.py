@@ -8,12 +8,13 @@ import sys
 import time
 import types
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import diff, forms, matrix, peers, roofline, step
+from bench import arguments, diff, forms, matrix, peers, roofline, step
 from bench import measure as measuring
 from bench.__main__ import main
 from bench.measure import in_fresh_process, interleaved, measure, peak_of_step
@@ -690,7 +691,7 @@ def test_cases_past_the_limit_are_named(tmp_path, capsys):
             "--vs must be of compiled, eager K x M for these cases, got eager M x M",
         ),
         (["--op", "supcon", "--shape", "8", "4", "2", "--vs", "lightly"], "for these cases, got lightly"),
-        (["--op", "ntce", *SMALL, "--output", __file__], "--output must be a folder that can be written: "),
+        (["--op", "ntce", *SMALL, "--output", __file__], "--output must be where files can be written: "),
         (["roofline", "--output", __file__], "--output must be where files can be written: "),
         (["profile", "ntce", "--output", __file__], "--output must be where files can be written: "),
         (["communication", "--output", __file__], "--output must be where files can be written: "),
@@ -714,6 +715,26 @@ def test_bad_usage_is_one_line(arguments, message, capsys):
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["--op", "ntce", *SMALL, "--vs"], ["roofline", "--op", "ntce", *SMALL]])
+def test_a_second_run_of_the_day_leaves_the_first_its_record(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(arguments, "ROOT", tmp_path)
+    monkeypatch.setattr(roofline, "SQUARE", {"cpu": 32})
+    monkeypatch.setattr(roofline, "COPY_BYTES", {"cpu": 4096})
+    assert main(command) == 0
+    runs = tmp_path / "runs" / "bench"
+    (first,) = runs.iterdir()
+    record = {path: path.read_bytes() for path in first.iterdir()}
+    assert [main(command) for _ in range(2)] == [0, 0]
+    assert sorted(path.name for path in runs.iterdir()) == [first.name, f"{first.name}-2", f"{first.name}-3"]
+    assert {path: path.read_bytes() for path in first.iterdir()} == record
+
+
+def test_a_disk_that_fills_up_is_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(matrix, "Writer", lambda path: Writer(Path("/dev/full")))
+    assert main(["--op", "ntce", *SMALL, "--vs", "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "error: /dev/full cannot be written: No space left on device\n"
 
 
 # Comparison
