@@ -9,12 +9,12 @@ not in the second file: a run that was cut off has proved nothing of it.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.arguments import non_negative
 from bench.record import Row, read
+from hypercontrast.config import UsageError
 
 ROUNDING = 2**-23
 
@@ -78,15 +78,10 @@ def _number(error: float | None) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        before, after = read(args.before), read(args.after)
-    except (OSError, ValueError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
+    before, after = read(args.before), read(args.after)
     matched = list(pairs(before, after))
     if not matched:
-        print(f"bench: {args.before} and {args.after} have no case and form in common", file=sys.stderr)
-        return 2
+        raise UsageError(f"{args.before} and {args.after} must have a case and form in common, got none")
     for name in ("device", "threads", "torch"):
         values = [", ".join(sorted({str(getattr(row, name)) for row in rows})) for rows in (before, after)]
         if values[0] != values[1]:

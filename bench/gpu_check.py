@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 import hypercontrast as hc
-from bench import forms, matrix, record
+from bench import forms, matrix, plot, record
 from bench.arguments import new_folder, writable
 from bench.matrix import Entry
 from bench.measure import bits, captured
@@ -308,7 +308,7 @@ def measured(folder: Path, rehearse: bool) -> bool:
     else:
         outcome = matrix.measure_all(matrix.standard_gpu(), csv_file, "cuda", 1.0, limit=MATRIX_SECONDS)
     print(matrix.headlines(outcome.rows))
-    for path in matrix.draw(csv_file):
+    for path in plot.draw_beside(csv_file):
         print("   ", path.name)
     return not outcome.wrong and all(row.repeats is not False for row in outcome.rows if row.form == OURS)
 

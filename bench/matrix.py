@@ -12,7 +12,6 @@ a finding, one of ours past it, or failing, ends the run with exit code 1. What 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import sys
 import time
@@ -22,11 +21,12 @@ from pathlib import Path
 
 import torch
 
-from bench import forms, peers
+from bench import forms, peers, plot
 from bench.arguments import add_output, new_folder, non_negative, positive, writable
 from bench.measure import measure, reason_of, row
 from bench.peers import OURS
 from bench.record import Case, Row, Writer, environment, markdown, markdown_line, short
+from hypercontrast.config import UsageError
 
 OPS = ("nonl", "ntce", "normface", "supcon", "buffer", "step")
 # Where --shape is not given: N, K (supcon: classes, buffer: rows of its queue), D.
@@ -183,20 +183,6 @@ def _both(mine: float | None, theirs: float | None, shown: Callable[[float], str
     return "" if mine is None or theirs is None else f"{shown(mine)} / {shown(theirs)}"
 
 
-def draw(csv: Path) -> list[Path]:
-    """The file's pictures, beside it; none without matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no pictures: needs matplotlib")
-        return []
-    from bench import plot
-
-    try:
-        return plot.draw([csv], csv.parent)
-    except ValueError as error:  # nothing was measured
-        print(f"no pictures: {error}")
-        return []
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="few cases of a CPU, under 3 minutes on two cores")
     parser.add_argument("--op", nargs="+", choices=OPS, metavar="OP", help=f"of {', '.join(OPS)} (default: all)")
@@ -221,18 +207,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen(args: argparse.Namespace, device: str) -> list[Entry]:
-    """The cases that the arguments ask for; ValueError where there are none or a case cannot be."""
+    """The cases that the arguments ask for. Raises: UsageError where there are none or a case cannot be."""
     described = (args.shape, args.dtype, args.labels, args.temperature, args.features)
     if any(described):
-        if args.quick:
-            raise ValueError(
-                "--quick has its own cases: leave out --shape, --dtype, --labels, --temperature, --features"
-            )
+        own = "--quick" if args.quick else "--op step" if "step" in (args.op or ()) else ""
+        if own:
+            cases = "--shape, --dtype, --labels, --temperature, --features"
+            raise UsageError(f"{own} has its own cases: leave out {cases}")
         entries = []
-        if "step" in (args.op or ()):
-            raise ValueError(
-                "--op step has its own cases: leave out --shape, --dtype, --labels, --temperature, --features"
-            )
         for op in args.op or forms.EAGER:
             values = (args.shape or [SHAPES.get(op, SHAPE)], args.dtype or ["float32"], args.labels or ["uniform"],
                       args.temperature or [forms.TAU], args.features or ["random"])  # fmt: skip
@@ -240,13 +222,13 @@ def chosen(args: argparse.Namespace, device: str) -> list[Entry]:
     else:
         entries = quick() if args.quick else standard_gpu() if device == "cuda" else standard_cpu()
         if missing := sorted(set(args.op or ()) - {entry.case.op for entry in entries}):
-            raise ValueError(f"--quick has no case of {', '.join(missing)}: leave out --quick")
+            raise UsageError(f"--quick has no case of {', '.join(missing)}: leave out --quick")
         entries = [entry for entry in entries if args.op is None or entry.case.op in args.op]
     for entry in entries:
         forms.check(entry.case)
     known = {name for entry in entries for name in peers.fitting(entry.case)}
     if unknown := sorted(set(args.vs or ()) - known):
-        raise ValueError(
+        raise UsageError(
             f"--vs must be of {', '.join(sorted(known)) or 'nothing'} for these cases, got {', '.join(unknown)}"
         )
     return entries if args.vs is None else [Entry(entry.case, tuple(args.vs)) for entry in entries]
@@ -254,11 +236,7 @@ def chosen(args: argparse.Namespace, device: str) -> list[Entry]:
 
 def run(args: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        entries = chosen(args, device)
-    except ValueError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
+    entries = chosen(args, device)
     if args.threads:
         torch.set_num_threads(args.threads)
     where = environment(device)
@@ -271,7 +249,7 @@ def run(args: argparse.Namespace) -> int:
     outcome = measure_all(entries, csv, device, a_case, limit)
     (folder / "matrix.md").write_text(f"{markdown(outcome.rows)}\n\n{headlines(outcome.rows)}\n")
     print(f"\n{headlines(outcome.rows)}\n")
-    for path in [csv, folder / "matrix.md", *draw(csv)]:
+    for path in [csv, folder / "matrix.md", *plot.draw_beside(csv)]:
         print(path)
     print(f"{len(outcome.rows)} rows in {time.perf_counter() - start:.0f} s")
     for bad in outcome.wrong:

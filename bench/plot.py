@@ -19,7 +19,6 @@ import argparse
 import csv
 import math
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from bench import forms, record
 from bench.peers import OURS
 from bench.record import Case, Point, Row
+from hypercontrast.config import UsageError, access
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,15 +114,27 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
 def draw(csv_files: Sequence[Path], folder: Path) -> list[Path]:
     """Write the pictures of all rows in these files; their paths.
 
-    Raises: ImportError without matplotlib; ValueError for a file of another schema, or where nothing was measured.
+    Raises: UsageError without matplotlib, for a file that is none of the bench's, and where nothing was measured.
     """
     figures = figures_of(*read(csv_files))
     if not figures:
-        raise ValueError(f"FILE must hold measured rows, got none in {', '.join(map(str, csv_files))}")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=DPI)
+        raise UsageError(f"FILE must hold measured rows, got none in {', '.join(map(str, csv_files))}")
+    with access(folder, "written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=DPI)
     return [folder / f"{name}.png" for name in figures]
+
+
+def draw_beside(file: Path) -> list[Path]:
+    """The pictures of a file that was just measured, in its folder; none, and a line that says why, where there can be
+    none.
+    """
+    try:
+        return draw([file], file.parent)
+    except UsageError as error:
+        print(f"no pictures: {error}")
+        return []
 
 
 def read(csv_files: Iterable[Path]) -> tuple[list[Row], list[Point]]:
@@ -130,7 +142,7 @@ def read(csv_files: Iterable[Path]) -> tuple[list[Row], list[Point]]:
     rows: dict[tuple, Row] = {}
     points: dict[tuple, Point] = {}
     for path in csv_files:
-        with path.open(newline="") as file:
+        with access(path, "read"), path.open(newline="") as file:
             of_roofline = "passes" in next(csv.reader(file), [])
         if of_roofline:
             points |= {(_where(p), p.op, p.passes, p.n, p.k, p.d, p.dtype): p for p in record.read(path, Point)}
@@ -187,7 +199,7 @@ def _page(width: float, height: float, title: str, subtitle: str) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("plot needs matplotlib: pip install 'hypercontrast[bench]'") from None
+        raise UsageError("plot needs matplotlib: pip install 'hypercontrast[bench]'") from None
     page = Figure(figsize=(width, height), facecolor="white")
     page.text(0.2 / width, 1 - 0.2 / height, title, fontsize=15, weight="bold", va="top")
     page.text(0.2 / width, 1 - 0.54 / height, subtitle, fontsize=9.5, color=SOFT, va="top")
@@ -473,10 +485,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        paths = draw(args.files, args.output or args.files[0].parent)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
-    print(*paths, sep="\n")
+    print(*draw(args.files, args.output or args.files[0].parent), sep="\n")
     return 0

@@ -26,6 +26,7 @@ from bench.arguments import add_output, new_folder, writable
 from bench.measure import Run
 from bench.record import ROOT, Case
 from bench.roofline import add_case_arguments, case_of
+from hypercontrast.config import UsageError
 
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats")
 WARM_UP, REPEATS = 3, 5
@@ -110,14 +111,14 @@ def traced(run: Run, kernel: str | None, device: str, trace: Path) -> str:
 def table(rows: list[tuple[str, float, float]], kernel: str | None) -> str:
     """Of (name, calls a pass, self ms a pass): the longest first, with their shares of all, matching or not.
 
-    Raises: ValueError when no name matches.
+    Raises: UsageError when no name matches.
     """
     total = sum(ms for *_, ms in rows)
     rows = sorted(rows, key=lambda row: -row[2])
     chosen = [row for row in rows if kernel is None or re.search(kernel, row[0])][:MOST_ROWS]
     if not chosen:
         longest = ", ".join(name for name, *_ in rows[:MOST_ROWS])
-        raise ValueError(f"--kernel must match a name, got {kernel}; the longest are {longest}")
+        raise UsageError(f"--kernel must match a name, got {kernel}; the longest are {longest}")
     lines = [f"| of {total:.3g} ms a pass | calls | self ms | share |", "|---|---|---|---|"]
     lines += [f"| {name} | {calls:g} | {ms:.3g} | {ms / total:.1%} |" for name, calls, ms in chosen]
     return "\n".join(lines) + "\n"
@@ -156,11 +157,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"bench: ncu: {error}; torch.profiler instead", file=sys.stderr)
     if summary is None:
         whole = folder / "trace.json"
-        try:
-            summary = traced(passes_of(case, args.passes, device), args.kernel, device, whole)
-        except ValueError as error:
-            print(f"bench: {error}", file=sys.stderr)
-            return 2
+        summary = traced(passes_of(case, args.passes, device), args.kernel, device, whole)
     where = " ".join(f"{name} {value}" for name, value in record.environment(device).items() if value)
     title = f"{case.op} {case.n} x {case.k} x {case.d} {case.dtype}, {args.passes}; {where}"
     (folder / "profile.txt").write_text(f"{title}\n\n{summary}")

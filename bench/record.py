@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 
-from hypercontrast.config import access
+from hypercontrast.config import UsageError, access
 
 ROOT = Path(__file__).parents[1]
 
@@ -202,21 +202,21 @@ class Writer:
 
 
 def read(path: Path, kind: type[Record] = Row) -> list[Record]:
-    """The rows of a CSV file; ValueError where its columns are not those of `kind`.
+    """The rows of a CSV file. A record made before a column was added lacks it: there the row's default stands.
 
-    A record made before a column was added has no such column: there the row's default stands.
+    Raises: UsageError for a file that cannot be read, or is not one of `kind`.
     """
     kinds = get_type_hints(kind)
     added = {field.name for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}
-    with path.open(newline="") as file:
+    with access(path, "read"), path.open(newline="") as file:
         reader = csv.DictReader(file)
         found = list(reader.fieldnames or ())
         if found != [name for name in columns(kind) if name in found or name not in added]:
-            raise ValueError(f"{path} must have the columns of a {kind.__name__}, got {found}")
+            raise UsageError(f"{path} must have the columns of a {kind.__name__}, got {found}")
         try:
             return [kind(**{name: _parsed(text, kinds[name]) for name, text in line.items()}) for line in reader]
         except (csv.Error, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise UsageError(
                 f"{path} must have a {kind.__name__} a line, got another in line {reader.line_num}"
             ) from error
 

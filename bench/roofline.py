@@ -38,7 +38,7 @@ from functools import partial
 import torch
 
 import hypercontrast as hc
-from bench import forms, record
+from bench import forms, plot, record
 from bench.arguments import add_output, new_folder, non_negative, positive, writable
 from bench.measure import Run, clock, interleaved, reduced
 from bench.peers import OURS
@@ -266,13 +266,7 @@ def run(args: argparse.Namespace) -> int:
         probes.append(probes_line(points[0]))
         if points[0].wrong:
             wrong.append(f"{case.op} is wrong: {points[0].wrong}")
-    print("", *probes, "", writer.path, sep="\n")
-    try:
-        from bench import plot
-
-        print(*plot.draw([writer.path], folder), sep="\n")
-    except ImportError as error:
-        print(f"no picture: {error}")
+    print("", *probes, "", writer.path, *plot.draw_beside(writer.path), sep="\n")
     for reason in wrong:
         print(f"bench: {reason}", file=sys.stderr)
     return int(bool(wrong))

@@ -66,7 +66,7 @@ def test_a_file_that_is_cut_off_or_bent_is_one_line(line, command, tmp_path, cap
     path = tmp_path / "bent.csv"
     path.write_text(f"op,form,n,k,d,dtype,fwd_ms\nntce,other,8,4,2,float32,1.5\n{line}\n")
     assert main([command, *[str(path)] * (1 + (command == "diff"))]) == 2
-    assert capsys.readouterr().err == f"bench: {path} must have a Row a line, got another in line 3\n"
+    assert capsys.readouterr().err == f"error: {path} must have a Row a line, got another in line 3\n"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*/matrix.csv")), ids=lambda p: p.parent.name)
@@ -798,4 +798,4 @@ def test_diff_of_what_cannot_be_compared(tmp_path, capsys):
     assert main(["diff", a, b]) == 2
     assert main(["diff", a, c]) == 2
     assert main(["diff", a, str(tmp_path / "none.csv")]) == 2
-    assert capsys.readouterr().err.count("bench: ") == 3
+    assert capsys.readouterr().err.count("error: ") == 3

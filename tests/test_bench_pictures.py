@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench import plot, profile, record, roofline
+from bench.__main__ import main
 from bench.record import Case, Row
 from bench.roofline import Rates, Work
 from hypercontrast import compiled
@@ -188,20 +189,20 @@ def test_later_files_count(tmp_path):
 def test_files_that_cannot_be_drawn(tmp_path, capsys, monkeypatch):
     other = tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n")
-    assert plot.run(parsed(plot, other)) == 2
-    assert capsys.readouterr().err == f"bench: {other} must have the columns of a Row, got ['a', 'b']\n"
+    assert main(["plot", str(other)]) == 2
+    assert capsys.readouterr().err == f"error: {other} must have the columns of a Row, got ['a', 'b']\n"
     old = write(tmp_path / "old.csv", POINTS)
     old.write_text(old.read_text().replace("exp_gexps", "exps_a_second", 1))
-    assert plot.run(parsed(plot, old)) == 2
+    assert main(["plot", str(old)]) == 2
     assert f"{old} must have the columns of a Point, got [" in capsys.readouterr().err
     nothing = write(tmp_path / "nothing.csv", [row("ours", 256, status="absent")])
-    assert plot.run(parsed(plot, nothing)) == 2
-    assert capsys.readouterr().err == f"bench: FILE must hold measured rows, got none in {nothing}\n"
-    assert plot.run(parsed(plot, tmp_path / "missing.csv")) == 2
+    assert main(["plot", str(nothing)]) == 2
+    assert capsys.readouterr().err == f"error: FILE must hold measured rows, got none in {nothing}\n"
+    assert main(["plot", str(tmp_path / "missing.csv")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert plot.run(parsed(plot, write(tmp_path / "rows.csv", GROWTH))) == 2
-    assert capsys.readouterr().err == "bench: plot needs matplotlib: pip install 'hypercontrast[bench]'\n"
+    assert main(["plot", str(write(tmp_path / "rows.csv", GROWTH))]) == 2
+    assert capsys.readouterr().err == "error: plot needs matplotlib: pip install 'hypercontrast[bench]'\n"
 
 
 # Roofline
@@ -317,8 +318,8 @@ def test_profile_of_a_case(tmp_path, capsys, monkeypatch, passes):
     assert rows
     assert all(line.startswith(("| aten::mm |", "| aten::addmm_ |")) for line in rows)
     capsys.readouterr()
-    assert profile.run(parsed(profile, *words, "--kernel", "no such")) == 2
-    assert capsys.readouterr().err.startswith("bench: --kernel must match a name, got no such; the longest are ")
+    assert main(["profile", *map(str, words), "--kernel", "no such"]) == 2
+    assert capsys.readouterr().err.startswith("error: --kernel must match a name, got no such; the longest are ")
 
 
 def test_profile_table():
