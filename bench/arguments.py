@@ -7,16 +7,20 @@ import itertools
 import math
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from bench.record import ROOT
 from hypercontrast.config import UsageError
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text}")
-    return int(text)
+def at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text}")
+        return int(text)
+
+    return number
 
 
 def non_negative(text: str) -> float:

@@ -26,7 +26,6 @@ Shapes: W ranks, n rows and N = W·n, K classes, D dimensions.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import importlib.util
 import json
@@ -52,10 +51,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hypercontrast as hc
 from bench import record
-from bench.arguments import writable
+from bench.arguments import at_least, writable
 from bench.network import Collective
 from hypercontrast._agreement import HEADER
 from hypercontrast.buffer import ALIGNMENT, TAIL
+from hypercontrast.config import UsageError
 
 TEMPERATURE = 0.1
 ROUNDS = 5
@@ -78,7 +78,7 @@ class Case:
         return 4 if self.gpu else 8
 
 
-# The ways: their collectives in the order of a step, computed, and the loss that makes them.
+# The ways: their collectives in the order of a step, computed, and the loss that makes them
 
 
 AGREEMENT = Collective("all-gather", HEADER)  # the ranks compare their calls before data moves
@@ -172,7 +172,7 @@ WAYS: dict[str, tuple[Callable[[Case], list[Collective]], Callable[[Case], Loss]
 }
 
 
-# Measured over Gloo.
+# Measured over Gloo
 
 
 class Recorder(TorchDispatchMode):
@@ -315,7 +315,7 @@ def _settled() -> int | None:
     return now
 
 
-# The model.
+# The model
 
 
 @dataclass(frozen=True)
@@ -367,7 +367,7 @@ def _modelled(way: str, case: Case) -> Modelled:
     )  # fmt: skip
 
 
-# The command.
+# The command
 
 # (n, K, D) measured: the ImageNet recipes' pictures a rank, two rows each for pairs.
 MEASURED = {
@@ -379,21 +379,14 @@ MEASURED = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=_ranks, nargs="+", default=[2, 4], help="of this machine, to measure with")
+    parser.add_argument("--ranks", type=at_least(2), nargs="+", default=[2, 4], help="of this machine, to measure with")
     parser.add_argument("--output", type=Path, help="folder for measured.csv, model.csv and communication.png")
 
 
-def _ranks(text: str) -> int:
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 2, got {text}")
-    return int(text)
-
-
 def run(args: argparse.Namespace) -> int:
-    if args.output is not None and importlib.util.find_spec("matplotlib") is None:
-        print("--output needs matplotlib: pip install 'hypercontrast[bench]'", file=sys.stderr)
-        return 2
     if args.output is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UsageError("--output needs matplotlib: pip install 'hypercontrast[bench]'")
         writable(args.output / "measured.csv")
     measured = []
     print(f"# Measured over Gloo, {record.cpu_name()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
@@ -410,19 +403,14 @@ def run(args: argparse.Namespace) -> int:
         if row.gpus in SHOWN_GPUS:
             print(_line(row, MODEL_COLUMNS))
     if args.output is not None:
-        _write(args.output / "measured.csv", measured)
-        _write(args.output / "model.csv", modelled)
+        for name, rows in (("measured", measured), ("model", modelled)):
+            writer = record.Writer(args.output / f"{name}.csv", type(rows[0]))
+            for row in rows:
+                writer.add(row)
         draw(modelled, args.output / "communication.png")
     if wrong := [row for row in measured if not row.agrees]:
         print(f"computed and measured bytes must be equal, got {wrong[0]}", file=sys.stderr)
     return int(bool(wrong))
-
-
-def _write(path: Path, rows: Sequence[Measured] | Sequence[Modelled]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(rows[0])])
-        writer.writeheader()
-        writer.writerows(map(dataclasses.asdict, rows))
 
 
 MEASURED_COLUMNS = {

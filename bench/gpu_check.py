@@ -51,7 +51,7 @@ from bench.arguments import new_folder, writable
 from bench.matrix import Entry
 from bench.measure import bits, captured
 from bench.peers import OURS
-from bench.record import ROOT, Case
+from bench.record import ROOT, Case, this_device
 from hypercontrast import reference
 from hypercontrast.config import UsageError
 from hypercontrast.progress import fail
@@ -87,10 +87,6 @@ SMALL = [
     Entry(Case("ntce", 40, 130, 24, features="collapsed"), ()),
     Entry(Case("buffer", 16, 64, 24)),
 ]
-
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # A process of its own, whose lines go to a log as they come
@@ -207,15 +203,15 @@ def every_kernel() -> Iterator[Callable[[], Any]]:
     nonl = partial(hc.nonl_loss, backend="triton")
     both = partial(nonl, anchor="both")
     for d, dtype in ((40, torch.float32), (40, torch.float16), (300, torch.bfloat16)):
-        leaves, y = forms.inputs("nonl", n, k, d, device=device(), dtype=dtype)
+        leaves, y = forms.inputs("nonl", n, k, d, device=this_device(), dtype=dtype)
         y[::7] = -100
         yield partial(forms.step, both, leaves, y)
         yield partial(forms.step, partial(hc.normface_loss, backend="triton"), leaves, y)
-        samples, classes = forms.inputs("supcon", n, k, d, device=device(), dtype=dtype)
+        samples, classes = forms.inputs("supcon", n, k, d, device=this_device(), dtype=dtype)
         yield partial(forms.step, partial(hc.supcon_loss, backend="triton"), samples, classes)
         yield partial(forms.step, partial(hc.supcon_loss, variant="in", backend="triton"), samples, classes)
         yield partial(forms.step, partial(hc.supcon_loss, temperature=0.01, backend="triton"), samples, classes)
-    leaves, y = forms.inputs("nonl", n, k, 40, device=device())
+    leaves, y = forms.inputs("nonl", n, k, 40, device=this_device())
 
     def terms(*inputs: Tensor) -> Tensor:
         """One a sample, which no kernel of the loss adds up, and class means."""
@@ -223,18 +219,18 @@ def every_kernel() -> Iterator[Callable[[], Any]]:
         return both(*inputs, class_means=means, reduction="none").sum()
 
     yield partial(forms.step, terms, leaves, y)
-    mask = torch.rand(n, n, device=device()) < 0.2
+    mask = torch.rand(n, n, device=this_device()) < 0.2
     yield partial(forms.step, lambda z, _: hc.supcon_loss(z, mask=mask, backend="triton"), leaves[:1], y)
-    others, other_y = leaves[1], torch.arange(k, device=device())
+    others, other_y = leaves[1], torch.arange(k, device=this_device())
     yield partial(
         forms.step,
         lambda z, w, y: hc.supcon_loss(z, y, ref_features=w, ref_labels=other_y, backend="triton"),
         (leaves[0], others), y,
     )  # fmt: skip
     # The smallest sizes of which a loss has parts to add up, a forward keeps exponentials, and skips absent classes.
-    yield partial(forms.step, both, *forms.inputs("nonl", 5000, k, 40, device=device(), dtype=torch.float16))
-    yield partial(forms.step, nonl, *forms.inputs("nonl", 4096, 1024, 1024, device=device(), dtype=torch.bfloat16))
-    yield partial(forms.step, nonl, *forms.inputs("nonl", 300, 60_000, 256, device=device(), dtype=torch.bfloat16))
+    yield partial(forms.step, both, *forms.inputs("nonl", 5000, k, 40, device=this_device(), dtype=torch.float16))
+    yield partial(forms.step, nonl, *forms.inputs("nonl", 4096, 1024, 1024, device=this_device(), dtype=torch.bfloat16))
+    yield partial(forms.step, nonl, *forms.inputs("nonl", 300, 60_000, 256, device=this_device(), dtype=torch.bfloat16))
 
 
 def index_range(folder: Path, rehearse: bool) -> bool:
@@ -259,9 +255,9 @@ def equals_float64(op: str, n: int, k: int, d: int, dtype: torch.dtype) -> bool:
     Both losses are Σ_c v_c (log Σ_j exp(s_cj) - mean of s_cj over class c). NTCE's anchors are the prototypes, v_c the
     classes' shares of the samples; SupCon's are one sample a class with n references, all v_c the same.
     """
-    g = torch.Generator(device()).manual_seed(0)
-    z, w = (torch.randn(rows, d, generator=g, device=device(), dtype=dtype) for rows in (n, k))
-    y = torch.randint(1, k, (n,), generator=g, device=device())
+    g = torch.Generator(this_device()).manual_seed(0)
+    z, w = (torch.randn(rows, d, generator=g, device=this_device(), dtype=dtype) for rows in (n, k))
+    y = torch.randint(1, k, (n,), generator=g, device=this_device())
     y[-max(1, min(BEYOND, n // 200)) :] = 0
     z += w.roll(1, 0)[y]  # at another class's anchor, so that no gradient is little more than noise
     counts = torch.bincount(y, minlength=k).double()
@@ -334,7 +330,7 @@ def repeated(rehearse: bool) -> Iterator[tuple[str, Callable[[], Sequence[Tensor
     shapes = [((1000, 300, 128), "bfloat16"), ((1000, 300, 500), "float32"), ((4096, 1000, 1100), "bfloat16")]
     cases = [((40, 9, 24), "float16")] if rehearse else shapes
     for (shape, dtype), (name, loss) in itertools.product(cases, losses.items()):
-        leaves, y = forms.inputs(name.split("-")[0], *shape, device=device(), dtype=forms.DTYPES[dtype])
+        leaves, y = forms.inputs(name.split("-")[0], *shape, device=this_device(), dtype=forms.DTYPES[dtype])
         yield f"{name} {' x '.join(map(str, shape))} {dtype}", partial(forms.step, loss, leaves, y)
 
 

@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 
 from bench import forms, peers, plot
-from bench.arguments import add_output, new_folder, non_negative, positive, writable
+from bench.arguments import add_output, at_least, new_folder, non_negative, writable
 from bench.measure import measure, reason_of, row
 from bench.peers import OURS
-from bench.record import Case, Row, Writer, environment, markdown, markdown_line, short
+from bench.record import Case, Row, Writer, environment, markdown, markdown_line, short, this_device
 from hypercontrast.config import UsageError
 
 OPS = ("nonl", "ntce", "normface", "supcon", "buffer", "step")
@@ -202,7 +202,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(everyone)} (default: what a case calls for; none: the cheapest eager form alone)",
     )  # fmt: skip
     parser.add_argument("--seconds", type=non_negative, metavar="S", help="of rounds a case (default: 5, quick: 1)")
-    parser.add_argument("--threads", type=positive, metavar="T", help="of the CPU (default: torch's choice)")
+    parser.add_argument("--threads", type=at_least(1), metavar="T", help="of the CPU (default: torch's choice)")
     add_output(parser)
 
 
@@ -235,7 +235,7 @@ def chosen(args: argparse.Namespace, device: str) -> list[Entry]:
 
 
 def run(args: argparse.Namespace) -> int:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = this_device()
     entries = chosen(args, device)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -142,7 +142,7 @@ def pattern(text: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = record.this_device()
     case = case_of(args, args.op, device)
     if args.once:
         run_once(passes_of(case, args.passes, device))

@@ -144,6 +144,11 @@ COLUMNS = columns(Row)
 Record = TypeVar("Record")
 
 
+def this_device() -> str:
+    """What is measured: the GPU, where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @functools.cache
 def environment(device: str) -> dict[str, Any]:
     """The last columns of a row: where and with what it was measured."""

@@ -39,7 +39,7 @@ import torch
 
 import hypercontrast as hc
 from bench import forms, plot, record
-from bench.arguments import add_output, new_folder, non_negative, positive, writable
+from bench.arguments import add_output, at_least, new_folder, non_negative, writable
 from bench.measure import Run, clock, interleaved, reduced
 from bench.peers import OURS
 from bench.record import Case, Point
@@ -228,7 +228,7 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     """Shape and dtype of a case, for `case_of`; by default what suits the device."""
     defaults = (" ".join(map(str, shapes[device])) for device in ("cpu", "cuda") for shapes in (SHAPES, PAIRS))
     parser.add_argument(
-        "--shape", type=positive, nargs=3, metavar=("N", "K", "D"),
+        "--shape", type=at_least(1), nargs=3, metavar=("N", "K", "D"),
         help="samples, classes, width (default: {}, supcon {}; on a GPU {}, supcon {})".format(*defaults),
     )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: float32; on a GPU bfloat16)")
@@ -252,7 +252,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = record.this_device()
     cases = [case_of(args, op, device) for op in args.op]
     folder = args.output or new_folder(record.environment(device)["device"])
     writer = record.Writer(writable(folder / "roofline.csv"), Point)

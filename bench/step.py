@@ -31,7 +31,7 @@ import importlib.util
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bench import record
-from bench.arguments import writable
+from bench.arguments import at_least, writable
 from bench.measure import ratio
 from bench.record import Row
 from hypercontrast.config import Config, UsageError, configure
@@ -60,7 +60,6 @@ from hypercontrast.data import (
 from hypercontrast.launch import RankError, Ranks, check_hardware, fail_for, is_rank, joined, start_ranks
 from hypercontrast.models import check_model
 from hypercontrast.objective import VIEWS, Objective
-from hypercontrast.progress import fail
 from hypercontrast.step import Step, compiles
 from hypercontrast.workspace import build_network, check_batches
 
@@ -254,7 +253,7 @@ def measure(recipe: str, pictures: int | None, steps: int, ranks: Ranks | None =
     """
     config = configure(recipe=recipe, **options)
     if ranks is None:
-        ranks = Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        ranks = Ranks(0, 1, torch.device(record.this_device()))
     training = Training(config, pictures, ranks)
     warm_up = sum(training.whole(1)) / 1e3
     if ranks.device.type == "cuda" and ranks.world == 1:
@@ -328,27 +327,18 @@ def rows(device: str, quick: bool) -> Iterator[Row]:
             )  # fmt: skip
 
 
-# The command.
+# The command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--losses", nargs="+", default=["nonl", "scl", "ce"], choices=LOSSES, help="of cifar10-LOSS")
     chosen.add_argument("--recipe", nargs="+", default=[], help="any others of the driver's")
-    parser.add_argument("--pictures", type=_at_least(2), help="in the training set (default: the data set's)")
-    parser.add_argument("--steps", type=_at_least(TURNS), default=20, help="measured of every way (default: 20)")
+    parser.add_argument("--pictures", type=at_least(2), help="in the training set (default: the data set's)")
+    parser.add_argument("--steps", type=at_least(TURNS), default=20, help="measured of every way (default: 20)")
     parser.add_argument("--output", type=Path, help="CSV file of the shares")
     for name, kind in (("batch-size", int), ("width", int), ("cpu-ranks", int), ("gpus", int), ("compile", str)):
         parser.add_argument(f"--{name}", type=kind, help="as of hypercontrast.train (default: the recipe's)")
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text}")
-        return int(text)
-
-    return number
 
 
 @dataclass(frozen=True)
@@ -367,19 +357,17 @@ def run(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     recipes = args.recipe or [f"cifar10-{loss}" for loss in args.losses]
     order = _Order(recipes, args.pictures, args.steps, options, args.output)
+    configs = [configure(recipe=recipe, **options) for recipe in recipes]
+    for config in configs:
+        check_hardware(config)
+        check_model(config.model, config.width)
+    if args.output is not None:
+        writable(args.output)
     try:
-        configs = [configure(recipe=recipe, **options) for recipe in recipes]
-        for config in configs:
-            check_hardware(config)
-            check_model(config.model, config.width)
-        if args.output is not None:
-            writable(args.output)
         if configs[0].ranks > 1 and not is_rank():
             start_ranks(configs[0].ranks, _on_rank, order)
         else:
             _on_rank(order)
-    except UsageError as error:
-        return fail(2, str(error))
     except RankError as error:
         return fail_for(error, {"UsageError": 2})
     return 0

@@ -10,12 +10,12 @@ import torch
 from bench import forms
 from bench.buffer import TWIN, Ours, operators, step
 from bench.peers import OURS
-from bench.record import Case
+from bench.record import Case, this_device
 from hypercontrast.reference import unit_rows
 
 pytest.importorskip("pytest_benchmark")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = this_device()
 # N, K, D: a batch and classes of CIFAR at a backbone's width, of a projection head, of ImageNet-1k.
 SHAPES = [(256, 10, 512), (256, 100, 128), (256, 1000, 512)]
 PAIRS = [(256, 10, 128), (1024, 100, 128)]

@@ -18,7 +18,6 @@ import csv
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
@@ -33,10 +32,11 @@ from torch import Tensor
 
 import hypercontrast as hc
 from bench import forms
-from bench.arguments import new_folder, non_negative, positive, writable
+from bench.arguments import at_least, new_folder, non_negative, writable
 from bench.candidates import DTYPES, KERNELS, Cell, Evidence, cells, examine
 from bench.measure import clock, interleaved, ratio, reason_of
 from bench.record import environment
+from hypercontrast.config import UsageError
 from hypercontrast.kernels import _launch
 from hypercontrast.kernels._launch import Config
 
@@ -338,7 +338,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", nargs="+", choices=[*KERNELS, CROSSOVER], default=[*KERNELS, CROSSOVER])
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument(
-        "--width", nargs="+", type=positive, default=[], help="cells that these widths meet (default: all)"
+        "--width", nargs="+", type=at_least(1), default=[], help="cells that these widths meet (default: all)"
     )
     parser.add_argument(
         "--arch",
@@ -361,10 +361,10 @@ def run(args: argparse.Namespace) -> int:
     architecture, dtype = args.arch or own, "float16" if args.rehearse else args.dtype
     chosen = cells(args.kernel, dtype, args.width, architecture)
     if device and architecture != own:
-        return _refused(f"--arch must be {own} to time on this device, got {architecture}; or add --compile-only")
+        raise UsageError(f"--arch must be {own} to time on this device, got {architecture}; or add --compile-only")
     crosses = device and CROSSOVER in args.kernel and dtype != "float32"  # times, of kernels that float32 has not
     if not chosen and not crosses:
-        return _refused(f"no table has a cell for --kernel {' '.join(args.kernel)}, {dtype}, --width {args.width}")
+        raise UsageError(f"no table has a cell for --kernel {' '.join(args.kernel)}, {dtype}, --width {args.width}")
     folder = args.output or new_folder("tune", "bench/results")
     table, pins = Table(writable(folder / "tune.csv"), device), []
     budget = hc.memory_budget()
@@ -396,8 +396,3 @@ def run(args: argparse.Namespace) -> int:
         title_ = "A rehearsal, no advice" if args.rehearse else "To be pinned in hypercontrast/kernels/_launch.py"
         print(f"\n{title_}:\n" + "".join(pins))
     return 0
-
-
-def _refused(reason: str) -> int:
-    print(reason, file=sys.stderr)
-    return 2

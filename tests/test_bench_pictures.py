@@ -364,7 +364,7 @@ def test_counters_come_from_ncu(tmp_path, monkeypatch):
     ("words", "message"),
     [
         (["nonl", "--kernel", "("], "must be a regular expression, got ("),
-        (["nonl", "--shape", "0", "1", "1"], "must be a positive integer, got 0"),
+        (["nonl", "--shape", "0", "1", "1"], "must be a whole number of at least 1, got 0"),
         (["other"], "invalid choice: 'other'"),
     ],
 )

@@ -11,6 +11,7 @@ pytest.importorskip("yaml")
 pytest.importorskip("torchvision")
 
 from bench import step as bench_step
+from bench.__main__ import main
 from bench.step import PARTS, Timeline, Training, measure, rows
 from hypercontrast.config import configure
 from hypercontrast.launch import Ranks
@@ -169,7 +170,7 @@ def test_the_command_over_ranks(tmp_path, capfd):
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys):
-    assert command(*arguments) == 2
+    assert main(["step", *arguments]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1

@@ -212,9 +212,9 @@ def test_only_a_faster_configuration_is_proposed():
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="rehearses on the CPU what a GPU does")
 def test_bad_usage_is_one_line(arguments, reason, capsys):
-    assert run(*arguments) == 2
+    assert main(["tune", *map(str, arguments)]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(reason)
+    assert said.startswith(f"error: {reason}")
     assert said.count("\n") == 1
 
 
@@ -222,7 +222,7 @@ def test_bad_usage_is_one_line(arguments, reason, capsys):
     ("arguments", "reason"),
     [
         (["--seconds", "nan"], "must be a number of at least 0, got nan"),
-        (["--width", "0"], "must be a positive integer, got 0"),
+        (["--width", "0"], "must be a whole number of at least 1, got 0"),
         (["--compile-only", "--output", __file__], "--output must be where files can be written: "),
     ],
 )
