@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hypercontrast as hc
-from bench import forms
+from bench import forms, verdict
 from bench.measure import MIB, Fields, Run, add_times, clock, interleaved, row
 from bench.peers import OURS
 from bench.record import Case, Row
@@ -155,7 +155,7 @@ def _queue_error(exchange: _Cat | Ours, case: Case, device: str) -> float:
     if not torch.equal(labels[newest], want):
         return math.inf
     seeds = range(2 * case.ranks, (fit + 2) * case.ranks)
-    return forms.deviation([features[order[newest]]], [_directions(case, seeds, device)]) if fit else 0.0
+    return verdict.deviation([features[order[newest]]], [_directions(case, seeds, device)]) if fit else 0.0
 
 
 def _fields(case: Case, device: str, seconds: float) -> dict[str, Fields]:
@@ -175,7 +175,7 @@ def _fields(case: Case, device: str, seconds: float) -> dict[str, Fields]:
     for name, exchange in exchanges.items():
         first, again = (exchange.gather(z, y).clone() for _ in range(2))  # the next gather writes where this one is
         found[name] |= {
-            "error": max(forms.deviation([first], [want]), _queue_error(exchange, case, device)),
+            "error": max(verdict.deviation([first], [want]), _queue_error(exchange, case, device)),
             "repeats": torch.equal(first, again),
             "outputs_mib": again.numel() * again.itemsize / MIB,
         }

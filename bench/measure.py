@@ -8,10 +8,10 @@ host      On a GPU the milliseconds until a step's last launch is issued, by the
           device's, eager training waits for Python, not for the kernels. A form that waits for the device counts that.
 memory    On a CPU the kernel's high-water mark of a fresh process (Linux), whose address space ends where free
           memory does: what does not fit is out of memory, and not timed. On a GPU the allocator's peak.
-error     Against float64 at the size of `forms.reduced`, on the same rounded inputs, with the memory budget
+error     Against float64 at the size of `verdict.reduced`, on the same rounded inputs, with the memory budget
           reduced alike, so that exponentials are kept or recomputed as they are at full size.
-verdict   The eager forms set the bound (`forms.judge`); any other is wrong past it. At full size, which float64
-          cannot do, its first step is compared with the yardstick's, where that fits (`forms.differs`).
+verdict   The eager forms set the bound (`verdict.judge`); any other is wrong past it. At full size, which float64
+          cannot do, its first step is compared with the yardstick's, where that fits (`verdict.differs`).
 graph     CUDA graphs of forward and backward, and of the forward alone without gradients, where a step takes less
           than GRAPH_MS: only there do they matter.
 """
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 import hypercontrast as hc
-from bench import forms, peers
+from bench import forms, peers, verdict
 from bench.peers import OURS, Absent, Form
 from bench.record import Case, Row, environment
 
@@ -124,7 +124,7 @@ def reason_of(error: Exception) -> str:
 # Errors
 
 
-def _judge(case: Case, work: _Forms, device: str) -> dict[str, forms.Judged]:
+def _judge(case: Case, work: _Forms, device: str) -> dict[str, verdict.Judged]:
     """Errors of every form, and which are wrong."""
     steps: dict[str, list[Tensor]] = {}
 
@@ -132,9 +132,9 @@ def _judge(case: Case, work: _Forms, device: str) -> dict[str, forms.Judged]:
         steps[name] = forms.step(form, leaves, y)
         return {}
 
-    with reduced(case, device) as (small, leaves, y):
+    with reduced_inputs(case, device) as (small, leaves, y):
         work.each(one)
-    judged = forms.judge(small, leaves, y, steps)
+    judged = verdict.judge(small, leaves, y, steps)
     for name, found in judged.items():
         work.fields[name] |= {"error": found.error, "tangential_error": found.tangential_error}
         if found.reason:
@@ -143,10 +143,10 @@ def _judge(case: Case, work: _Forms, device: str) -> dict[str, forms.Judged]:
 
 
 @contextmanager
-def reduced(case: Case, device: str) -> Iterator[tuple[Case, tuple[Tensor, ...], Tensor]]:
-    """The case of `forms.reduced` and its inputs, while the memory budget is as much smaller as the logits are."""
-    small, budget = forms.reduced(case), hc.memory_budget()
-    hc.set_memory_budget(budget * forms.logits(small) // forms.logits(case))
+def reduced_inputs(case: Case, device: str) -> Iterator[tuple[Case, tuple[Tensor, ...], Tensor]]:
+    """The case of `verdict.reduced` and its inputs, while the memory budget is as much smaller as the logits are."""
+    small, budget = verdict.reduced(case), hc.memory_budget()
+    hc.set_memory_budget(budget * verdict.logits(small) // verdict.logits(case))
     try:
         yield small, *forms.of_case(small, device)
     finally:
@@ -154,7 +154,7 @@ def reduced(case: Case, device: str) -> Iterator[tuple[Case, tuple[Tensor, ...],
 
 
 def _beside(
-    case: Case, leaves: Sequence[Tensor], y: Tensor, judged: Mapping[str, forms.Judged], yardstick: list[Tensor],
+    case: Case, leaves: Sequence[Tensor], y: Tensor, judged: Mapping[str, verdict.Judged], yardstick: list[Tensor],
     name: str, first: Sequence[Tensor],
 ) -> Fields:  # fmt: skip
     """Whether a form is wrong: at the reduced size, or else at full size, beside the `yardstick`'s first step, which
@@ -164,7 +164,7 @@ def _beside(
     if name == forms.yardstick(case.op):
         yardstick += first
     elif yardstick and not reason:
-        reason = forms.differs(case, leaves, y, judged[name].apart, first, yardstick)
+        reason = verdict.differs(case, leaves, y, judged[name].apart, first, yardstick)
     return {"status": "wrong", "reason": reason} if reason else {}
 
 

@@ -38,9 +38,9 @@ from functools import partial
 import torch
 
 import hypercontrast as hc
-from bench import forms, plot, record
+from bench import forms, plot, record, verdict
 from bench.arguments import add_output, at_least, new_folder, non_negative, writable
-from bench.measure import Run, clock, interleaved, reduced
+from bench.measure import Run, clock, interleaved, reduced_inputs
 from bench.peers import OURS
 from bench.record import Case, Point
 from hypercontrast import blockwise_pairs
@@ -191,9 +191,9 @@ def _judged(case: Case, ours: Callable, device: str) -> dict[str, float | str]:
     """Errors of ours at a size that float64 can do, beside eager code's."""
     name = forms.yardstick(case.op)
     eager = partial(forms.EAGER[case.op][name], temperature=case.temperature)
-    with reduced(case, device) as (small, leaves, y):
+    with reduced_inputs(case, device) as (small, leaves, y):
         steps = {name: forms.step(eager, leaves, y), OURS: forms.step(ours, leaves, y)}
-    found = forms.judge(small, leaves, y, steps)[OURS]
+    found = verdict.judge(small, leaves, y, steps)[OURS]
     return {"error": found.error, "tangential_error": found.tangential_error, "wrong": found.reason}
 
 

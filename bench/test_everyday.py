@@ -1,13 +1,13 @@
 """Small everyday cases for pytest-benchmark, each checked before it is timed: `python -m pytest bench`.
 
-A form must be within the limits of `forms.judge`, or its time counts for nothing. Times of one case stand
+A form must be within the limits of `verdict.judge`, or its time counts for nothing. Times of one case stand
 beside each other; the bigger picture, interleaved, is `python -m bench`.
 """
 
 import pytest
 import torch
 
-from bench import forms
+from bench import forms, verdict
 from bench.buffer import TWIN, Ours, operators, step
 from bench.peers import OURS
 from bench.record import Case, this_device
@@ -42,7 +42,7 @@ def test_a_step(benchmark, case, form):
     eager = forms.yardstick(case.op)
     run = forms.ours(case.op) if form == OURS else forms.EAGER[case.op][eager]
     steps = {eager: forms.step(forms.EAGER[case.op][eager], leaves, y), form: forms.step(run, leaves, y)}
-    assert not forms.judge(case, leaves, y, steps)[form].reason
+    assert not verdict.judge(case, leaves, y, steps)[form].reason
     benchmark.group = named(case)
     benchmark(on_device, forms.step, run, leaves, y)
 
@@ -55,7 +55,7 @@ def test_a_buffer(benchmark, form):
     exchange = Ours(Case("buffer", 256, 4096, 128), DEVICE, operators(form))
     z, y = torch.randn(256, 128, device=DEVICE), torch.arange(256, device=DEVICE)
     want = unit_rows(z.double())
-    assert forms.deviation([exchange.gather(z, y)], [want]) <= torch.finfo(z.dtype).eps
+    assert verdict.deviation([exchange.gather(z, y)], [want]) <= torch.finfo(z.dtype).eps
     exchange.push()
     kept, labels = exchange.buffer.queued()
     assert torch.equal(labels[:256], y)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 import hypercontrast as hc
-from bench import forms
+from bench import forms, verdict
 from bench.arguments import at_least, new_folder, non_negative, writable
 from bench.candidates import DTYPES, KERNELS, Cell, Evidence, cells, examine
 from bench.measure import clock, interleaved, ratio, reason_of
@@ -191,7 +191,7 @@ class Pass:
         want = forms.step(self.loss("reference"), [x.detach().double().requires_grad_() for x in leaves], y)
 
         def error(config: Config | None) -> float:
-            return forms.deviation(
+            return verdict.deviation(
                 self.with_config(config, partial(forms.step, self.loss("triton"), leaves, y))(), want
             )
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import arguments, diff, forms, matrix, peers, roofline, step
+from bench import arguments, diff, forms, matrix, peers, roofline, step, verdict
 from bench import measure as measuring
 from bench.__main__ import main
 from bench.measure import in_fresh_process, interleaved, measure, peak_of_step
@@ -143,7 +143,7 @@ def test_a_device_waits_until_its_host_has_issued_the_run(seconds, wait_ms, monk
 
 
 def test_tangential_part():
-    g = forms.tangential(torch.tensor([[3.0, 4.0], [1.0, 1.0]]), torch.tensor([[2.0, 0.0], [5.0, 5.0]]))
+    g = verdict.tangential(torch.tensor([[3.0, 4.0], [1.0, 1.0]]), torch.tensor([[2.0, 0.0], [5.0, 5.0]]))
     assert torch.equal(g, torch.tensor([[0.0, 4.0], [0.0, 0.0]]))
 
 
@@ -157,7 +157,7 @@ def judged(monkeypatch, got, want=(1.0, (0.0, 4.0)), dtype="float32", eager=None
     monkeypatch.setattr(forms, "truth", lambda *_: None)
     with monkeypatch.context() as patch:
         patch.setattr(forms, "step", lambda *_: tensors["want"])
-        return forms.judge(Case("supcon", 1, 1, 2, dtype, temperature=1.0), [z], y, steps)[OURS]
+        return verdict.judge(Case("supcon", 1, 1, 2, dtype, temperature=1.0), [z], y, steps)[OURS]
 
 
 def test_what_lies_along_a_vector_is_no_tangential_error(monkeypatch):
@@ -193,7 +193,7 @@ def test_a_gradient_ten_times_less_exact_is_wrong(op):
     leaves, y = forms.of_case(case, "cpu")
     loss, *gradients = forms.step(forms.ours(op), leaves, y)
     steps = {OURS: [loss, *gradients], "less exact": [loss, *(g * (1 + 8e-6) for g in gradients)]}
-    judged = forms.judge(case, leaves, y, steps)
+    judged = verdict.judge(case, leaves, y, steps)
     assert judged[OURS].error < 8e-6 / 10
     assert not judged[OURS].reason
     assert judged["less exact"].reason.startswith("gradient 0 is off")
@@ -206,7 +206,7 @@ def test_eager_forms_are_the_specification(op, features):
     case = Case(op, 96, 7, 16, features=features, temperature=0.2)
     leaves, y = forms.of_case(case, "cpu")
     steps = {name: forms.step(partial(form, temperature=0.2), leaves, y) for name, form in forms.EAGER[op].items()}
-    for found in forms.judge(case, leaves, y, steps).values():
+    for found in verdict.judge(case, leaves, y, steps).values():
         assert found.error < (1e-4 if features == "collapsed" else 1e-5)
 
 
@@ -220,7 +220,7 @@ def test_classes_that_are_not_there_cost_nothing(op):
         step = forms.step(eager, leaves, y)
     assert (24, 24) in kept
     assert (300, 24) not in kept
-    assert forms.judge(case, leaves, y, {"eager K x M": step})["eager K x M"].error < 1e-6
+    assert verdict.judge(case, leaves, y, {"eager K x M": step})["eager K x M"].error < 1e-6
     work, row = 6 * 24 * len(y.unique()) * 16, rows_of(case, peers.candidates(case, "cpu", []))[OURS]
     assert row.tflops == pytest.approx(1e-9 * work / row.fwd_bwd_ms, rel=1e-3)
     with FlopCounterMode(display=False) as counter:
@@ -244,7 +244,7 @@ def test_lean_pairs_in_float64():
     y = torch.arange(40) % 23
     want = forms.step(forms.truth("supcon", 0.3), [z], y)
     for form in forms.EAGER["supcon"].values():  # which reduce in float32
-        assert forms.deviation(forms.step(partial(form, temperature=0.3), [z], y), want) < 5e-7
+        assert verdict.deviation(forms.step(partial(form, temperature=0.3), [z], y), want) < 5e-7
 
 
 def test_lean_pairs_make_one_matrix():
@@ -282,7 +282,7 @@ def test_rounding_near_collapse_is_no_mistake(op, labels, tau):
     ],
 )
 def test_errors_are_measured_at_a_size_that_float64_can_do(case, size):
-    small = forms.reduced(case)
+    small = verdict.reduced(case)
     assert (small.n, small.k) == size
     assert small._replace(n=case.n, k=case.k) == case
 
@@ -301,7 +301,7 @@ def test_errors_are_measured_with_a_budget_as_much_smaller(judge, monkeypatch):
         roofline._judged(case, ours, "cpu")
     else:
         rows_of(case, {OURS: ours})
-    small = forms.reduced(case).n
+    small = verdict.reduced(case).n
     assert seen[0] == (small, budget * small // case.n)
     assert measuring.hc.memory_budget() == budget
 
@@ -334,8 +334,8 @@ def test_a_wrong_form_is_told(mistake):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("op", forms.EAGER)
 def test_a_form_that_is_wrong_at_full_size_alone_is_told(op, dtype, monkeypatch):
-    monkeypatch.setattr(forms, "ERROR_SAMPLES", (64, 64))
-    monkeypatch.setattr(forms, "ERROR_LOGITS", 64**2)
+    monkeypatch.setattr(verdict, "ERROR_SAMPLES", (64, 64))
+    monkeypatch.setattr(verdict, "ERROR_LOGITS", 64**2)
     case, right = Case(op, 512, 40, 16, dtype), forms.ours(op)
 
     def late(*inputs):
@@ -360,7 +360,7 @@ def test_a_wrong_form_fails_the_run(monkeypatch, tmp_path, capsys):
 
 
 def test_a_case_that_fails_leaves_the_others(monkeypatch, tmp_path):
-    monkeypatch.setattr(forms, "judge", lambda case, *_: 1 / (case.n - 32))
+    monkeypatch.setattr(verdict, "judge", lambda case, *_: 1 / (case.n - 32))
     entries = [matrix.Entry(Case(op, 32, 8, 16), ()) for op in ("buffer", "ntce")]
     outcome = matrix.measure_all(entries, tmp_path / "matrix.csv", "cpu", 0)
     assert {row.op for row in outcome.rows} == {"buffer", "ntce"}
@@ -592,7 +592,7 @@ def test_installed_peers_compute_our_number(name):
     if isinstance(form, Absent):
         pytest.skip(form.reason)
     leaves, y = forms.of_case(case, "cpu")
-    assert forms.judge(case, leaves, y, {name: forms.step(form, leaves, y)})[name].error < 1e-6
+    assert verdict.judge(case, leaves, y, {name: forms.step(form, leaves, y)})[name].error < 1e-6
 
 
 # Memory
