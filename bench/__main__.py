@@ -1,7 +1,7 @@
 """The bench's commands: `python -m bench SUBCOMMAND ...`; none is the matrix, so `python -m bench --quick` is one too.
 
 A command is a module with `add_arguments(parser)` and `run(args)`, which returns the exit code. It is imported when it
-is asked for.
+is asked for. Programs of their own beside them: `python -m bench.gpu_check`, `bench.study`, `bench.independent`.
 """
 
 from __future__ import annotations
