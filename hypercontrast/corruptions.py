@@ -18,7 +18,6 @@ epoch on the same pictures: after one that was cut short, ask for the --corrupti
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 
-from hypercontrast.checkpoint import CheckpointError, write_atomic
+from hypercontrast.checkpoint import CheckpointError
 from hypercontrast.config import UsageError
 from hypercontrast.data.corrupted import (
     BATCH,
@@ -46,6 +45,7 @@ from hypercontrast.evaluate import restored, runnable_config
 from hypercontrast.launch import Ranks, device_of
 from hypercontrast.output import say
 from hypercontrast.progress import Parser, Progress, command, fail, to_json, working
+from hypercontrast.records import read_record, write_record
 from hypercontrast.workspace import Workspace
 
 # AlexNet's top-1 errors on ImageNet-C, averaged over the severities, as the benchmark's authors
@@ -137,7 +137,10 @@ def measure(options: Options) -> dict[str, Any]:
     BrokenProcessPool if a process that corrupts pictures is killed.
     """
     config = runnable_config(options.run, options.data_root)
-    other = _read_record(Path(options.reference)) if options.reference else None
+    other = _measured(Path(options.reference)) if options.reference else None
+    if options.reference and other is None:
+        path = Path(options.reference, RESULT)
+        raise UsageError(f"reference must be a run measured by hypercontrast.corruptions, got no {path}")
     with working(f"reading {config.dataset}", silent=options.quiet):
         workspace, epoch = restored(options.run, config, Ranks(0, 1, device_of(config)))
     kind = options.source or ("imagenet-c" if config.dataset.startswith("imagenet") else "generated")
@@ -168,7 +171,7 @@ def measure(options: Options) -> dict[str, Any]:
                     damaged = [name for name in damaged if not name.startswith(cell)] + lost
                 ce = corruption_errors(errors, reference)
                 record |= {"errors": errors, "ce": ce, "mce": mean_corruption_error(ce), "damaged": damaged}
-                write_atomic(Path(options.run, RESULT), (json.dumps(record, indent=1) + "\n").encode())
+                write_record(Path(options.run, RESULT), record)
             if corruption in errors:
                 progress.say(row(corruption, errors[corruption], corruption_errors(errors, reference)))
     return record
@@ -234,21 +237,21 @@ def _error(batches: Iterable[Batch], workspace: Workspace, progress: Progress) -
 # Records: this run's from earlier calls, and the reference's.
 
 
-def _read_record(run: Path) -> dict[str, Any]:
-    path = run / RESULT
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("epoch", *SAME_PICTURES):
-            record[key]
-        intact = [isinstance(record["pictures"], int), *(isinstance(name, str) for name in record["damaged"])]
-        for by_severity in record["errors"].values():
-            intact += [len(by_severity) == len(SEVERITIES), *(e is None or 0 <= e <= 1 for e in by_severity)]
-        if not all(intact):
-            raise ValueError
-    except OSError:
-        raise UsageError(f"reference must be a run measured by hypercontrast.corruptions, got no {path}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise UsageError(f"{path} must be as hypercontrast.corruptions wrote it: delete it to measure again") from None
+def _measured(run: Path) -> dict[str, Any] | None:
+    """What earlier calls measured of a run; None if there were none."""
+    rule = "must be as hypercontrast.corruptions wrote it: delete it to measure again"
+    return read_record(run / RESULT, _intact, rule)
+
+
+def _intact(record: dict[str, Any]) -> dict[str, Any]:
+    """The record. Raises ValueError where its errors or names are none."""
+    for key in ("epoch", *SAME_PICTURES):
+        record[key]
+    intact = [isinstance(record["pictures"], int), *(isinstance(name, str) for name in record["damaged"])]
+    for by_severity in record["errors"].values():
+        intact += [len(by_severity) == len(SEVERITIES), *(e is None or 0 <= e <= 1 for e in by_severity)]
+    if not all(intact):
+        raise ValueError
     return record
 
 
@@ -267,9 +270,9 @@ def _reference(record: Mapping[str, Any], other: Mapping[str, Any] | None) -> Ma
 
 def _earlier(run: Path, record: Mapping[str, Any]) -> tuple[dict[str, list[float | None]], list[str]]:
     """Errors and damaged files that earlier calls found on the same pictures at the same epoch."""
-    if not (run / RESULT).exists():
+    earlier = _measured(run)
+    if earlier is None:
         return {}, []
-    earlier = _read_record(run)
     if all(earlier[key] == record[key] for key in ("epoch", *SAME_PICTURES)):
         return earlier["errors"], earlier["damaged"]
     replaces = earlier["source"] != record["source"] or earlier["pictures"] > record["pictures"]

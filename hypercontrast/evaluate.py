@@ -25,7 +25,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypercontrast import checkpoint, data
+from hypercontrast import data
 from hypercontrast.checkpoint import CheckpointError
 from hypercontrast.config import Config, UsageError
 from hypercontrast.data import AUGMENTATIONS, Share, epoch_batches, steps_per_epoch
@@ -46,6 +46,7 @@ from hypercontrast.output import say
 from hypercontrast.probes import CosineProbe, Probe, ProbeSettings, fit_probe, train_probe
 from hypercontrast.progress import Parser, Progress, command, fail, to_json, working
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
+from hypercontrast.records import read_record, write_record
 from hypercontrast.workspace import Embedded, Workspace, load_network, newest_checkpoint
 
 METHODS = {
@@ -133,7 +134,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     TrainingError if a probe diverges, RankError if a rank fails.
     """
     config = runnable_config(options.run, options.data_root, options.gpus, options.cpu_ranks)
-    methods, earlier = _methods(options, config), _earlier(Path(options.run, RESULT))
+    methods, earlier = _methods(options, config), read_record(Path(options.run, RESULT), _by_method)
     if config.ranks > 1 and not is_rank():
         start_ranks(config.ranks, _evaluate_rank, options)
         record = json.loads(Path(options.run, RESULT).read_text(encoding="utf-8"))
@@ -145,8 +146,7 @@ def evaluate(options: Options) -> dict[str, Any]:
             workspace, epoch = restored(options.run, config, ranks)
         record = _evaluated(methods, options, config, workspace, epoch)
         if ranks.rank == 0:
-            content = json.dumps(_merged(earlier, record), indent=1) + "\n"
-            checkpoint.write_atomic(Path(options.run, RESULT), content.encode())
+            write_record(Path(options.run, RESULT), _merged(earlier, record))
         return record
 
 
@@ -162,25 +162,19 @@ def _methods(options: Options, config: Config) -> tuple[str, ...]:
     return options.methods or tuple(all_of_run)
 
 
-def _earlier(path: Path) -> dict[str, Any]:
-    """What earlier calls have written, by method; empty if there were none."""
-    if not path.is_file():
-        return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        results = {result["method"]: dict(result) for result in record["results"]}
-        if not results.keys() <= METHODS.keys():
-            raise ValueError
-        return {key: record[key] for key in ("epoch", "device", "ranks", "probe")} | {"results": results}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        raise UsageError(f"{path} must hold results of this command: delete it, or move it away") from None
+def _by_method(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with its results as a mapping."""
+    results = {result["method"]: dict(result) for result in record["results"]}
+    if not results.keys() <= METHODS.keys():
+        raise ValueError
+    return {key: record[key] for key in ("epoch", "device", "ranks", "probe")} | {"results": results}
 
 
-def _merged(earlier: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+def _merged(earlier: Mapping[str, Any] | None, record: dict[str, Any]) -> dict[str, Any]:
     """The record, with earlier results of the same checkpoint that still hold."""
-    if any(earlier.get(key) != record[key] for key in ("epoch", "device", "ranks")):
+    if earlier is None or any(earlier[key] != record[key] for key in ("epoch", "device", "ranks")):
         return record
-    new, old = {result["method"]: result for result in record["results"]}, earlier["results"]
+    new, old = _by_method(record)["results"], earlier["results"]
     probe = record["probe"]
     if not any(method in new for method in PROBES):
         probe = earlier["probe"]

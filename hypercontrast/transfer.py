@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hypercontrast.checkpoint import CheckpointError, write_atomic
+from hypercontrast.checkpoint import CheckpointError
 from hypercontrast.config import Config, UsageError
 from hypercontrast.data import Pictures
 from hypercontrast.data.transfer import TransferSet, locate
@@ -49,6 +48,7 @@ from hypercontrast.objective import TrainingError
 from hypercontrast.output import say
 from hypercontrast.probes import fit_features
 from hypercontrast.progress import Parser, Progress, command, fail, to_json
+from hypercontrast.records import read_record, write_record
 from hypercontrast.workspace import EVALUATION_BATCH
 
 STRENGTHS = tuple(10 ** (power / 2) for power in range(2, -13, -1))
@@ -114,7 +114,8 @@ def transfer(options: Options) -> dict[str, Any]:
     config = run_config(options.run)
     loaders, missing = _located(options, options.data_root or config.data_root)
     frozen = restored_network(options.run, device_of(dataclasses.replace(config, gpus=0, cpu_ranks=0)))
-    results = _kept(Path(options.run, RESULT), frozen.epoch)
+    epoch, results = read_record(Path(options.run, RESULT), _parsed) or (frozen.epoch, {})
+    results = results if epoch == frozen.epoch else {}
     record = {"epoch": frozen.epoch, "results": results}
     shape = {"size": frozen.image_size, "channels": frozen.channels}
     with Progress(silent=options.quiet) as progress:
@@ -124,7 +125,7 @@ def transfer(options: Options) -> dict[str, Any]:
         for name, load in loaders.items():
             progress.begin(name)
             result = results[name] = evaluated(name, load(options.limit, **shape, workers=options.workers), frozen)
-            write_atomic(Path(options.run, RESULT), (json.dumps(record, indent=1) + "\n").encode())
+            write_record(Path(options.run, RESULT), record)
             progress.say(_result_row(name, result))
     return record
 
@@ -273,18 +274,11 @@ def _alone(features: Tensor) -> Ranks:
     return Ranks(0, 1, features.device)
 
 
-def _kept(path: Path, epoch: int) -> dict[str, Any]:
-    """The results of earlier calls that still hold."""
-    if not path.is_file():
-        return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        results = dict(record["results"])
-        for name, result in results.items():
-            _result_row(name, result)  # which fails where something is missing
-        return results if record["epoch"] == epoch else {}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        raise UsageError(f"{path} must hold results of this command: delete it, or move it away") from None
+def _parsed(record: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Epoch and results of a record."""
+    for name, result in record["results"].items():
+        _result_row(name, result)  # which fails where something is missing
+    return record["epoch"], record["results"]
 
 
 def table(record: Mapping[str, Any]) -> str:
