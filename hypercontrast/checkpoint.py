@@ -112,12 +112,6 @@ def last_good(run_dir: Path) -> str:
     return "no checkpoint has been saved yet"
 
 
-def make_folder(path: Path) -> None:
-    """Raises CheckpointError if it cannot be had."""
-    with _writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-
-
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace a file by `content`: readers and a crash see the old one or the new one, never a part.
 

@@ -62,7 +62,7 @@ def restored_network(run: str, device: torch.device) -> FrozenRun:
     if missing := [name for name in BESIDE_NETWORK if name not in saved.tensors]:
         raise CheckpointError(
             f"the checkpoint of {run} must hold mean, std and image_size of the pictures it was trained on, got no"
-            f" {missing[0]}: it is of an older version, so train again"
+            f" {missing[0]}"
         )
     means, mean, std, image_size = (saved.tensors[name] for name in BESIDE_NETWORK)
     channels = {(1,), (3,)}

@@ -29,7 +29,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -234,14 +233,6 @@ def _train_rank(config: Config) -> None:
 # One run.
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    metrics: dict[str, float]
-    class_means: Tensor
-    mean_lengths: Tensor
-    decisions: Tensor
-
-
 class _Run:
     """What lives as long as a run does: data, network, optimiser and the place where they are saved."""
 
@@ -264,9 +255,10 @@ class _Run:
         self.unfinished: dict[str, Any] = {}  # what a checkpoint says of the epoch it was saved in
         self.started = 0.0  # when that epoch did, on the clock of time.perf_counter
         self.damaged: list[str] = []
+        # Of the last evaluation; decisions: labels, choices of the head.
         self.class_means = torch.zeros_like(self.network.head.prototypes)
-        self.mean_lengths: Tensor | None = None  # none where a checkpoint of an older version was restored
-        self.decisions = torch.empty(2, 0, dtype=torch.int32)  # of the last evaluation: labels, choices of the head
+        self.mean_lengths = torch.zeros(self.dataset.num_classes)
+        self.decisions = torch.empty(2, 0, dtype=torch.int32)
         self.stop: int | None = None  # the signal that asks for it
 
     def train(self, on_epoch: OnEpoch | None) -> Path:
@@ -306,12 +298,9 @@ class _Run:
         if self._measured(epoch):
             try:
                 with connected(f"after epoch {epoch}"):
-                    evaluation = self._evaluate()
+                    record |= self._evaluate()
             except ValueError as error:  # features or weights that are not finite
                 raise self._failure(f"after epoch {epoch}: {error}") from error
-            self.class_means, self.mean_lengths = evaluation.class_means, evaluation.mean_lengths
-            self.decisions = evaluation.decisions
-            record |= evaluation.metrics
         self.damaged = self._damaged()
         if self.damaged:
             record["damaged"] = len(self.damaged)
@@ -379,8 +368,10 @@ class _Run:
         return TrainingError(f"training stopped {what}; {checkpoint.last_good(self.folder)}{more}")
 
     @torch.no_grad()
-    def _evaluate(self) -> Evaluation:
-        """Class means and collapse of the training set, accuracies on the validation set, over all ranks."""
+    def _evaluate(self) -> dict[str, float]:
+        """Collapse of the training set and accuracies on the validation set, over all ranks; keeps class means and
+        decisions.
+        """
         ranks, head = self.ranks, self.network.head
         num_classes, dim = head.prototypes.shape
         ranks.share_buffers(self.network)
@@ -399,7 +390,7 @@ class _Run:
 
         nearest_mean = PrototypeClassifier(class_means)
         counts = torch.zeros(3, dtype=torch.int64, device=ranks.device)  # right by head, right by mean, all
-        decisions = [self.decisions[:, :0]]
+        decisions = []
         for batch in self.workspace.embedded(self.dataset.validation):
             self._stop_if_asked()
             by_head = self.network.scores(batch.head).argmax(1)
@@ -407,16 +398,12 @@ class _Run:
             counts += (torch.stack(chosen) == batch.labels).sum(1)
             decisions.append(torch.stack([batch.labels, by_head]).int())
         right_by_head, right_by_mean, seen = ranks.sum(counts).tolist()
-        return Evaluation(
-            {
-                "accuracy": right_by_head / seen,
-                "prototype_accuracy": right_by_mean / seen,
-                **collapse.compute(head.prototypes),
-            },
-            class_means,
-            means.sums.norm(dim=1) / means.counts.clamp(min=1),
-            torch.cat(ranks.gathered(torch.cat([part.cpu() for part in decisions], 1)), 1),
-        )
+        accuracies = {"accuracy": right_by_head / seen, "prototype_accuracy": right_by_mean / seen}
+        metrics = accuracies | collapse.compute(head.prototypes)
+        self.class_means = class_means
+        self.mean_lengths = means.sums.norm(dim=1) / means.counts.clamp(min=1)
+        self.decisions = torch.cat(ranks.gathered(torch.cat(decisions, 1).cpu()), 1)
+        return metrics
 
     def _damaged(self) -> list[str]:
         """The pictures that some rank could not decode so far. Raises UsageError if they are too many."""
@@ -432,25 +419,30 @@ class _Run:
         """Start from the newest intact checkpoint, if there is one, with metrics.jsonl cut back to it."""
         saved = self.ranks.agree(lambda: checkpoint.load_checkpoint(self.folder))
         if saved is not None:
-            found = {*saved.tensors, *saved.state}
-            if missing := [name for name in ("class_means", "optimizer", "history", "decisions") if name not in found]:
-                raise CheckpointError(f"the checkpoint of {self.folder} must hold a run's state, got no {missing[0]}")
-            self.class_means = saved.tensors["class_means"].to(self.ranks.device)
-            load_network(self.network, saved.tensors)
-            self.step.optimizer.load_state_dict(saved.state["optimizer"])
-            self.history = saved.state["history"]
-            self.unfinished = saved.state["unfinished"]
-            self.damaged = saved.state["damaged"]
-            self.decisions = saved.state["decisions"]
-            self.mean_lengths = saved.state.get("mean_lengths")
-            self.objective.load_state(saved.state["queues"])
+            try:
+                self._continue(saved)
+            except KeyError as missing:
+                raise CheckpointError(
+                    f"the checkpoint of {self.folder} must hold a run's state, got no {missing.args[0]}"
+                ) from None
         if self.ranks.rank == 0:
-            checkpoint.make_folder(self.folder)
             kept = dataclasses.replace(self.config, resume="none")
             checkpoint.write_atomic(self.folder / "config.yaml", to_yaml(kept).encode())
             made_with = json.dumps(environment(self.ranks.device, self.ranks.world), indent=1)
             checkpoint.write_atomic(self.folder / "environment.json", made_with.encode())
             self._write_history()
+
+    def _continue(self, saved: Checkpoint) -> None:
+        """Raises KeyError for what `_save_checkpoint` saves and this one has not."""
+        self.class_means = saved.tensors["class_means"].to(self.ranks.device)
+        load_network(self.network, saved.tensors)
+        self.step.optimizer.load_state_dict(saved.state["optimizer"])
+        self.history = saved.state["history"]
+        self.unfinished = saved.state["unfinished"]
+        self.damaged = saved.state["damaged"]
+        self.decisions = saved.state["decisions"]
+        self.mean_lengths = saved.state["mean_lengths"]
+        self.objective.load_state(saved.state["queues"])
 
     def _save(self, epoch: int, record: dict[str, Any]) -> None:
         """A checkpoint where the epoch was measured; first, for it holds all lines of metrics.jsonl."""
@@ -524,10 +516,9 @@ class _Run:
             "class_means": self.class_means,
             "class_sizes": torch.bincount(self.dataset.train.labels, minlength=self.dataset.num_classes),
             "prototypes": self.network.head.prototypes,
+            "mean_lengths": self.mean_lengths,
             "decisions": self.decisions,
         }
-        if self.mean_lengths is not None:
-            tensors["mean_lengths"] = self.mean_lengths
         content = save(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             metadata={"class_names": json.dumps(self.dataset.class_names)},

@@ -698,6 +698,7 @@ RUNS = [  # a command, what is wrong with its run, flags
     (corruptions.main, changed("corruptions.json", DEEP), ["--reference", "RUN"], "must be as hypercontrast.corruptions wrote it"),
     (train.main, unfinished(without("optimizer")), ["--resume"], "must hold a run's state, got no optimizer"),
     (train.main, unfinished(without("class_means")), ["--resume"], "must hold a run's state, got no class_means"),
+    (train.main, unfinished(without("unfinished")), ["--resume"], "must hold a run's state, got no unfinished"),
     (train.main, unfinished(with_tensor("head.prototypes", torch.ones(3, 3))), ["--resume"], "must hold the network that config.yaml"),
     (train.main, lambda run: None, ["--resume"], "holds a finished run"),
     (train.main, unfinished(changed("config.yaml", "lr: [")), ["--resume"], "must be readable YAML"),
