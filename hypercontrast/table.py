@@ -1,7 +1,7 @@
 """The paper's tables beside ours, value by value; and its figure 2 from our runs.
 
     python -m hypercontrast.table TABLE [TABLE ...] [RUN ...] [--data-root DIR] [--markdown | --json]
-    python -m hypercontrast.table figure2 RUN [RUN ...] [--output FILE]
+    python -m hypercontrast.table figure2 RUN [RUN ...] [--output FILE] [--json]
 
 TABLE is 1 to 14, or all; RUN is a folder that `hypercontrast.train` wrote, finished or not. Runs that differ in their
 seed alone are taken together: ours is their mean, with the standard deviation (of a sample) from two runs on. Of runs
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         groups = read_groups(paths)
         if names == [FIGURE]:
             checkpoint.write_atomic(Path(args.output), figure2(groups).encode())
-            say(args.output)
+            say(to_json({"figure": args.output}) if args.json else args.output)
         elif args.json:
             say(to_json(as_records(names, groups, args.data_root)))
         else:
@@ -97,7 +97,7 @@ def parser() -> Parser:
     parser.add_argument("--data-root", default="data", help="where the data sets are, to say which are missing")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="Markdown, for a file")
-    form.add_argument("--json", action="store_true", help="one object a value, in a list")
+    form.add_argument("--json", action="store_true", help=f"one object a value, in a list; of {FIGURE} its file")
     parser.add_argument("--output", default=f"{FIGURE}.svg", metavar="FILE", help=f"what {FIGURE} writes")
     return parser
 

@@ -140,6 +140,14 @@ def test_json_of_a_table(run, capsys):
     assert {"method", "data", "column", "state", "note", "stand_in"} <= first.keys()
 
 
+def test_json_of_a_figure(run, tmp_path, capsys):
+    folder, _ = run
+    file = tmp_path / "figure2.svg"
+    assert cli.main(["table", "figure2", str(folder), "--output", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"figure": str(file)}
+    assert file.is_file()
+
+
 def test_transfer_prints_its_table_or_json(run, capsys, monkeypatch):
     folder, _ = run
     result = {"metric": "top-1", "value": 0.5, "l2": 0.1, "train": 8, "test": 4, "damaged": 0}
