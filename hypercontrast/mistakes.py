@@ -34,7 +34,7 @@ def _class_accuracy(confusion_KK: Array) -> Array:
 
 def confusion_section(runs: Sequence[Run]) -> str:
     drawn = [(run, left, left.confusion_KK) for run in runs if (left := run.embeddings) is not None]
-    found = [(run, left, confusion) for run, left, confusion in drawn if confusion is not None and confusion.sum()]
+    found = [(run, left, confusion_KK) for run, left, confusion_KK in drawn if confusion_KK.any()]
     if not found:
         return ""
     if len(found) == 1:
@@ -86,7 +86,7 @@ def _sizes_table(found: Sequence[tuple[Run, Embeddings, Array]]) -> str:
     rows = []
     for run, left, confusion_KK in found:
         sizes_K = left.class_sizes_K
-        if sizes_K is None or sizes_K.max() < IMBALANCED * max(sizes_K.min(), 1):
+        if sizes_K.max() < IMBALANCED * max(sizes_K.min(), 1):
             continue
         accuracy_K = _class_accuracy(confusion_KK)
         groups = (sizes_K > MANY, (sizes_K <= MANY) & (sizes_K >= FEW), sizes_K < FEW)
@@ -108,11 +108,11 @@ def _sizes_table(found: Sequence[tuple[Run, Embeddings, Array]]) -> str:
 def pictures_section(run: Run) -> str:
     """The kept samples nearest to their class mean, and those of the class that are furthest on another's side."""
     left = run.embeddings.trained if run.embeddings is not None else None
-    if left is None or left.pictures_nCHW is None or len(left.class_names) < 2:
+    if left is None or len(left.class_names) < 2:
         return ""
     cosines_nK = unit_rows(left.features_nD) @ left.class_means_KD.T
     shown = _shown_classes(cosines_nK, left.labels_n)
-    figures_ = "".join(_class_figure(left, left.pictures_nCHW, cosines_nK, c) for c in shown)
+    figures_ = "".join(_class_figure(left, cosines_nK, c) for c in shown)
     K = len(left.class_names)
     which = "" if len(shown) == K else f" Shown are the {len(shown)} of {K} classes with the most mistakes among these."
     return f"""
@@ -132,18 +132,18 @@ def _shown_classes(cosines_nK: Array, labels_n: Array) -> list[int]:
     return sorted([int(c) for c in order if seen_K[c]][:MOST_CLASSES])
 
 
-def _class_figure(left: Embeddings, pictures_nCHW: Array, cosines_nK: Array, c: int) -> str:
+def _class_figure(left: Embeddings, cosines_nK: Array, c: int) -> str:
     own = np.flatnonzero(left.labels_n == c)
     to_own = cosines_nK[own, c]
     others = np.where(np.arange(cosines_nK.shape[1]) == c, -np.inf, cosines_nK[own])
     margin, chosen = others.max(axis=1) - to_own, others.argmax(axis=1)
     name = left.class_names[c]
     typical = [
-        page.picture(pictures_nCHW[own[i]], f"{name}, cosine {number(to_own[i])} to its mean")
+        page.picture(left.pictures_nCHW[own[i]], f"{name}, cosine {number(to_own[i])} to its mean")
         for i in np.argsort(-to_own, kind="stable")[:TYPICAL]
     ]
     wrong = [
-        page.picture(pictures_nCHW[own[i]], f"{name} taken for {left.class_names[chosen[i]]}")
+        page.picture(left.pictures_nCHW[own[i]], f"{name} taken for {left.class_names[chosen[i]]}")
         + f"→\u00a0{escape(shorten(left.class_names[chosen[i]], 22))}<br>+{margin[i]:#.2g}"
         for i in np.argsort(-margin, kind="stable")[:WRONG]
         if margin[i] > 0

@@ -307,9 +307,6 @@ def _matrices_section(runs: Sequence[Run]) -> str:
     about_centre = f"""The same class means after subtracting their common centre, as neural collapse defines them.
 Evenly placed means, whether an orthogonal frame or an ETF, give {etf} everywhere; uneven colours are classes the model
 holds closer together than others."""
-    if any(found.mean_lengths_K is None for _, found in drawn):
-        about_centre += """ Of runs of older versions the lengths of the means were not saved: all are of length 1
-there, so the numbers differ a little from the metrics."""
     several = [(run, found) for run, found in drawn if len(found.class_names) > 1]  # one class is its own centre
     if len(runs) == 1:
         ((run, found),) = drawn

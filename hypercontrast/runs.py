@@ -1,6 +1,6 @@
 """What a run's folder tells: settings, one line of numbers an epoch, and what the last epoch left.
 
-Every file of it may be an older one, or damaged: what is missing is None or empty, what is damaged is one ValueError.
+Its files may be missing or damaged: what is missing is None or empty, what is damaged is one ValueError.
 
 Shapes: N samples of the whole validation set, n of them kept, K classes, D dimensions, C channels, H x W pixels.
 """
@@ -26,57 +26,46 @@ LOSS_TITLES = {"ce": "CE", "normface": "NormFace", "ntce": "NTCE", "nonl": "NONL
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What the last epoch left, as the driver saved it; None for what it did not save.
-
-    decisions_2N: label and choice of the head. class_sizes_K: training samples. pictures_nCHW: uint8.
-    """
+    """What the last epoch left, as the driver saved it."""
 
     features_nD: Array
     labels_n: Array
+    pictures_nCHW: Array  # uint8
     class_means_KD: Array  # of length 1; zero for a class without training pictures
+    mean_lengths_K: Array  # of the means of unit features, before they were scaled to length 1
+    class_sizes_K: Array  # training samples
     class_names: tuple[str, ...]
-    decisions_2N: Array | None = None
-    class_sizes_K: Array | None = None
-    pictures_nCHW: Array | None = None
-    mean_lengths_K: Array | None = None  # of the means of unit features, before they were scaled to length 1
+    decisions_2N: Array  # label and choice of the head
 
     @cached_property
     def trained(self) -> Embeddings:
         """The same of the classes with training pictures alone: the others have no mean. Without decisions."""
-        sizes_K = np.linalg.norm(self.class_means_KD, axis=1) if self.class_sizes_K is None else self.class_sizes_K
-        known_K = sizes_K > 0
+        known_K = self.class_sizes_K > 0
         if known_K.all() or not known_K.any():
             return self
         kept_n = known_K[self.labels_n]
-
-        def part(x: Array | None, kept: Array) -> Array | None:
-            return None if x is None else x[kept]
-
         return Embeddings(
             features_nD=self.features_nD[kept_n],
             labels_n=(known_K.cumsum() - 1)[self.labels_n[kept_n]],
+            pictures_nCHW=self.pictures_nCHW[kept_n],
             class_means_KD=self.class_means_KD[known_K],
+            mean_lengths_K=self.mean_lengths_K[known_K],
+            class_sizes_K=self.class_sizes_K[known_K],
             class_names=tuple(self.class_names[c] for c in np.flatnonzero(known_K)),
-            class_sizes_K=part(self.class_sizes_K, known_K),
-            pictures_nCHW=part(self.pictures_nCHW, kept_n),
-            mean_lengths_K=part(self.mean_lengths_K, known_K),
+            decisions_2N=self.decisions_2N[:, :0],
         )
 
     @cached_property
     def centred_means_KD(self) -> Array:
         """Unit directions of the class means seen from their common centre, where the simplex ETF is defined; as the
-        metrics have it, of means at their own lengths, where those were saved.
+        metrics have it, of means at their own lengths.
         """
-        means_KD = self.class_means_KD
-        if self.mean_lengths_K is not None:
-            means_KD = means_KD * self.mean_lengths_K[:, None]
+        means_KD = self.class_means_KD * self.mean_lengths_K[:, None]
         return unit_rows(means_KD - means_KD.mean(axis=0))
 
     @cached_property
-    def confusion_KK(self) -> Array | None:
+    def confusion_KK(self) -> Array:
         """How many validation samples of each class (row) the head took for each class (column)."""
-        if self.decisions_2N is None:
-            return None
         K = len(self.class_names)
         labels, chosen = self.decisions_2N.astype(np.int64)
         return np.bincount(labels * K + chosen, minlength=K * K).reshape(K, K)
@@ -199,22 +188,24 @@ def _read_embeddings(path: Path) -> Embeddings:
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
             names = json.loads((file.metadata() or {}).get("class_names", "[]"))
         features, labels, means = (arrays[key] for key in ("features", "labels", "class_means"))
+        decisions, sizes, pictures, lengths = (
+            arrays[key] for key in ("decisions", "class_sizes", "pictures", "mean_lengths")
+        )
     # Of a dtype that NumPy does not know there is a TypeError or an AttributeError.
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or incomplete: {error}") from None
     K, n = (len(x) if x.ndim else 0 for x in (means, labels))
-    optional = ("decisions", "class_sizes", "pictures", "mean_lengths")
-    decisions, sizes, pictures, lengths = (arrays.get(key) for key in optional)
     fits = {
         "class_means": means.ndim == 2 and means.size > 0 and _are_finite(means),
         "labels": labels.ndim == 1 and n > 0 and _are_classes(labels, K),
         "features": features.shape == (n, *means.shape[1:]) and _are_finite(features),
-        "decisions": decisions is None or (decisions.ndim == 2 and len(decisions) == 2 and _are_classes(decisions, K)),
-        "class_sizes": sizes is None or (sizes.shape == (K,) and _are_finite(sizes) and bool(np.all(sizes >= 0))),
-        "pictures": pictures is None
-        or (pictures.dtype == np.uint8 and pictures.ndim == 4 and len(pictures) == n and pictures.shape[1] in (1, 3)),
-        "mean_lengths": lengths is None
-        or (lengths.shape == (K,) and _are_finite(lengths) and bool(np.all((lengths >= 0) & (lengths < 2)))),
+        "decisions": decisions.ndim == 2 and len(decisions) == 2 and _are_classes(decisions, K),
+        "class_sizes": sizes.shape == (K,) and _are_finite(sizes) and (sizes >= 0).all(),
+        "pictures": pictures.dtype == np.uint8
+        and pictures.ndim == 4
+        and len(pictures) == n
+        and pictures.shape[1] in (1, 3),
+        "mean_lengths": lengths.shape == (K,) and _are_finite(lengths) and ((lengths >= 0) & (lengths < 2)).all(),
     }
     if wrong := [key for key, right in fits.items() if not right]:
         raise ValueError(f"{path} is damaged or incomplete: {wrong[0]} must fit {n} samples of {K} classes")
@@ -225,12 +216,12 @@ def _read_embeddings(path: Path) -> Embeddings:
     return Embeddings(
         features_nD=features.astype(np.float64),
         labels_n=labels,
+        pictures_nCHW=pictures,
         class_means_KD=unit_rows(means.astype(np.float64)),
+        mean_lengths_K=lengths.astype(np.float64),
+        class_sizes_K=sizes,
         class_names=tuple(str(name) for name in names),
         decisions_2N=decisions,
-        class_sizes_K=sizes,
-        pictures_nCHW=pictures,
-        mean_lengths_K=None if lengths is None else lengths.astype(np.float64),
     )
 
 

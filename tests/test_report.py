@@ -43,7 +43,7 @@ def make_run(
 ):
     """A run folder whose class means meet at exactly `cosine`, with the metrics that follow from it.
 
-    extra: further arrays in embeddings.safetensors, such as decisions and pictures. extra_metrics: of every epoch.
+    extra: arrays in embeddings.safetensors instead of those, such as decisions and pictures. extra_metrics: of every epoch.
     """
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"loss": loss, "dataset": "mnist5k"} | config))
@@ -70,8 +70,12 @@ def make_run(
         {
             "features": (4 * means[labels] + 0.1 * noise).astype(np.float32),
             "labels": labels,
+            "pictures": np.zeros((len(labels), 1, 1, 1), np.uint8),
             "class_means": means,
+            "mean_lengths": np.ones(classes, np.float32),
+            "class_sizes": np.full(classes, 400),
             "prototypes": means,
+            "decisions": np.stack([labels, labels]),
         }
         | (extra or {}),
         folder / "embeddings.safetensors",
@@ -135,12 +139,12 @@ def test_page_of_two_runs(pair):
     assert path == pair[0].parent / "report.html"
     text = path.read_text()
     page = Page(text)
-    # Two matrices a run, a sphere a run, a chart for each of the seven results that have a course, and the ruler.
-    assert page.count("figure") == 2 * 3 + 7 + 1
+    # Three matrices a run, a sphere a run, a chart for each of the seven results that have a course, and the ruler.
+    assert page.count("figure") == 2 * 4 + 7 + 1
     assert sum(tag == "svg" and attributes.get("role") == "img" for tag, attributes in page.tags) == page.count(
         "figure"
     )
-    assert page.count("image") == 4
+    assert page.count("image") == 6
     assert page.count("script") == page.count("link") == 0
     words = " ".join("".join(page.words).split())
     assert (
@@ -337,31 +341,26 @@ def test_classes_without_training_pictures_are_left_out(tmp_path):
     arrays = safetensors_numpy.load_file(path)
     absent = np.array([1, 4, 6, 9])
     arrays["class_means"][absent] = 0
-    for sizes in (arrays.pop("class_sizes"), None):
-        if sizes is not None:
-            sizes[absent] = 0
-            arrays["class_sizes"] = sizes
-        else:
-            arrays.pop("class_sizes")
-        safetensors_numpy.save_file(arrays, path)
-        (loaded,) = report.load_runs([run])
-        seen = loaded.embeddings.trained
-        assert seen.class_names == ("0", "2", "3", "5", "7", "8")
-        assert seen.class_means_KD @ seen.class_means_KD.T == pytest.approx(0.3 + 0.7 * np.eye(6))
-        assert seen.centred_means_KD @ seen.centred_means_KD.T == pytest.approx(-0.2 + 1.2 * np.eye(6))
-        names = [loaded.embeddings.class_names[label] for label in loaded.embeddings.labels_n]
-        assert [seen.class_names[label] for label in seen.labels_n] == [n for n in names if n in seen.class_names]
-        assert len(seen.labels_n) == len(seen.features_nD) == len(seen.pictures_nCHW) == 30
-        words = words_of(report.render([loaded]))
-        assert "6 of 10 classes had training pictures." in words
-        assert "every one is −1/5 = −0.200" in words
-        assert f"{6**-0.5:.3f} for 6 classes" in words
-        assert "−1/9" not in words
-        assert "Right: 170 of 200" in words
+    arrays["class_sizes"][absent] = 0
+    safetensors_numpy.save_file(arrays, path)
+    (loaded,) = report.load_runs([run])
+    seen = loaded.embeddings.trained
+    assert seen.class_names == ("0", "2", "3", "5", "7", "8")
+    assert seen.class_means_KD @ seen.class_means_KD.T == pytest.approx(0.3 + 0.7 * np.eye(6))
+    assert seen.centred_means_KD @ seen.centred_means_KD.T == pytest.approx(-0.2 + 1.2 * np.eye(6))
+    names = [loaded.embeddings.class_names[label] for label in loaded.embeddings.labels_n]
+    assert [seen.class_names[label] for label in seen.labels_n] == [n for n in names if n in seen.class_names]
+    assert len(seen.labels_n) == len(seen.features_nD) == len(seen.pictures_nCHW) == 30
+    words = words_of(report.render([loaded]))
+    assert "6 of 10 classes had training pictures." in words
+    assert "every one is −1/5 = −0.200" in words
+    assert f"{6**-0.5:.3f} for 6 classes" in words
+    assert "−1/9" not in words
+    assert "Right: 170 of 200" in words
 
 
 def test_the_centre_is_that_of_the_metrics(tmp_path):
-    """Means at their own lengths; where these were not saved, of length 1, and the page says so."""
+    """Means at their own lengths."""
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 6
     features = rng.normal(size=(6, 16))[labels] + (0.3 + labels[:, None] / 2) * rng.normal(size=(60, 16))
@@ -374,11 +373,6 @@ def test_the_centre_is_that_of_the_metrics(tmp_path):
     (loaded,) = report.load_runs([run])
     off = report._off_diagonal(loaded.embeddings.centred_means_KD)
     assert off.std() == pytest.approx(metrics["nc2_angle_std"], abs=1e-6)
-    assert "the lengths of the means were not saved" not in words_of(report.render([loaded]))
-    older = make_run(tmp_path / "older", classes=6, extra={"class_means": arrays["class_means"]})
-    (loaded,) = report.load_runs([older])
-    assert report._off_diagonal(loaded.embeddings.centred_means_KD).std() != pytest.approx(off.std(), abs=1e-3)
-    assert "the lengths of the means were not saved" in words_of(report.render([loaded]))
 
 
 def test_one_class_has_no_view_from_the_centre_and_leads_nobody(tmp_path):
@@ -561,7 +555,9 @@ def test_pictures_are_the_nearest_and_the_surest_mistakes(tmp_path):
     angles = np.radians([10, 0, 20, 50, 80, 60])
     features = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     pictures = np.broadcast_to(np.arange(6, dtype=np.uint8)[:, None, None, None], (6, 1, 4, 4))
-    left = runs.Embeddings(features, np.zeros(6, int), np.eye(2), ("a", "b"), pictures_nCHW=pictures)
+    left = runs.Embeddings(
+        features, np.zeros(6, int), pictures, np.eye(2), np.ones(2), np.full(2, 9), ("a", "b"), np.zeros((2, 6), int)
+    )
     run = runs.Run(tmp_path, "r", {}, [{"epoch": 1}], left, {})
     section = mistakes.pictures_section(run)
     shown = [base64.b64decode(data) for data in re.findall(r"base64,([^\"]+)", section)]
