@@ -164,9 +164,9 @@ def _methods(options: Options, config: Config) -> tuple[str, ...]:
 
 def _by_method(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record with its results as a mapping."""
-    results = {result["method"]: dict(result) for result in record["results"]}
-    if not results.keys() <= METHODS.keys():
-        raise ValueError
+    for result in record["results"]:
+        _row(result)  # which fails where something is missing
+    results = {result["method"]: result for result in record["results"]}
     return {key: record[key] for key in ("epoch", "device", "ranks", "probe")} | {"results": results}
 
 
@@ -174,7 +174,7 @@ def _merged(earlier: Mapping[str, Any] | None, record: dict[str, Any]) -> dict[s
     """The record, with earlier results of the same checkpoint that still hold."""
     if earlier is None or any(earlier[key] != record[key] for key in ("epoch", "device", "ranks")):
         return record
-    new, old = _by_method(record)["results"], earlier["results"]
+    new, old = {result["method"]: result for result in record["results"]}, earlier["results"]
     probe = record["probe"]
     if not any(method in new for method in PROBES):
         probe = earlier["probe"]

@@ -251,9 +251,10 @@ def test_earlier_results_of_the_checkpoint_are_kept(runs, tmp_path, capsys):
     assert record["epoch"] == 1
     assert list(alone) == ["prototypes"]
     assert "nc" not in alone["prototypes"]
-    file.write_text('{"results": [{"method": "knn"}]}')
-    assert main([folder, "--prototypes"]) == 2
-    assert "evaluation.json must hold results of this command: delete it" in capsys.readouterr().err
+    for results in ([{"method": "knn"}], [{"method": "linear-probe"}]):
+        file.write_text(json.dumps(record | {"results": results}))
+        assert main([folder, "--prototypes"]) == 2
+        assert "evaluation.json must hold results of this command: delete it" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_is_evaluated_at_its_checkpoint(runs, tmp_path):
