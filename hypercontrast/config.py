@@ -23,6 +23,11 @@ from hypercontrast._checks import LEAST_TEMPERATURE, LONGEST_WAIT
 from hypercontrast.output import encoding, on_terminal, say
 
 RECIPES = Path(__file__).parent / "recipes"
+# Settings a resumed run may change without becoming another run.
+FREE_ON_RESUME = {
+    "data_root", "recipe", "gpus", "cpu_ranks", "rank_timeout", "max_restarts", "backend", "workers", "compile",
+    "checkpoint_every", "keep_checkpoints", "run_dir", "resume", "dry_run", "quiet", "json",
+}  # fmt: skip
 
 
 class UsageError(ValueError):
@@ -291,6 +296,13 @@ def _recipe_settings(name: str) -> dict[str, Any]:
 def read_config(path: Path) -> Config:
     """A config from a YAML mapping: plain scalars only, an unknown key is an error."""
     return _config_of(_read_settings(path), path)
+
+
+def run_config(run: str) -> Config:
+    """The config a run was trained with. Raises UsageError if the folder holds no run, or cannot be read."""
+    if not holds(run, "config.yaml"):
+        raise UsageError(f"RUN must be the folder of a run, with a config.yaml, got {run}")
+    return read_config(Path(run, "config.yaml"))
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

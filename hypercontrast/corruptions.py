@@ -41,12 +41,11 @@ from hypercontrast.data.corrupted import (
     uncorrupted,
 )
 from hypercontrast.data.dataset import Dataset, Pictures, limited_order
-from hypercontrast.evaluate import restored, runnable_config
 from hypercontrast.launch import Ranks, device_of
 from hypercontrast.output import say
 from hypercontrast.progress import Parser, Progress, command, fail, to_json, working
 from hypercontrast.records import read_record, write_record
-from hypercontrast.workspace import Workspace
+from hypercontrast.workspace import Workspace, restored, runnable_config
 
 # AlexNet's top-1 errors on ImageNet-C, averaged over the severities, as the benchmark's authors
 # publish them (github.com/hendrycks/robustness).
@@ -156,7 +155,7 @@ def measure(options: Options) -> dict[str, Any]:
     reference = _reference(record, other)
     errors, damaged = _earlier(Path(options.run), record)
     steps = len(options.severities) * -(-source.pictures // BATCH)
-    with source.pool, Progress(len(options.corruptions), steps, silent=options.quiet) as progress:
+    with source.pool, Progress(steps=steps, silent=options.quiet) as progress:
         progress.start("no corruption")
         record["clean_error"], _ = _error(_clean(workspace.dataset.validation, options.limit), workspace, progress)
         progress.say(HEADER)

@@ -33,21 +33,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypercontrast import data
 from hypercontrast.checkpoint import CheckpointError
 from hypercontrast.config import Config, UsageError
 from hypercontrast.data import AUGMENTATIONS, Share, epoch_batches, steps_per_epoch
-from hypercontrast.frozen import run_config
-from hypercontrast.launch import RankError, Ranks, check_hardware, fail_for, is_main, is_rank, joined, start_ranks
+from hypercontrast.launch import RankError, fail_for, is_main, is_rank, joined, start_ranks
 from hypercontrast.metrics import NeuralCollapse
-from hypercontrast.models import LinearHead, check_model
+from hypercontrast.models import LinearHead
 from hypercontrast.objective import TrainingError
 from hypercontrast.output import say
 from hypercontrast.probes import CosineProbe, Probe, ProbeSettings, fit_probe, train_probe
 from hypercontrast.progress import Parser, Progress, command, fail, to_json, working
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
 from hypercontrast.records import read_record, write_record
-from hypercontrast.workspace import Embedded, Workspace, load_network, newest_checkpoint
+from hypercontrast.workspace import Embedded, Workspace, restored, runnable_config
 
 METHODS = {
     "head": "trained head",
@@ -188,30 +186,6 @@ def _with_shares(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The results, each with its share of the seconds of the linear probe among them."""
     linear = next((result["seconds"] for result in results if result["method"] == "linear-probe"), None)
     return [result | {"share_of_linear_probe": linear and result["seconds"] / linear} for result in results]
-
-
-def runnable_config(run: str, data_root: str = "", gpus: int = 0, cpu_ranks: int = 0) -> Config:
-    """The config of the run in the folder `run`, to be run with these settings; an empty data_root keeps the run's own.
-
-    Raises UsageError if that cannot be done here.
-    """
-    config = run_config(run)
-    config = dataclasses.replace(config, data_root=data_root or config.data_root, gpus=gpus, cpu_ranks=cpu_ranks)
-    check_hardware(config)
-    check_model(config.model, config.width)
-    data.locate(config.dataset, config.data_root)
-    return config
-
-
-def restored(run: str, config: Config, ranks: Ranks) -> tuple[Workspace, int]:
-    """A run's data and network as its newest intact checkpoint left them, and the epoch of that checkpoint.
-
-    Raises UsageError if there is no checkpoint yet, CheckpointError if none is intact or it is another network's.
-    """
-    saved = ranks.agree(lambda: newest_checkpoint(run))
-    workspace = Workspace(config, ranks)
-    load_network(workspace.network, saved.tensors)
-    return workspace, saved.epoch
 
 
 def _evaluated(

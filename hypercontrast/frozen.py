@@ -6,13 +6,12 @@ Shapes: N pictures, C channels, D dimensions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hypercontrast.checkpoint import CheckpointError
-from hypercontrast.config import Config, UsageError, holds, read_config
+from hypercontrast.config import Config, run_config
 from hypercontrast.data import normalize
 from hypercontrast.data.sources import LARGEST_SIDE
 from hypercontrast.models import Network, mixed_precision
@@ -40,13 +39,6 @@ class FrozenRun:
         images = normalize(pixels, self.mean, self.std)
         with mixed_precision(images.device):
             return self.network.backbone(images).float()
-
-
-def run_config(run: str) -> Config:
-    """The config a run was trained with. Raises UsageError if the folder holds no run, or cannot be read."""
-    if not holds(run, "config.yaml"):
-        raise UsageError(f"RUN must be the folder of a run, with a config.yaml, got {run}")
-    return read_config(Path(run, "config.yaml"))
 
 
 def restored_network(run: str, device: torch.device) -> FrozenRun:

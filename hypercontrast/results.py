@@ -15,10 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hypercontrast.config import Config, UsageError, access, holds, read_config
+from hypercontrast.config import FREE_ON_RESUME, Config, UsageError, access, holds, read_config
 from hypercontrast.paper import COLLAPSE_SHARE, TABLE_7_METRICS
 from hypercontrast.runs import read_epochs
-from hypercontrast.train import FREE_ON_RESUME
 
 # Settings that change where, how fast or how often, or which of the equally good draws, but not what is measured.
 FREE = FREE_ON_RESUME | {"seed", "evaluate_every"}
@@ -43,24 +42,28 @@ class Run:
         return [row for row in self.epochs if "accuracy" in row]
 
     @property
+    def last(self) -> dict[str, float]:
+        """The last of these, empty before there is one."""
+        return self.measured[-1] if self.measured else {}
+
+    @property
     def epoch(self) -> int:
         return int(self.epochs[-1]["epoch"]) if self.epochs else 0
 
     @property
     def finished(self) -> bool:
-        return bool(self.measured) and self.measured[-1]["epoch"] >= self.config.epochs
+        return self.last.get("epoch", 0) >= self.config.epochs
 
     @property
     def classes(self) -> int | None:
         """Classes with training pictures, None before the first measured epoch."""
-        return int(self.measured[-1]["classes_seen"]) if "classes_seen" in (self.measured or [{}])[-1] else None
+        return int(self.last["classes_seen"]) if "classes_seen" in self.last else None
 
     @cached_property
     def _tree(self) -> dict[str, Any]:
         """Every result as file -> key -> ... -> value."""
-        last = self.measured[-1] if self.measured else {}
         shares = {key: share_to_collapse(points) for key in TABLE_7_METRICS if (points := self.series(key))}
-        return {"metrics.jsonl": {**last, COLLAPSE_SHARE: shares}, **self.files}
+        return {"metrics.jsonl": {**self.last, COLLAPSE_SHARE: shares}, **self.files}
 
     def series(self, key: str) -> list[tuple[float, float]]:
         """(epoch, value) pairs of a metric, without the epochs where it is missing or not finite."""

@@ -38,11 +38,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypercontrast import checkpoint, data
+from hypercontrast import checkpoint
 from hypercontrast._agreement import LostRankError, connected
 from hypercontrast._ops import resolve_backend
 from hypercontrast.checkpoint import Checkpoint, CheckpointError
-from hypercontrast.config import Config, UsageError, holds, parse, read_config, resume_folder, to_yaml
+from hypercontrast.config import (
+    FREE_ON_RESUME,
+    Config,
+    UsageError,
+    holds,
+    parse,
+    read_config,
+    resume_folder,
+    to_yaml,
+)
 from hypercontrast.data import AUGMENTATIONS, Share, derived_seed, epoch_batches, limited_order, steps_per_epoch
 from hypercontrast.data.streamed import check_damage
 from hypercontrast.environment import environment
@@ -50,7 +59,6 @@ from hypercontrast.launch import (
     Interrupted,
     RankError,
     Ranks,
-    check_hardware,
     device_of,
     fail_for,
     interrupt,
@@ -63,7 +71,7 @@ from hypercontrast.launch import (
 )
 from hypercontrast.lock import locked
 from hypercontrast.metrics import NeuralCollapse
-from hypercontrast.models import ProjectionHead, check_model
+from hypercontrast.models import ProjectionHead
 from hypercontrast.objective import VIEWS, LossRecord, NotFinite, Objective, TrainingError
 from hypercontrast.output import say, warn
 from hypercontrast.plan import learning_rate, plan
@@ -71,16 +79,10 @@ from hypercontrast.progress import Progress, command, fail, to_json, working
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
 from hypercontrast.report import write_report
 from hypercontrast.step import Step, compiles
-from hypercontrast.workspace import Workspace, check_batches, load_network
+from hypercontrast.workspace import Workspace, check_batches, check_runnable, load_network
 
 EMBEDDINGS_LIMIT = 1000
 THUMBNAIL = 48  # pixels a side that pictures are reduced to, for the report
-# Settings a resumed run may change without becoming another run.
-FREE_ON_RESUME = {
-    "data_root", "recipe", "gpus", "cpu_ranks", "rank_timeout", "max_restarts", "backend", "workers", "compile",
-    "checkpoint_every", "keep_checkpoints", "run_dir", "resume", "dry_run", "quiet", "json",
-}  # fmt: skip
-
 # Exit codes of errors that need no traceback.
 FORESEEN = {"UsageError": 2, "TrainingError": 1, "CheckpointError": 1, "LostRankError": 1}
 
@@ -163,9 +165,7 @@ def _is_silent(config: Config, ranks: Ranks) -> bool:
 
 def prepare(config: Config) -> Config:
     """The config with its run folder settled. Raises UsageError if it cannot be run here; changes nothing on disk."""
-    check_hardware(config)
-    check_model(config.model, config.width)
-    data.locate(config.dataset, config.data_root)
+    check_runnable(config)
     try:
         backend = resolve_backend(config.backend, torch.empty(0, 1, device=device_of(config)))
     except ValueError as error:

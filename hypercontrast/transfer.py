@@ -38,10 +38,10 @@ import torch
 from torch import Tensor, nn
 
 from hypercontrast.checkpoint import CheckpointError
-from hypercontrast.config import Config, UsageError
+from hypercontrast.config import Config, UsageError, run_config
 from hypercontrast.data import Pictures
 from hypercontrast.data.transfer import TransferSet, locate
-from hypercontrast.frozen import FrozenRun, restored_network, run_config
+from hypercontrast.frozen import FrozenRun, restored_network
 from hypercontrast.launch import Ranks, device_of
 from hypercontrast.models import LinearHead
 from hypercontrast.objective import TrainingError

@@ -1,10 +1,12 @@
-"""What training and evaluation share: a run's pictures and network on one rank's device, and the features in between.
+"""What training and evaluation share: a run's pictures and network on one rank's device, and the features in between;
+how the network is built and restored, and what a machine must have for it.
 
 Shapes: N samples, K classes, D dimensions.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +16,10 @@ from torch import Tensor
 
 from hypercontrast import checkpoint, data
 from hypercontrast.checkpoint import Checkpoint, CheckpointError
-from hypercontrast.config import Config, UsageError
+from hypercontrast.config import Config, UsageError, run_config
 from hypercontrast.data import Dataset, Pictures, steps_per_epoch
-from hypercontrast.launch import Ranks
-from hypercontrast.models import LinearHead, Network, ProjectionHead, build_model, mixed_precision
+from hypercontrast.launch import Ranks, check_hardware
+from hypercontrast.models import LinearHead, Network, ProjectionHead, build_model, check_model, mixed_precision
 from hypercontrast.prototypes import PrototypeHead
 
 EVALUATION_BATCH = {"cpu": 128, "cuda": 1024}  # what caches hold, what keeps a GPU busy
@@ -93,6 +95,17 @@ def load_network(network: Network, tensors: Mapping[str, Tensor]) -> None:
     network.load_state_dict(found)
 
 
+def restored(run: str, config: Config, ranks: Ranks) -> tuple[Workspace, int]:
+    """A run's data and network as its newest intact checkpoint left them, and the epoch of that checkpoint.
+
+    Raises UsageError if there is no checkpoint yet, CheckpointError if none is intact or it is another network's.
+    """
+    saved = ranks.agree(lambda: newest_checkpoint(run))
+    workspace = Workspace(config, ranks)
+    load_network(workspace.network, saved.tensors)
+    return workspace, saved.epoch
+
+
 def build_network(config: Config, channels: int, image_size: int, num_classes: int) -> Network:
     """Backbone and head with fresh weights from torch's global generator."""
     backbone, dim = build_model(config.model, channels, image_size, config.width)
@@ -116,6 +129,24 @@ def load_dataset(config: Config) -> Dataset:
     """The run's pictures: limited first, then long-tailed."""
     dataset = data.load(config.dataset, config.data_root, config.limit, config.workers)
     return dataset if config.imbalance == 1 else dataset.long_tailed(config.imbalance, config.imbalance_shape)
+
+
+def check_runnable(config: Config) -> None:
+    """Raise UsageError if this machine has not the GPUs, the model or the pictures of a run."""
+    check_hardware(config)
+    check_model(config.model, config.width)
+    data.locate(config.dataset, config.data_root)
+
+
+def runnable_config(run: str, data_root: str = "", gpus: int = 0, cpu_ranks: int = 0) -> Config:
+    """The config of the run in the folder `run`, to be run with these settings; an empty data_root keeps the run's own.
+
+    Raises UsageError if that cannot be done here.
+    """
+    config = run_config(run)
+    config = dataclasses.replace(config, data_root=data_root or config.data_root, gpus=gpus, cpu_ranks=cpu_ranks)
+    check_runnable(config)
+    return config
 
 
 def check_batches(config: Config, samples: int | None, world: int) -> None:

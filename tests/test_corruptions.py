@@ -27,9 +27,9 @@ from hypercontrast.corruptions import (
 )
 from hypercontrast.data import Images, corrupted, derived_seed
 from hypercontrast.data.corrupted import BATCH, CORRUPTIONS, SEED, SEVERITIES, Generated, ImageNetC
-from hypercontrast.evaluate import restored, runnable_config
 from hypercontrast.launch import Ranks
 from hypercontrast.train import train
+from hypercontrast.workspace import restored, runnable_config
 
 for extra in ("mlxtend", "safetensors", "yaml"):
     pytest.importorskip(extra)
