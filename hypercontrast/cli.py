@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import importlib
 import sys
+import textwrap
 from collections.abc import Sequence
 
 from hypercontrast import __version__
 from hypercontrast.output import say
-from hypercontrast.progress import fail
+from hypercontrast.progress import aligned, fail
 
 # name: (module, what it does)
 COMMANDS = {
@@ -55,18 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {does}" for name, (_, does) in COMMANDS.items()]
-    codes = [f"  {line}" for line in EXIT_CODES.splitlines()]
-    return "\n".join(
-        [
-            "usage: hypercontrast COMMAND [ARGUMENT ...]",
-            "",
-            *lines,
-            "",
-            "hypercontrast COMMAND --help tells more; --version is the package's.",
-            "",
-            "exit codes",
-            *codes,
-        ]
-    )
+    commands = aligned([(name, does) for name, (_, does) in COMMANDS.items()])
+    return f"""\
+usage: hypercontrast COMMAND [ARGUMENT ...]
+
+{textwrap.indent(commands, "  ")}
+
+hypercontrast COMMAND --help tells more; --version is the package's.
+
+exit codes
+{textwrap.indent(EXIT_CODES, "  ")}"""

@@ -42,7 +42,7 @@ from hypercontrast.models import LinearHead
 from hypercontrast.objective import TrainingError
 from hypercontrast.output import say
 from hypercontrast.probes import CosineProbe, Probe, ProbeSettings, fit_probe, train_probe
-from hypercontrast.progress import Parser, Progress, command, fail, to_json, working
+from hypercontrast.progress import Parser, Progress, aligned, command, fail, to_json, working
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
 from hypercontrast.records import read_record, write_record
 from hypercontrast.workspace import Embedded, Workspace, restored, runnable_config
@@ -343,14 +343,7 @@ def table(record: dict[str, Any]) -> str:
     """The results in aligned columns, one line a method."""
     rows = [_row(result) for result in record["results"]]
     header = ("method", "features", "top-1", "seconds", "of linear", *NC_COLUMNS.values())[: len(rows[0])]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in (header, *rows)
-    )
+    return aligned([header, *rows], range(2, len(header)))
 
 
 def _row(result: dict[str, Any]) -> tuple[str, ...]:

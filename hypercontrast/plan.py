@@ -16,6 +16,7 @@ from hypercontrast.data import FACTS, long_tailed_counts, steps_per_epoch
 from hypercontrast.launch import device_of, num_ranks
 from hypercontrast.models import Network
 from hypercontrast.objective import GLOBAL_LOSSES, VIEWS
+from hypercontrast.progress import aligned
 from hypercontrast.workspace import build_network, check_batches, load_dataset
 
 FINAL_LR = 1e-3  # of the peak
@@ -84,8 +85,7 @@ def plan(config: Config) -> str:
     }
     if extent.missing:
         rows["missing"] = extent.missing
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+    return aligned([*rows.items()])
 
 
 def _extent(config: Config) -> _Extent:
@@ -95,7 +95,8 @@ def _extent(config: Config) -> _Extent:
         if config.dataset not in FACTS:
             raise
         return _published_extent(config, str(error))
-    resident = sum(getattr(part, "pixels", torch.empty(0)).nbytes for part in (dataset.train, dataset.validation))
+    parts = dataset.train, dataset.validation
+    resident = sum(part.pixels.nbytes for part in parts if isinstance(part, data.Images))
     return _Extent(
         len(dataset.train), len(dataset.validation), dataset.num_classes, dataset.channels, dataset.image_size, resident
     )

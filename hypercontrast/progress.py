@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -68,6 +68,19 @@ class Parser(argparse.ArgumentParser):
 
 def to_json(result: Any) -> str:
     return json.dumps(result, indent=1)
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> str:
+    """Rows of cells as lines, in columns of one width; those in `right`, counted from 0, stand to the right."""
+    *widths, last = (max(map(len, column)) for column in zip(*rows, strict=True))
+    widths.append(last if len(widths) in right else 0)  # nothing follows it
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
 
 
 class Progress:

@@ -55,7 +55,7 @@ from hypercontrast.paper import (
     Cell,
     Table,
 )
-from hypercontrast.progress import Parser, command, fail, to_json
+from hypercontrast.progress import Parser, aligned, command, fail, to_json
 from hypercontrast.report import DRIVER_METRICS, legal_range
 from hypercontrast.results import FREE, Group, Run, read_groups
 from hypercontrast.runs import LOSS_TITLES
@@ -464,15 +464,8 @@ def _paragraph(text: str, markdown: bool) -> str:
 
 
 def _text_grid(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    numbers = range(len(widths) - 4, len(widths) - 1)
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column in numbers else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    columns = len(rows[0])
+    return aligned(rows, range(columns - 4, columns - 1))
 
 
 def _markdown_grid(rows: Sequence[Sequence[str]]) -> str:
