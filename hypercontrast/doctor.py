@@ -30,7 +30,7 @@ import hypercontrast as hc
 from hypercontrast import _extension
 from hypercontrast.config import Config, UsageError
 from hypercontrast.data import DATASETS, locate
-from hypercontrast.environment import environment
+from hypercontrast.environment import environment, version
 from hypercontrast.output import say
 from hypercontrast.progress import Parser, command, fail, python, to_json
 
@@ -134,13 +134,6 @@ def _extra_install(extra: str) -> str:
     return _pip(f"-e '{CHECKOUT}[{extra}]'" if in_checkout else f"'hypercontrast[{extra}]'")
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
 def _failure(module: str) -> str:
     """Why it cannot be imported, in one line; empty where it can."""
     try:
@@ -197,7 +190,7 @@ def _cuda_failure() -> str:
 def _triton() -> Finding:
     failure = _failure("triton")
     if not failure:
-        return Finding(OK, "Triton", _version("triton") or "without a version")
+        return Finding(OK, "Triton", version("triton") or "without a version")
     # A build of torch for CUDA names the version that it is for.
     pinned = [re.match(r"triton==([\w.]+)", need) for need in importlib.metadata.requires("torch") or ()]
     fix = _pip(next((f"triton=={match[1]}" for match in pinned if match), "triton"))
@@ -267,11 +260,11 @@ def _losses(device: str) -> Finding:
 def _torchvision() -> Finding:
     failure = _failure("torchvision")
     if not failure:
-        return Finding(OK, "torchvision", _version("torchvision") or "without a version")
+        return Finding(OK, "torchvision", version("torchvision") or "without a version")
     major, minor = _torch_release()
     # torch 2.N comes with torchvision 0.(N + 15).
     fix = _pip(f"'torchvision==0.{minor + 15}.*'" if major == 2 else "torchvision")
-    here = f"{_version('torchvision')} does not fit this torch" if _version("torchvision") else "not installed"
+    here = f"{version('torchvision')} does not fit this torch" if version("torchvision") else "not installed"
     return Finding(MISSING, "torchvision", f"ResNets, ViTs and CIFAR's archives need it; {here}: {failure}", fix)
 
 
@@ -279,7 +272,7 @@ def _driver() -> Finding:
     lacking = [f"{name} ({use})" for module, (name, use) in DRIVER.items() if _failure(module)]
     if lacking:
         return Finding(MISSING, "driver", f"without {', '.join(lacking)}", _extra_install("train"))
-    return Finding(OK, "driver", ", ".join(f"{name} {_version(name)}" for name, _ in DRIVER.values()))
+    return Finding(OK, "driver", ", ".join(f"{name} {version(name)}" for name, _ in DRIVER.values()))
 
 
 def _extra(module: str, extra: str, use: str) -> Finding:

@@ -19,27 +19,25 @@ def environment(device: torch.device, ranks: int) -> dict[str, str]:
     """Names and values, in the order to show them in."""
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    found = {
+    made_with = {
         "hypercontrast": " ".join([__version__, *_commit()]),
         "torch": torch.__version__,
-        **_versions(),
+        **{name: found for name in PACKAGES if (found := version(name))},
         "Python": platform.python_version(),
         "machine": machine,
         "device": f"{ranks} × {accelerator}" if ranks > 1 else accelerator,
     }
     if device.type == "cpu":
-        found["threads"] = str(torch.get_num_threads())
-    return found
+        made_with["threads"] = str(torch.get_num_threads())
+    return made_with
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+def version(package: str) -> str:
+    """Of an installed package; empty where it is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _commit() -> list[str]:
