@@ -106,11 +106,8 @@ def _read_food101(folder: Path) -> _Read:
     names = tuple(_lines(folder / "meta" / "classes.txt"))
 
     def part(split: str) -> Labelled:
-        pictures = _lines(folder / "meta" / f"{split}.txt")  # CLASS/NUMBER
-        return _labelled(
-            [_inside(folder / "images", f"{picture}.jpg") for picture in pictures],
-            [names.index(picture.partition("/")[0]) for picture in pictures],
-        )
+        pictures = [f"{picture}.jpg" for picture in _lines(folder / "meta" / f"{split}.txt")]
+        return _in_class_folders(folder / "images", pictures, names)
 
     return _Read(Splits(part("train"), part("test"), names))
 
@@ -128,16 +125,10 @@ def _read_cars(folder: Path) -> _Read:
 
 
 def _read_dtd(folder: Path) -> _Read:
-    splits = {split: _lines(folder / "labels" / f"{split}1.txt") for split in ("train", "val", "test")}  # CLASS/FILE
-    names = tuple(sorted({picture.partition("/")[0] for picture in splits["train"]}))
-
-    def part(pictures: list[str]) -> Labelled:
-        return _labelled(
-            [_inside(folder / "images", picture) for picture in pictures],
-            [names.index(picture.partition("/")[0]) for picture in pictures],
-        )
-
-    return _Read(Splits(part(splits["train"] + splits["val"]), part(splits["test"]), names))
+    train, validation, test = (_lines(folder / "labels" / f"{split}1.txt") for split in ("train", "val", "test"))
+    names = tuple(sorted({picture.partition("/")[0] for picture in train}))
+    training, testing = (_in_class_folders(folder / "images", part, names) for part in (train + validation, test))
+    return _Read(Splits(training, testing, names))
 
 
 def _read_pets(folder: Path) -> _Read:
@@ -190,6 +181,12 @@ def _inside(folder: Path, name: str) -> Path:
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"{name} leads out of {folder}")
     return folder / name
+
+
+def _in_class_folders(folder: Path, pictures: Sequence[str], names: Sequence[str]) -> Labelled:
+    """Pictures that a list calls CLASS/FILE."""
+    labels = [names.index(picture.partition("/")[0]) for picture in pictures]
+    return _labelled([_inside(folder, picture) for picture in pictures], labels)
 
 
 def _labelled(paths: Sequence[Path], labels: Sequence[int]) -> Labelled:
