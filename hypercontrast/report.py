@@ -25,24 +25,25 @@ import numpy as np
 from hypercontrast import figures, page
 from hypercontrast.config import Config, access, read_recipe, recipe_names
 from hypercontrast.figures import Array, Curve, Span, classes_a_cell, count, number, shorten
+from hypercontrast.metrics import DESCRIPTIONS, Description
 from hypercontrast.mistakes import confusion_section, percent, pictures_section
 from hypercontrast.output import say
 from hypercontrast.progress import Parser, command, fail
 from hypercontrast.runs import Embeddings, Run, load_runs, unit_rows
 
-# What the driver writes beside the neural-collapse metrics: key -> (title, sentence, ideal).
+# What the driver writes beside the neural-collapse metrics.
 DRIVER_METRICS = {
-    "loss": (
+    "loss": Description(
         "Training loss",
         "Mean over the epoch. Different losses have different scales: compare only equal ones.",
         "",
     ),
-    "accuracy": (
+    "accuracy": Description(
         "Accuracy",
         "Share of validation samples the head (linear layer or prototypes; for SCL its fixed class means) gets right.",
         "1",
     ),
-    "prototype_accuracy": (
+    "prototype_accuracy": Description(
         "Prototype accuracy",
         "Share of validation samples whose nearest training class mean, by cosine, is their own class: no head needed.",
         "1",
@@ -76,11 +77,9 @@ DATA = ("dataset", "limit", "imbalance", "imbalance_shape")
 PLACES = ("run_dir", "resume", "quiet", "json", "dry_run", "recipe")
 
 
-def _describe(key: str) -> tuple[str, str, str]:
-    from hypercontrast.metrics import DESCRIPTIONS
-
-    title, sentence, ideal = (DRIVER_METRICS | DESCRIPTIONS).get(key, (key, "", ""))
-    return title, sentence, str(ideal)
+def describe(key: str) -> Description:
+    """Of a metric in a run's log."""
+    return (DRIVER_METRICS | DESCRIPTIONS).get(key, Description(key, "", ""))
 
 
 def legal_range(key: str) -> tuple[float, float]:
@@ -93,7 +92,7 @@ def legal_range(key: str) -> tuple[float, float]:
 
 
 def _better(key: str) -> str:
-    return BETTER_OF.get(key) or BETTER.get(_describe(key)[2], "")
+    return BETTER_OF.get(key) or BETTER.get(describe(key).ideal, "")
 
 
 def _value(key: str, value: float) -> str:
@@ -224,7 +223,7 @@ def _headline_cards(run: Run) -> str:
     entries = []
     for key, title in HEADLINE.items():
         if math.isfinite(run.final.get(key, math.nan)):
-            better, ideal = _better(key), _describe(key)[2]
+            better, ideal = _better(key), describe(key).ideal
             aim = {"0": "0 is ideal", "1": "100% is ideal"}.get(ideal, f"{better} is better")
             entries.append((title, _last(run, key), aim))
     return page.cards(entries) if entries else ""
@@ -246,7 +245,7 @@ def _chart(key: str, runs: Sequence[Run]) -> str:
     names = {index: run.name if len(runs) > 1 else _value(key, points[-1][1]) for index, run, points in found}
     scale = 100 if key.endswith("accuracy") else 1  # in percent, as everywhere on the page
     curves = [Curve(names[index], index, [(e, scale * value) for e, value in points]) for index, _, points in found]
-    title, sentence, ideal = _describe(key)
+    title, sentence, ideal = describe(key)
     best = _as_float(ideal)
     ends = _join([f"{run.name} {_value(key, points[-1][1])}" for _, run, points in found])
     label = f"{title} over the epochs; at the end: {ends}"
@@ -444,7 +443,7 @@ and equal angles (NC2 = 0), each prototype points along its class mean (NC3 = 0)
 def _metrics_table(runs: Sequence[Run], keys: Sequence[str], label: str) -> str:
     rows = []
     for key in keys:
-        title, sentence, ideal = _describe(key)
+        title, sentence, ideal = describe(key)
         name = f"{escape(title)} <code>{escape(key)}</code><small>{escape(sentence)}</small>"
         values = [_last(run, key) for run in runs]
         rows.append([name, *values, _better(key) or "–", f"<small>{escape(ideal)}</small>"])

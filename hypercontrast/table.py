@@ -27,7 +27,7 @@ import shlex
 import statistics
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,9 +36,9 @@ from typing import Any
 from hypercontrast import checkpoint, data, figures
 from hypercontrast.checkpoint import CheckpointError
 from hypercontrast.config import Config, UsageError, read_recipe
+from hypercontrast.data.facts import FACTS, TRANSFER_FACTS
 from hypercontrast.data.transfer import locate as locate_transfer_set
 from hypercontrast.figures import Curve
-from hypercontrast.metrics import DESCRIPTIONS
 from hypercontrast.output import say
 from hypercontrast.paper import (
     ACCURACY,
@@ -50,13 +50,11 @@ from hypercontrast.paper import (
     PROBES,
     TABLES,
     TEMPERATURES,
-    TRAINING_PICTURES,
-    TRANSFER,
     Cell,
     Table,
 )
 from hypercontrast.progress import Parser, aligned, command, fail, to_json
-from hypercontrast.report import DRIVER_METRICS, legal_range
+from hypercontrast.report import describe, legal_range
 from hypercontrast.results import FREE, Group, Run, read_groups
 from hypercontrast.runs import LOSS_TITLES
 
@@ -170,8 +168,8 @@ def _departure(name: str, config: Config, recipe: Config) -> str:
     value, wanted = getattr(config, name), getattr(recipe, name)
     if name == "dataset":
         return f"{_short(value)} for {wanted}"
-    if name == "limit" and config.dataset in TRAINING_PICTURES:
-        return f"{value:,} of {TRAINING_PICTURES[config.dataset]:,} pictures"
+    if name == "limit" and config.dataset in DATASETS:
+        return f"{value:,} of {FACTS[config.dataset].train:,} pictures"
     if name == "epochs" and value < wanted:
         return f"{value} of {wanted} epochs"
     return f"{name.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
@@ -195,7 +193,7 @@ def _measured_otherwise(run: Run, cell: Cell) -> list[str]:
         elif (probe.get("epochs"), probe.get("lr")) != (epochs, lr):
             found.append(f"probe of {probe.get('epochs')} epochs at lr {probe.get('lr')}, not {epochs} at {lr}")
     if cell.source[0] == "transfer.json":
-        test, all_of_them = run.find((*cell.source[:-1], "test")), TRANSFER[cell.source[2]][1]
+        test, all_of_them = run.find((*cell.source[:-1], "test")), TRANSFER_FACTS[cell.source[2]].validation
         if test != all_of_them:
             found.append(f"{test} of {all_of_them:,} test pictures")
     if cell.source[0] == "corruptions.json":
@@ -311,7 +309,7 @@ def _unmeasured(cell: Cell, ours: Ours | None, root: str) -> tuple[str, str]:
     """State and note of a value that we do not have."""
     where = "" if root == "data" else f" --data-root {shlex.quote(root)}"
     if ours is None:
-        if reason := _missing(cell.dataset, root):
+        if reason := _missing(data.locate, cell.dataset, root):
             return f"needs data {cell.dataset}", reason
         command = f"python -m hypercontrast.train --recipe {cell.recipes[0]}{where}"
         if cell.source == BEST_TEMPERATURE:
@@ -324,12 +322,12 @@ def _unmeasured(cell: Cell, ours: Ours | None, root: str) -> tuple[str, str]:
     run = ours.lacking[0]
     folder = shlex.quote(str(run.path))
     if cell.source[0] == "evaluation.json":
-        if reason := _missing(run.config.dataset, run.config.data_root):
+        if reason := _missing(data.locate, run.config.dataset, run.config.data_root):
             return f"needs data {_short(run.config.dataset)}", reason
         return "not run", f"python -m hypercontrast.evaluate {folder}"
     if cell.source[0] == "transfer.json":
         name = cell.source[2]
-        if reason := _missing_transfer(name, root):
+        if reason := _missing(locate_transfer_set, name, root):
             return f"needs data {name}", reason
         return "not run", f"python -m hypercontrast.transfer {folder} --datasets {name}{where}"
     if cell.source[0] == "corruptions.json":
@@ -342,19 +340,10 @@ def _unmeasured(cell: Cell, ours: Ours | None, root: str) -> tuple[str, str]:
 
 
 @cache
-def _missing(name: str, root: str) -> str:
+def _missing(locate: Callable[[str, str], object], name: str, root: str) -> str:
     """Why a data set cannot be read, empty where it can."""
     try:
-        data.locate(name, root)
-    except UsageError as error:
-        return str(error)
-    return ""
-
-
-@cache
-def _missing_transfer(name: str, root: str) -> str:
-    try:
-        locate_transfer_set(name, root)
+        locate(name, root)
     except UsageError as error:
         return str(error)
     return ""
@@ -498,7 +487,7 @@ def figure2(groups: Sequence[Group]) -> str:
         by_loss[group.config.loss] = group
     drawings = []
     for key in (*COLLAPSE, "accuracy"):
-        title = (DRIVER_METRICS | DESCRIPTIONS)[key][0]
+        title = describe(key).title
         curves = [
             Curve(name, colour, points)
             for colour, (loss, name) in enumerate(LOSS_TITLES.items())
