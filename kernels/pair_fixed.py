@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -35,9 +34,7 @@ from . import _launch
 from ._epilogue import MAX_FIXED_SHIFT, Gradient, Scaling, finish, fp16_range
 from ._launch import cdiv
 from ._tiles import LN2, LOG2E, exp, inverse, load_rows
-
-if TYPE_CHECKING:
-    from .pair_backward import Backward, Side
+from .pair_backward import Backward, Side
 
 _SMALLEST_FACTOR = tl.constexpr(1e-30)
 

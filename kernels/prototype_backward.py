@@ -10,11 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._epilogue import Gradient, finish, fp16_range, load_factor, mm_fp32
+from ._epilogue import finish, fp16_range, load_factor, mm_fp32
 from ._launch import cdiv
 from ._prototype_tiles import Operands, Options, load_classes
 from ._tiles import LOG2E, exp, load_inverse_temperature, load_rows, product, split_range
-from .prototype_columns import Columns, column_weights, columns, load_side
+from .prototype_columns import Columns, Side, column_weights, columns, load_side
 
 
 @triton.jit
@@ -296,14 +296,6 @@ def _lse_bwd_tile_kernel(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers
-
-
-@dataclass(frozen=True)
-class Side(Gradient):
-    """One operand in the backward: what was kept of it, the upstream gradient of its log-sum-exp, and where dX goes."""
-
-    lse: Tensor | None  # [R], None when its log-sum-exp is not used
-    upstream: Tensor | None  # [R]
 
 
 @dataclass(frozen=True)

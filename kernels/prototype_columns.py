@@ -15,18 +15,17 @@ side by side, so that one load brings them all, and padded, so that a tile check
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import _launch
+from ._epilogue import Gradient
 from ._prototype_tiles import Operands, Options, load_classes
 from ._tiles import LOG2E, load_inverse_temperature
-
-if TYPE_CHECKING:
-    from .prototype_backward import Side
 
 
 @triton.jit
@@ -158,6 +157,18 @@ def column_weights(
     if EXCLUDE_OWN:  # before the sum that both have: to choose between sum and positive would take registers
         weights_RC = tl.where(own_RC, 0.0, weights_RC)
     return tl.where(own_RC, weights_RC + positive_RC, weights_RC)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launchers
+
+
+@dataclass(frozen=True)
+class Side(Gradient):
+    """One operand in the backward: what was kept of it, the upstream gradient of its log-sum-exp, and where dX goes."""
+
+    lse: Tensor | None  # [R], None when its log-sum-exp is not used
+    upstream: Tensor | None  # [R]
 
 
 class Columns(NamedTuple):

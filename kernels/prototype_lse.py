@@ -45,7 +45,8 @@ from . import _launch, prototype_backward, prototype_forward
 from ._epilogue import unpadded
 from ._prototype_tiles import Operands, Options, Present
 from .class_sums import class_sums, segment_sum
-from .prototype_backward import Kept, Side
+from .prototype_backward import Kept
+from .prototype_columns import Side
 
 __all__ = ["class_sums", "launch_bwd", "launch_fwd", "segment_sum"]
 
