@@ -14,33 +14,22 @@ from ._epilogue import Scaling
 
 
 @triton.jit
-def load_classes(
-    index,
-    count,
-    labels_ptr,
-    present_ptr,
-    num_classes,
-    ignored_class,
-    OF_CLASSES: tl.constexpr,
-    COMPACT: tl.constexpr,
-):
-    """The class each row of an operand belongs to, int32; negative for rows that take no part.
+def load_classes(present_ptr, index, count, COMPACT: tl.constexpr):
+    """The class of each row of prototypes, int32; -2 past the last.
 
-    Those have different values among classes and samples, so that comparing the two sides never matches them.
+    Which is no sample's, as -1 is no row's: comparing the two sides never matches what takes no part.
     """
     inside = index < count
-    if OF_CLASSES:
-        if COMPACT:
-            return tl.load(present_ptr + index, mask=inside, other=-2)
-        else:
-            return tl.where(inside, index, -2)
+    if COMPACT:
+        return tl.load(present_ptr + index, mask=inside, other=-2)
     else:
-        return class_of(tl.load(labels_ptr + index, mask=inside, other=-1), num_classes, ignored_class)
+        return tl.where(inside, index, -2)
 
 
 @triton.jit
-def class_of(label, num_classes, ignored_class):
-    """The class of int64 labels, int32; -1 for ignored ones and for those that are no class."""
+def load_labels(labels_ptr, index, count, num_classes, ignored_class):
+    """The class of each sample, int32; -1 for ignored ones, for labels that are no class, and past the last."""
+    label = tl.load(labels_ptr + index, mask=index < count, other=-1)
     # The range is compared in 64 bits, unsigned: 2^40 is no class, narrowed it would be class 0. What is left is small.
     within = label.to(tl.uint64, bitcast=True) < num_classes
     narrow = label.to(tl.int32)
@@ -73,11 +62,17 @@ class Operands:
     present: Present | None
     ignored_class: int  # -1 where ignore_index is no class, so that the range alone leaves it out
 
-    def class_arguments(self) -> dict:
+    def class_arguments(self) -> dict[str, Any]:
         """How the kernels tell which class a row of prototypes, or a sample, is of."""
         return {
             "num_classes": len(self.prototypes),
             "ignored_class": self.ignored_class,
+            **self.present_arguments(),
+        }
+
+    def present_arguments(self) -> dict[str, Any]:
+        """The same of a row of prototypes alone."""
+        return {
             "present_ptr": None if self.present is None else self.present.classes.to(torch.int32),
             "num_present_ptr": None if self.present is None else self.present.count,
             "COMPACT": self.present is not None,

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _launch
 from ._epilogue import finish, fp16_range, load_factor, mm_fp32
 from ._launch import cdiv
-from ._prototype_tiles import Operands, Options, load_classes
+from ._prototype_tiles import Operands, Options, load_classes, load_labels
 from ._tiles import LOG2E, exp, load_inverse_temperature, load_rows, product, split_range
 from .prototype_columns import Columns, Side, column_weights, columns, load_side
 
@@ -140,7 +140,10 @@ def _lse_bwd_kernel(
         return
     row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside_R = row_R < R
-    class_R = load_classes(row_R, R, labels_ptr, present_ptr, num_classes, ignored_class, A_IS_CLASSES, COMPACT)
+    if A_IS_CLASSES:
+        class_R = load_classes(present_ptr, row_R, R, COMPACT)
+    else:
+        class_R = load_labels(labels_ptr, row_R, R, num_classes, ignored_class)
     inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
     inv_a_R = tl.load(inv_a_ptr + row_R, mask=inside_R, other=0.0)
     scale_R = inv_a_R
@@ -248,9 +251,7 @@ def _lse_bwd_tile_kernel(
             tl.program_id(0) % row_blocks * BLOCK_R < members, D, 0
         )  # a block of absent classes: no product
     inside_R, inside_C = row_R < members, row_C < C
-    class_R = load_classes(
-        row_start + row_R, row_start + members, labels_ptr, present_ptr, num_classes, ignored_class, True, COMPACT
-    )
+    class_R = load_classes(present_ptr, row_start + row_R, row_start + members, COMPACT)
     inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
     if not KEPT:
         dots_RC = product(
@@ -271,7 +272,7 @@ def _lse_bwd_tile_kernel(
         )  # fmt: skip
         h_RC = tl.where(inside_R[:, None], weights_RC * inv_w_R[:, None], 0.0)
     else:
-        class_C = load_classes(row_C, C, labels_ptr, present_ptr, num_classes, ignored_class, False, COMPACT)
+        class_C = load_labels(labels_ptr, row_C, C, num_classes, ignored_class)
         inv_z_C = tl.load(inv_z_ptr + row_C, mask=inside_C, other=0.0)
         lse_C, grad_C = load_side(col_lse_ptr, grad_col_ptr, row_C, inside_C, HAS_COLS)
         positive_RC = tl.load(grad_pos_ptr + row_C, mask=inside_C, other=0.0)[None, :]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import _launch
 from ._epilogue import Gradient
-from ._prototype_tiles import Operands, Options, load_classes
+from ._prototype_tiles import Operands, Options, load_classes, load_labels
 from ._tiles import LOG2E, load_inverse_temperature
 
 
@@ -101,7 +101,7 @@ def _columns_kernel(
         if HAS_RANGE:
             fp16_range = tl.load(sample_range_ptr)
         inv = tl.load(inv_z_ptr + row, mask=inside, other=0.0)
-        label = load_classes(row, N, labels_ptr, None, num_classes, ignored_class, False, False)
+        label = load_labels(labels_ptr, row, N, num_classes, ignored_class)
         positive = tl.load(grad_pos_ptr + row, mask=inside, other=0.0) * fp16_range
         _store_columns(
             sample_columns_ptr, sample_sides_ptr, row, padded_N, inv, inv, label, positive, col_lse_ptr, grad_col_ptr,
@@ -114,7 +114,7 @@ def _columns_kernel(
         if HAS_RANGE:
             fp16_range = tl.load(class_range_ptr)
         inv = tl.load(inv_w_ptr + row, mask=inside, other=0.0)
-        label = load_classes(row, rows, labels_ptr, present_ptr, num_classes, ignored_class, True, COMPACT)
+        label = load_classes(present_ptr, row, rows, COMPACT)
         inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
         _store_columns(
             class_columns_ptr, class_sides_ptr, row, padded_R, inv, inv * (inv_temp * LOG2E), label, 1.0, row_lse_ptr,

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _launch
 from ._epilogue import MAX_FIXED_SHIFT, combine
 from ._launch import cdiv
-from ._prototype_tiles import Operands, Options, load_classes
+from ._prototype_tiles import Operands, Options, load_classes, load_labels
 from ._tiles import (
     LOG2E,
     add_exponentials,
@@ -67,7 +67,7 @@ def _inverse_norms_kernel(
     if block < feature_blocks:
         sample_R = block * BLOCK_R + tl.arange(0, BLOCK_R)
         inside_R = sample_R < N
-        label_R = load_classes(sample_R, N, labels_ptr, None, K, ignored_class, False, False)
+        label_R = load_labels(labels_ptr, sample_R, N, K, ignored_class)
         has_label_R = label_R >= 0
         products_R = tl.zeros((BLOCK_R,), tl.float32)
         own_squares_R = tl.zeros((BLOCK_R,), tl.float32)
@@ -145,7 +145,10 @@ def _lse_fwd_kernel(
         return
     row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside_R = row_R < R
-    class_R = load_classes(row_R, R, labels_ptr, present_ptr, num_classes, ignored_class, A_IS_CLASSES, COMPACT)
+    if A_IS_CLASSES:
+        class_R = load_classes(present_ptr, row_R, R, COMPACT)
+    else:
+        class_R = load_labels(labels_ptr, row_R, R, num_classes, ignored_class)
     scale_R = tl.load(inv_a_ptr + row_R, mask=inside_R, other=0.0)
     if A_IS_CLASSES:
         inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
@@ -240,13 +243,12 @@ def _tile_sums(
     return tl.sum(e_RC, axis=1)
 
 
-@triton.jit(do_not_specialize=["ignored_class"])
+@triton.jit
 def _lse_fwd_tile_kernel(
     w_ptr,  # [R, D]
     z_ptr,  # [C, D]
     inv_w_ptr,
     columns_ptr,  # [3, padded C] fp32, see `Norms`
-    labels_ptr,
     present_ptr,
     num_present_ptr,
     row_lse_ptr,  # [tiles along C, R] fp32, when HAS_ROWS
@@ -256,11 +258,9 @@ def _lse_fwd_tile_kernel(
     C,
     D,
     padded_C,
-    num_classes,
     stride_w,
     stride_z,
     stride_kept,
-    ignored_class,
     inv_temperature,
     HAS_ROWS: tl.constexpr,
     HAS_COLS: tl.constexpr,
@@ -289,7 +289,7 @@ def _lse_fwd_tile_kernel(
         w_ptr, z_ptr, row_R, row_C, inside_R, row_C < C, stride_w, stride_z, D,
         BLOCK_R, BLOCK_C, BLOCK_D, INPUT_PRECISION,
     )  # fmt: skip
-    class_R = load_classes(row_R, R, labels_ptr, present_ptr, num_classes, ignored_class, True, COMPACT)
+    class_R = load_classes(present_ptr, row_R, R, COMPACT)
     scale_R = tl.load(inv_w_ptr + row_R, mask=inside_R, other=0.0) * (inv_temperature * LOG2E)
     kept_R = row_R
     if KEEP:
@@ -464,7 +464,6 @@ def _partials_of_tiles(
         z_ptr=features,
         inv_w_ptr=inv_prototypes,
         columns_ptr=norms.sample_columns,
-        labels_ptr=operands.labels,
         row_lse_ptr=row_partials if rows else None,
         col_lse_ptr=col_partials if cols else None,
         kept_ptr=kept if kept.numel() else None,
@@ -481,7 +480,7 @@ def _partials_of_tiles(
         EXCLUDE_OWN=options.exclude_own,
         KEEP=kept.numel() > 0,
         INPUT_PRECISION=_launch.input_precision(features.dtype),
-        **operands.class_arguments(),
+        **operands.present_arguments(),
         **config.launch_options(),
     )
     return row_partials, col_partials

@@ -31,7 +31,7 @@ from torch import Tensor
 from . import _launch, prototype_forward, prototype_lse
 from ._epilogue import combine
 from ._launch import cdiv
-from ._prototype_tiles import Options, load_classes
+from ._prototype_tiles import Options, load_labels
 from ._tiles import add_exponentials, exp, log_sum
 
 
@@ -100,7 +100,7 @@ def _loss_kernel(
         inside_N = sample_N < N
         label_N = tl.load(labels_ptr + sample_N, mask=inside_N, other=0)
         seen_N = tl.where(label_N == ignore_index, 0, label_N)
-        class_N = load_classes(sample_N, N, labels_ptr, None, K, ignore_index, False, False)
+        class_N = load_labels(labels_ptr, sample_N, N, K, ignore_index)
         valid_N = class_N >= 0
         a_N = tl.where(valid_N, 1.0, 0.0)
         if HAS_WEIGHT:
@@ -145,7 +145,7 @@ def _loss_kernel(
             sum_K = tl.zeros((BLOCK_K,), tl.float32)
             for start in range(0, N, BLOCK_N):
                 sample_N = start + tl.arange(0, BLOCK_N)
-                class_N = load_classes(sample_N, N, labels_ptr, None, K, ignore_index, False, False)
+                class_N = load_labels(labels_ptr, sample_N, N, K, ignore_index)
                 own_KN = class_K[:, None] == class_N[None, :]
                 if HAS_COLS:
                     col_lse_N = _joined(col_partials_ptr, sample_N, sample_N < N, col_splits, N, BLOCK_S)
