@@ -69,8 +69,9 @@ def product(
 
 
 @triton.jit
-def split_range(split, splits, C, BLOCK_C: tl.constexpr):
-    """Columns [first, last) of a split; whole tiles, so the bounds depend on C alone."""
+def split_range(C, BLOCK_C: tl.constexpr):
+    """Columns [first, last) of this program's split; whole tiles, so the bounds depend on C alone."""
+    split, splits = tl.program_id(1), tl.num_programs(1)
     step = tl.cdiv(tl.cdiv(C, BLOCK_C), splits) * BLOCK_C
     return split * step, tl.minimum((split + 1) * step, C)
 

@@ -173,7 +173,7 @@ def _pair_bwd_kernel(
         fp16_range = tl.load(range_ptr)
 
     sum_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    first, last = split_range(tl.program_id(1), tl.num_programs(1), C, BLOCK_C)
+    first, last = split_range(C, BLOCK_C)
     for start in range(first, last, BLOCK_C):
         row_C = start + tl.arange(0, BLOCK_C)
         inside_C = row_C < C

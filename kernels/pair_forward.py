@@ -143,7 +143,7 @@ def _pair_fwd_kernel(
 
     maximum_R, total_R = empty_sum(BLOCK_R, FIXED_SHIFT)
     positive_maximum_R, positive_total_R = empty_sum(BLOCK_R, FIXED_SHIFT)
-    first, last = split_range(tl.program_id(1), tl.num_programs(1), C, BLOCK_C)
+    first, last = split_range(C, BLOCK_C)
     for start in range(first, last, BLOCK_C):
         row_C = start + tl.arange(0, BLOCK_C)
         inside_C = row_C < C
@@ -209,7 +209,7 @@ def _pair_triangle_kernel(
     row_R = strip * BLOCK_R + tl.arange(0, BLOCK_R)
     inside_R = row_R < R
     result = tl.program_id(1).to(tl.int64) * R + row_R
-    first, last = split_range(tl.program_id(1), tl.num_programs(1), C, BLOCK_C)
+    first, last = split_range(C, BLOCK_C)
     first = tl.maximum(first, strip * BLOCK_R)
     if first >= last:  # left of the diagonal
         tl.store(row_lse_ptr + result, tl.full((BLOCK_R,), float("-inf"), tl.float32), mask=inside_R)

@@ -161,7 +161,7 @@ def _lse_bwd_kernel(
         positive_R = tl.load(grad_pos_ptr + row_R, mask=inside_R, other=0.0) * fp16_range
 
     sum_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    first, last = split_range(tl.program_id(1), tl.num_programs(1), C, BLOCK_C)
+    first, last = split_range(C, BLOCK_C)
     for start in range(first, last, BLOCK_C):
         row_C = start + tl.arange(0, BLOCK_C)
         b_CD = load_rows(b_ptr, row_C, row_C < C, stride_b, 0, D, BLOCK_D)

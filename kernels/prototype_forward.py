@@ -157,7 +157,7 @@ def _lse_fwd_kernel(
         a_RD = load_rows(a_ptr, row_R, inside_R, stride_a, 0, D, BLOCK_D)
 
     maximum_R, total_R = empty_sum(BLOCK_R, FIXED_SHIFT)
-    first, last = split_range(tl.program_id(1), tl.num_programs(1), C, BLOCK_C)
+    first, last = split_range(C, BLOCK_C)
     for start in range(first, last, BLOCK_C):
         row_C = start + tl.arange(0, BLOCK_C)
         inside_C = row_C < C
