@@ -244,6 +244,15 @@ def wide_config(tables: dict[int, Wide], x: Tensor, num_columns: int) -> Config:
     return table[itemsize, tiles < TARGET_PROGRAMS // 4]
 
 
+def forward_config(
+    narrow: dict[int, Narrow], wide: dict[int, Wide], x: Tensor, num_columns: int
+) -> tuple[Config, bool]:
+    """The tile of a forward that has both shapes, and whether it is a narrow one."""
+    if is_narrow(narrow, x):
+        return narrow_config(narrow, x), True
+    return wide_config(wide, x, num_columns), False
+
+
 def padded_columns(count: int) -> int:
     return cdiv(count, PADDING) * PADDING
 
@@ -367,6 +376,18 @@ def row_chunks(num_rows: int, bytes_a_row: int) -> Iterator[slice]:
     length = max(128, SCRATCH_BYTES // bytes_a_row // 128 * 128)
     for start in range(0, num_rows, length):
         yield slice(start, min(start + length, num_rows))
+
+
+def strip_groups(num_rows: int, block: int, padding: int = 1) -> Iterator[tuple[int, int]]:
+    """Rows [first, last) of strips of `block` rows whose sums of every column from there on fit SCRATCH_BYTES together
+    (one strip at the least), of columns up to a multiple of `padding`.
+    """
+    first = 0
+    while first < num_rows:
+        columns = cdiv(num_rows - first, padding) * padding
+        last = min(first + max(1, SCRATCH_BYTES // (4 * columns)) * block, num_rows)
+        yield first, last
+        first = last
 
 
 def pair_chunks(num_rows: int, num_columns: int, itemsize: int, dim: int) -> Iterator[tuple[slice, list[slice]]]:

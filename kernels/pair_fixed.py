@@ -22,7 +22,6 @@ Shapes: R rows, C columns, D width; S splits. Vectors over samples are padded to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -516,7 +515,7 @@ def triangle(scaling: Scaling, samples: Samples, with_positives: bool) -> list[T
     config = _launch.narrow_config(tables, samples.x)
     kinds = 2 if with_positives else 1
     results = [torch.empty(num_rows, device=samples.x.device) for _ in range(kinds)]  # outputs share no storage
-    for first, last in _strip_groups(num_rows, config.block_r):
+    for first, last in _launch.strip_groups(num_rows, config.block_r, _launch.PADDING):
         part, group_rows = samples.since(first), last - first
         strips, tiles = cdiv(group_rows, config.block_r), cdiv(num_rows - first, config.block_c)
         pairs = cdiv(strips, 2)
@@ -543,16 +542,6 @@ def triangle(scaling: Scaling, samples: Samples, with_positives: bool) -> list[T
         )
         del row_sums, col_sums  # before the next are made
     return results
-
-
-def _strip_groups(num_rows: int, block: int) -> Iterator[tuple[int, int]]:
-    """Rows [first, last) of strips whose column sums fit the scratch memory together: two at least."""
-    first = 0
-    while first < num_rows:
-        strips = max(2, _launch.SCRATCH_BYTES // (4 * _launch.padded_columns(num_rows - first)))
-        last = min(first + strips * block, num_rows)
-        yield first, last
-        first = last
 
 
 def _join(

@@ -13,7 +13,6 @@ Shapes: R rows, C columns, D width; S splits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -316,7 +315,7 @@ def rectangle(
     rows, columns = pairs.rows, pairs.columns
     (num_rows, dim), num_columns = rows.shape, len(columns)
     tables = _launch.PAIR_FORWARD_NARROW, _launch.PAIR_FORWARD_WIDE
-    config, variant = _forward_variant(scaling, *tables, rows, num_columns)
+    config, narrow = _launch.forward_config(*tables, rows, num_columns)
     row_blocks = cdiv(num_rows, config.block_r)
     splits = _launch.split_count(row_blocks, cdiv(num_columns, config.block_c), 4 * num_rows)
     lse = torch.empty(splits, num_rows, device=rows.device)
@@ -342,7 +341,7 @@ def rectangle(
         HAS_MASK=mask is not None,
         HAS_POSITIVES=positives is not None,
         INSIDE=inside,
-        **variant,
+        **_variant(scaling, rows, config, narrow),
     )
     lse = combine(lse) if splits > 1 else lse.view(-1)
     if positives is not None:
@@ -355,9 +354,9 @@ def triangle(scaling: Scaling, pairs: Pairs, inv: Tensor) -> Tensor:
     x, ids = pairs.rows, pairs.row_ids
     num_rows, dim = x.shape
     tables = _launch.PAIR_TRIANGLE_NARROW, _launch.PAIR_TRIANGLE_WIDE
-    config, variant = _forward_variant(scaling, *tables, x, num_rows)
+    config, narrow = _launch.forward_config(*tables, x, num_rows)
     lse = inv.new_full((num_rows,), float("-inf"))
-    for first, last in _strip_groups(num_rows, config.block_r):
+    for first, last in _launch.strip_groups(num_rows, config.block_r):
         group_rows, columns = last - first, num_rows - first
         strips = cdiv(group_rows, config.block_r)
         # Half of the programs find nothing above the diagonal, and those left differ in length: four times as many.
@@ -374,7 +373,7 @@ def triangle(scaling: Scaling, pairs: Pairs, inv: Tensor) -> Tensor:
             C=columns,
             D=dim,
             stride_x=x.stride(0),
-            **variant,
+            **_variant(scaling, x, config, narrow),
         )
         combine(row_lse, into=lse[first:last])
         combine(col_lse, into=lse[first:], step=config.block_r)
@@ -382,33 +381,12 @@ def triangle(scaling: Scaling, pairs: Pairs, inv: Tensor) -> Tensor:
     return lse
 
 
-def _strip_groups(num_rows: int, block: int) -> Iterator[tuple[int, int]]:
-    """Rows [first, last) of strips whose column sums fit the scratch memory together."""
-    first = 0
-    while first < num_rows:
-        strips = max(1, _launch.SCRATCH_BYTES // (4 * (num_rows - first)))
-        last = min(first + strips * block, num_rows)
-        yield first, last
-        first = last
-
-
-def _forward_variant(
-    scaling: Scaling,
-    narrow_tables: dict[int, _launch.Narrow],
-    wide_tables: dict[int, _launch.Wide],
-    rows: Tensor,
-    num_columns: int,
-) -> tuple[_launch.Config, dict[str, Any]]:
-    """The tile, and what follows of it and of the type for either forward kernel."""
-    narrow = _launch.is_narrow(narrow_tables, rows)
-    if narrow:
-        config = _launch.narrow_config(narrow_tables, rows)
-    else:
-        config = _launch.wide_config(wide_tables, rows, num_columns)
-    return config, {
-        "FIXED_SHIFT": scaling.fixed_shift(rows.dtype, MAX_FIXED_SHIFT),
+def _variant(scaling: Scaling, x: Tensor, config: _launch.Config, narrow: bool) -> dict[str, Any]:
+    """What follows of the tile and of the type for either forward kernel."""
+    return {
+        "FIXED_SHIFT": scaling.fixed_shift(x.dtype, MAX_FIXED_SHIFT),
         "NARROW": narrow,
-        "INPUT_PRECISION": _launch.input_precision(rows.dtype),
+        "INPUT_PRECISION": _launch.input_precision(x.dtype),
         **scaling.arguments(),
         **config.launch_options(),
     }

@@ -405,11 +405,7 @@ def _partials(
     else:
         a, inv_a, b, columns = operands.features, norms.inv_features, operands.prototypes, norms.class_columns
     num_rows, (num_columns, dim) = len(a), b.shape
-    narrow = _launch.is_narrow(_launch.FORWARD_NARROW, a)
-    if narrow:
-        config = _launch.narrow_config(_launch.FORWARD_NARROW, a)
-    else:
-        config = _launch.wide_config(_launch.FORWARD_WIDE, a, num_columns)
+    config, narrow = _launch.forward_config(_launch.FORWARD_NARROW, _launch.FORWARD_WIDE, a, num_columns)
     row_blocks = cdiv(num_rows, config.block_r)
     splits = _launch.split_count(row_blocks, cdiv(num_columns, config.block_c), 4 * num_rows)
     partials = torch.empty(splits, num_rows, device=a.device)
