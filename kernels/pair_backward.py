@@ -331,14 +331,6 @@ class Side:
         grad_positives = factor(self.positives, self.grad_positives) if inside else self.grad_positives
         return Side(self.lse, factor(self.lse, self.grad_lse), self.positives, grad_positives)
 
-    def arguments(self, side: str) -> dict[str, Tensor]:
-        return {
-            f"{side}_lse_ptr": self.lse,
-            f"grad_{side}_lse_ptr": self.grad_lse,
-            f"{side}_positives_ptr": self.positives,
-            f"grad_{side}_positives_ptr": self.grad_positives,
-        }
-
 
 @dataclass(frozen=True)
 class LossSide(Side):
@@ -346,6 +338,17 @@ class LossSide(Side):
 
     def upstream(self) -> tuple[Tensor, Tensor]:
         return self.grad_lse, self.grad_positives
+
+
+def side_arguments(side: Side | None, prefix: str = "") -> dict[str, Tensor | None]:
+    """How the kernels learn a side; of one that is no anchor, None, they get no pointers."""
+    lse, grad_lse, positives, grad_positives = [None] * 4 if side is None else vars(side).values()
+    return {
+        f"{prefix}lse_ptr": lse,
+        f"grad_{prefix}lse_ptr": grad_lse,
+        f"{prefix}positives_ptr": positives,
+        f"grad_{prefix}positives_ptr": grad_positives,
+    }
 
 
 @dataclass(frozen=True)
@@ -403,7 +406,7 @@ class Backward:
         )
 
     def arguments(self, scaling: Scaling, fp16_range: Tensor | None) -> dict[str, Any]:
-        pairs, none = self.pairs, Side(*[None] * 4)
+        pairs = self.pairs
         return {
             "a_ptr": pairs.rows,
             "b_ptr": pairs.columns,
@@ -411,8 +414,8 @@ class Backward:
             "inv_b_ptr": self.inv_columns,
             "row_ids_ptr": pairs.row_ids,
             "col_ids_ptr": pairs.column_ids,
-            **(self.row_side or none).arguments("row"),
-            **(self.column_side or none).arguments("col"),
+            **side_arguments(self.row_side, "row_"),
+            **side_arguments(self.column_side, "col_"),
             "range_ptr": fp16_range,
             "R": len(pairs.rows),
             "C": len(pairs.columns),

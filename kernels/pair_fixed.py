@@ -33,7 +33,7 @@ from . import _launch
 from ._epilogue import MAX_FIXED_SHIFT, Gradient, Scaling, finish, fp16_range
 from ._launch import cdiv
 from ._tiles import LN2, LOG2E, exp, inverse, load_rows
-from .pair_backward import Backward, Side
+from .pair_backward import Backward, Side, side_arguments
 
 _SMALLEST_FACTOR = tl.constexpr(1e-30)
 
@@ -471,8 +471,12 @@ class Samples:
     def since(self, row: int) -> Samples:
         return type(self)(*(tensor[row:] for tensor in vars(self).values()))
 
-    def arguments(self, side: str = "") -> dict[str, Tensor]:
-        return {f"{side}factor_ptr": self.factor, f"{side}bias_ptr": self.bias}
+    def arguments(self, prefix: str = "") -> dict[str, Tensor]:
+        return {
+            f"{prefix}factor_ptr": self.factor,
+            f"{prefix}bias_ptr": self.bias,
+            f"{prefix}classes_ptr": self.classes,
+        }
 
 
 def near(x: Tensor) -> Tensor:
@@ -524,7 +528,6 @@ def triangle(scaling: Scaling, samples: Samples, with_positives: bool) -> list[T
         col_sums = results[0].new_empty(kinds, strips, part.padded)
         _triangle_fixed_kernel[(pairs, splits)](
             x_ptr=part.x,
-            classes_ptr=part.classes,
             row_sums_ptr=row_sums,
             col_sums_ptr=col_sums,
             R=group_rows,
@@ -587,8 +590,6 @@ def rectangle(
     _rectangle_fixed_kernel[(row_blocks, splits)](
         a_ptr=rows.x,
         b_ptr=columns.x,
-        row_classes_ptr=rows.classes,
-        col_classes_ptr=columns.classes,
         row_sums_ptr=row_sums,
         R=num_rows,
         C=num_columns,
@@ -657,10 +658,7 @@ def _prepare_side(
     padded = _launch.padded_columns(len(inv))
     row_terms, col_terms = inv.new_empty(4, padded), inv.new_empty(padded, 4)
     _prepare_side_kernel[(cdiv(padded, _launch.SIDE_BLOCKS["BLOCK_R"]),)](
-        lse_ptr=None if side is None else side.lse,
-        grad_lse_ptr=None if side is None else side.grad_lse,
-        positives_ptr=None if side is None else side.positives,
-        grad_positives_ptr=None if side is None else side.grad_positives,
+        **side_arguments(side),
         inv_ptr=inv,
         ids_ptr=ids,
         range_ptr=weights_range,
