@@ -43,9 +43,6 @@ class Present:
     classes: Tensor  # [R] int64, R = min(N, K): present classes, then absent ones
     count: Tensor  # int32, how many are present
 
-    def take(self, vector: Tensor | None) -> Tensor | None:
-        return None if vector is None else vector.index_select(0, self.classes)
-
     def spread(self, rows: Tensor, num_classes: int, empty: float) -> Tensor:
         """The rows at their classes, `empty` at all others."""
         spread = rows.new_full((num_classes, *rows.shape[1:]), empty)
@@ -61,6 +58,10 @@ class Operands:
     labels: Tensor  # [N]
     present: Present | None
     ignored_class: int  # -1 where ignore_index is no class, so that the range alone leaves it out
+
+    def listed(self, of_classes: Tensor) -> Tensor:
+        """Of a tensor [K, ...] the rows that are computed."""
+        return of_classes if self.present is None else of_classes.index_select(0, self.present.classes)
 
     def class_arguments(self) -> dict[str, Any]:
         """How the kernels tell which class a row of prototypes, or a sample, is of."""

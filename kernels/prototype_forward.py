@@ -397,19 +397,18 @@ def _partials(
     operands: Operands, options: Options, norms: Norms, *, a_is_classes: bool, both: bool
 ) -> tuple[Tensor, Tensor]:
     """Parts of the log-sum-exps of the owned rows and, if `both` (rows are classes), of the columns in the pass."""
-    present = operands.present
     if a_is_classes:
-        a, inv_a, b, columns = operands.prototypes, norms.inv_prototypes, operands.features, norms.sample_columns
-        if present is not None:
-            a, inv_a = present.take(a), present.take(inv_a)
+        a, inv_a = operands.listed(operands.prototypes), operands.listed(norms.inv_prototypes)
+        b, columns = operands.features, norms.sample_columns
     else:
-        a, inv_a, b, columns = operands.features, norms.inv_features, operands.prototypes, norms.class_columns
+        a, inv_a = operands.features, norms.inv_features
+        b, columns = operands.prototypes, norms.class_columns
     num_rows, (num_columns, dim) = len(a), b.shape
     config, narrow = _launch.forward_config(_launch.FORWARD_NARROW, _launch.FORWARD_WIDE, a, num_columns)
     row_blocks = cdiv(num_rows, config.block_r)
     splits = _launch.split_count(row_blocks, cdiv(num_columns, config.block_c), 4 * num_rows)
     partials = torch.empty(splits, num_rows, device=a.device)
-    if present is not None:
+    if operands.present is not None:
         partials.fill_(float("-inf"))  # rows of absent classes are not visited
     col_partials = partials.new_empty(row_blocks if both else 0, num_columns)
     if num_rows:
@@ -443,17 +442,15 @@ def _partials_of_tiles(
     operands: Operands, options: Options, norms: Norms, kept: Tensor, *, rows: bool, cols: bool
 ) -> tuple[Tensor, Tensor]:
     """The same by tiles that each have a program: one product serves rows, columns and what is kept."""
-    present, features = operands.present, operands.features
-    prototypes, inv_prototypes = operands.prototypes, norms.inv_prototypes
-    if present is not None:
-        prototypes, inv_prototypes = present.take(prototypes), present.take(inv_prototypes)
+    features = operands.features
+    prototypes, inv_prototypes = operands.listed(operands.prototypes), operands.listed(norms.inv_prototypes)
     num_rows, (num_samples, dim) = len(prototypes), features.shape
     tables = _launch.FORWARD_KEEP_WIDE_CROWDED if rows and cols else _launch.FORWARD_KEEP_WIDE
     config = _launch.wide_config(tables, prototypes, num_samples)
     row_tiles, col_tiles = cdiv(num_rows, config.block_r), cdiv(num_samples, config.block_c)
     row_partials = torch.empty(col_tiles if rows else 0, num_rows, device=features.device)
     col_partials = torch.empty(row_tiles if cols else 0, num_samples, device=features.device)
-    if present is not None:
+    if operands.present is not None:
         row_partials.fill_(float("-inf"))  # rows of absent classes are not visited
     _lse_fwd_tile_kernel[(row_tiles * col_tiles,)](
         w_ptr=prototypes,

@@ -134,13 +134,13 @@ def launch_bwd(
     """
     operands = prepare(features, prototypes, labels, counts, ignore_index, rows_only=rows and not cols)
     options = Options(temperature, inv_temperature, normalize, exclude_own, factor=factor)
-    present = operands.present
-    of_classes = operands.prototypes, inv_norm_prototypes, row_lse if rows else None, grad_row if rows else None
-    if present is not None:
-        of_classes = tuple(present.take(tensor) for tensor in of_classes)
+    present, listed = operands.present, operands.listed
     # Rows of absent classes are not visited, and without samples none is: they keep the zeros they start from.
     new = torch.empty if present is None and len(features) else torch.zeros
-    classes = _side(prototypes, *of_classes, new if wanted[1] else None)
+    classes = _side(
+        prototypes, listed(operands.prototypes), listed(inv_norm_prototypes), listed(row_lse) if rows else None,
+        listed(grad_row) if rows else None, new if wanted[1] else None,
+    )  # fmt: skip
     samples = _side(
         features, operands.features, inv_norm_features, col_lse if cols else None, grad_col if cols else None,
         new if wanted[0] else None,
