@@ -108,11 +108,13 @@ def _combine_kernel(
 
 
 def combine(partials: Tensor, into: Tensor | None = None, step: int = 0) -> Tensor:
-    """log Σ exp of [S, R] along S, joined to the log-sum-exps `into` [R] (in place) when given.
+    """log Σ exp of [S, R] along S, joined to the log-sum-exps `into` [R] (in place) when given; without a part [0].
 
     With a step, partial s is read for rows from (s + 1)·step on and may be uninitialised before.
     """
     splits, num_rows = partials.shape
+    if splits < 2 and into is None:
+        return partials.view(-1)
     lse = partials.new_empty(num_rows) if into is None else into
     _combine_kernel[(cdiv(num_rows, _launch.COMBINE_BLOCKS["BLOCK_R"]),)](
         partials_ptr=partials,

@@ -343,10 +343,9 @@ def rectangle(
         INSIDE=inside,
         **_variant(scaling, rows, config, narrow),
     )
-    lse = combine(lse) if splits > 1 else lse.view(-1)
     if positives is not None:
-        positives = combine(positives) if inside and splits > 1 else positives.sum(0)
-    return lse, positives
+        positives = combine(positives) if inside else positives.sum(0)
+    return combine(lse), positives
 
 
 def triangle(scaling: Scaling, pairs: Pairs, inv: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._epilogue import MAX_FIXED_SHIFT, combine
+from ._epilogue import MAX_FIXED_SHIFT
 from ._launch import cdiv
 from ._prototype_tiles import Operands, Options, load_classes, load_labels
 from ._tiles import (
@@ -386,11 +386,6 @@ def partials(
         return tuple(_partials(operands, options, norms, a_is_classes=side, both=False)[0] for side in (True, False))
     of_a, of_columns = _partials(operands, options, norms, a_is_classes=rows, both=rows and cols)
     return (of_a, of_columns) if rows else (of_columns, of_a)
-
-
-def joined(partials: Tensor) -> Tensor:
-    """[S, R] → [R]; without a part [0]."""
-    return combine(partials) if len(partials) > 1 else partials.view(-1)
 
 
 def _partials(

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from . import _launch, prototype_backward, prototype_forward
-from ._epilogue import unpadded
+from ._epilogue import combine, unpadded
 from ._prototype_tiles import Operands, Options, Present
 from .class_sums import class_sums, segment_sum
 from .prototype_backward import Kept
@@ -92,7 +92,7 @@ def launch_fwd(
     with _launch.on_device(features):
         norms = prototype_forward.inverse_norms(operands, options, cols=cols)
         parts = prototype_forward.partials(operands, options, norms, kept, rows=rows, cols=cols, of_ignored=True)
-        row_lse, col_lse = map(prototype_forward.joined, parts)
+        row_lse, col_lse = map(combine, parts)
         if rows and operands.present is not None:
             row_lse = operands.present.spread(row_lse, len(prototypes), float("-inf"))
     return row_lse, col_lse, norms.positives, norms.inv_features, norms.inv_prototypes, kept
