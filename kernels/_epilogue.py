@@ -78,33 +78,47 @@ class Gradient:
 
 
 @triton.jit
-def _combine_kernel(
+def joined(
     partials_ptr,  # [S, R] fp32 log-sum-exps
+    row,
+    inside,
+    S,
+    R,
+    BLOCK_S: tl.constexpr,
+    so_far=None,  # log-sum-exps that they join, if there are any
+    STEP: tl.constexpr = 0,  # partial s holds rows from (s + 1) STEP on: column sums of a triangle
+):
+    """log Σ_s exp partials[s, row], in the order of s; -inf outside."""
+    maximum = tl.full(row.shape, float("-inf"), tl.float32) if so_far is None else so_far
+    total = tl.full(row.shape, 1.0, tl.float32)  # of exp(maximum): nothing where that is -inf
+    for start in range(0, S, BLOCK_S):
+        split = start + tl.arange(0, BLOCK_S)
+        partials = partials_ptr + split.to(tl.int64)[:, None] * R + row[None, :]
+        there = (split < S)[:, None] & inside[None, :]
+        if STEP > 0:
+            there &= row[None, :] >= ((split + 1) * STEP)[:, None]
+        partial = tl.load(partials, mask=there, other=float("-inf"))
+        maximum, total = add_exponentials(maximum, total, partial, 0, False)
+    return log_sum(maximum, total)
+
+
+@triton.jit
+def _combine_kernel(
+    partials_ptr,
     lse_ptr,  # [R] fp32, read as well when ACCUMULATE
     S,
     R,
-    STEP: tl.constexpr,  # partial s holds rows from (s + 1) STEP on: column sums of a triangle
+    STEP: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """log Σ_s exp partials[s], in the order of s."""
     row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside_R = row_R < R
-    if ACCUMULATE:
-        maximum_R = tl.load(lse_ptr + row_R, mask=inside_R, other=float("-inf"))
-    else:
-        maximum_R = tl.full((BLOCK_R,), float("-inf"), tl.float32)
-    total_R = tl.full((BLOCK_R,), 1.0, tl.float32)  # of exp(maximum): nothing where that is -inf
+    so_far_R = tl.load(lse_ptr + row_R, mask=inside_R, other=float("-inf")) if ACCUMULATE else None
     if STEP > 0:
         S = tl.minimum(S, ((tl.program_id(0) + 1) * BLOCK_R - 1) // STEP)
-    for start in range(0, S, BLOCK_S):
-        split_S = start + tl.arange(0, BLOCK_S)
-        inside_SR = (split_S < S)[:, None] & inside_R[None, :] & (row_R[None, :] >= ((split_S + 1) * STEP)[:, None])
-        partials = partials_ptr + split_S.to(tl.int64)[:, None] * R + row_R[None, :]
-        partial_SR = tl.load(partials, mask=inside_SR, other=float("-inf"))
-        maximum_R, total_R = add_exponentials(maximum_R, total_R, partial_SR, 0, False)
-    tl.store(lse_ptr + row_R, log_sum(maximum_R, total_R), mask=inside_R)
+    tl.store(lse_ptr + row_R, joined(partials_ptr, row_R, inside_R, S, R, BLOCK_S, so_far_R, STEP), mask=inside_R)
 
 
 def combine(partials: Tensor, into: Tensor | None = None, step: int = 0) -> Tensor:

@@ -29,23 +29,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch, prototype_forward, prototype_lse
-from ._epilogue import combine
+from ._epilogue import combine, joined
 from ._launch import cdiv
 from ._prototype_tiles import Options, load_labels
-from ._tiles import add_exponentials, exp, log_sum
-
-
-@triton.jit
-def _joined(partials_ptr, index, inside, S, size, BLOCK_S: tl.constexpr):
-    """log Σ_s exp partials[s, index], in the order of s; -inf outside."""
-    maximum = tl.full(index.shape, float("-inf"), tl.float32)
-    total = tl.full(index.shape, 1.0, tl.float32)  # of exp(maximum): nothing where that is -inf
-    for start in range(0, S, BLOCK_S):
-        split = start + tl.arange(0, BLOCK_S)
-        partials = partials_ptr + split.to(tl.int64)[:, None] * size + index[None, :]
-        part = tl.load(partials, mask=(split < S)[:, None] & inside[None, :], other=float("-inf"))
-        maximum, total = add_exponentials(maximum, total, part, 0, False)
-    return log_sum(maximum, total)
+from ._tiles import exp, log_sum
 
 
 @triton.jit
@@ -111,9 +98,9 @@ def _loss_kernel(
         lse_N = tl.full((BLOCK_N,), float("-inf"), tl.float32)
         share_N = tl.full((BLOCK_N,), 1.0, tl.float32)
         if HAS_ROWS:
-            lse_N = _joined(row_partials_ptr, class_N, valid_N, row_splits, K, BLOCK_S)
+            lse_N = joined(row_partials_ptr, class_N, valid_N, row_splits, K, BLOCK_S)
         if HAS_COLS:
-            col_lse_N = _joined(col_partials_ptr, sample_N, inside_N, col_splits, N, BLOCK_S)
+            col_lse_N = joined(col_partials_ptr, sample_N, inside_N, col_splits, N, BLOCK_S)
             tl.store(col_lse_ptr + sample_N, col_lse_N, mask=inside_N)
             if HAS_ROWS:
                 higher_N = tl.maximum(lse_N, col_lse_N)
@@ -138,7 +125,7 @@ def _loss_kernel(
     elif HAS_ROWS:
         class_K = (block - sample_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
         inside_K = class_K < K
-        row_lse_K = _joined(row_partials_ptr, class_K, inside_K, row_splits, K, BLOCK_S)
+        row_lse_K = joined(row_partials_ptr, class_K, inside_K, row_splits, K, BLOCK_S)
         if HAS_COUNTS:
             sum_K = tl.load(class_counts_ptr + class_K, mask=inside_K, other=0).to(tl.float32)
         else:
@@ -148,7 +135,7 @@ def _loss_kernel(
                 class_N = load_labels(labels_ptr, sample_N, N, K, ignore_index)
                 own_KN = class_K[:, None] == class_N[None, :]
                 if HAS_COLS:
-                    col_lse_N = _joined(col_partials_ptr, sample_N, sample_N < N, col_splits, N, BLOCK_S)
+                    col_lse_N = joined(col_partials_ptr, sample_N, sample_N < N, col_splits, N, BLOCK_S)
                     share_KN = 1.0 / (1.0 + exp(col_lse_N[None, :] - row_lse_K[:, None]))
                     sum_K += tl.sum(tl.where(own_KN, share_KN, 0.0), axis=1)
                 else:
