@@ -96,5 +96,5 @@ def add_exponentials(maximum, total, logits, AXIS: tl.constexpr, FIXED_SHIFT: tl
 
 @triton.jit
 def log_sum(maximum, total):
-    """Logits and their sums stay in nats: see `_class_logits` and `pair_logits`."""
+    """The running sum's logarithm, in nats: why not in units of log 2 is told by `_class_logits` and `pair_logits`."""
     return maximum + tl.log2(total) * LN2

@@ -83,8 +83,6 @@ _OPTIONAL = {
     "num_present_ptr": "COMPACT",
     "lse_a_ptr": "HAS_A",
     "grad_a_ptr": "HAS_A",
-    "lse_b_ptr": "HAS_B",
-    "grad_b_ptr": "HAS_B",
     "row_lse_ptr": "HAS_ROWS",
     "grad_row_ptr": "HAS_ROWS",
     "col_lse_ptr": "HAS_COLS BOTH",

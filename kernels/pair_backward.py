@@ -1,8 +1,8 @@
 """Backward over pairs of samples: the gradient of the rows, in one pass. The derivation is in pair_lse.py.
 
-Narrow: a program keeps a block of rows and its accumulator on chip and streams the columns, of logits that need their
-log-sum-exp subtracted before exp; pair_fixed.py has the others. Wide, and under masks: H is
-stored for a bounded chunk of rows and columns, and a library product adds it to P.
+Narrow: a program keeps a block of rows and its accumulator on chip and streams the columns. These are for logits that
+need their log-sum-exp subtracted before exp: pair_fixed.py has the others. Wide, and under masks: H is stored for a
+bounded chunk of rows and columns, and a library product adds it to P.
 
 Shapes: R rows, C columns, D width; S splits.
 """

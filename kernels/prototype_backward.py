@@ -105,7 +105,7 @@ def _lse_bwd_kernel(
     upstream_ptr,  # [1] fp32 each, when HAS_FACTOR: the gradient is multiplied by upstream/divisor
     divisor_ptr,
     grad_ptr,  # [R, D]: dA
-    radial_ptr,  # [R] fp32: x·P, see the top of the file
+    radial_ptr,  # [R] fp32: x·P, see _epilogue.py
     partials_ptr,  # [S, R, D] fp32 when SPLIT: P of this split
     R,
     C,
@@ -242,14 +242,13 @@ def _lse_bwd_tile_kernel(
 ):
     """H of one tile. Rows past the present classes are written as zeros: the library products read them."""
     row_blocks = tl.cdiv(R, BLOCK_R)
-    row_R = tl.program_id(0) % row_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    first_R = tl.program_id(0) % row_blocks * BLOCK_R
+    row_R = first_R + tl.arange(0, BLOCK_R)
     row_C = tl.program_id(0) // row_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     members, depth = R, D
     if COMPACT:
         members = tl.minimum(R, tl.load(num_present_ptr) - row_start)
-        depth = tl.where(
-            tl.program_id(0) % row_blocks * BLOCK_R < members, D, 0
-        )  # a block of absent classes: no product
+        depth = tl.where(first_R < members, D, 0)  # a block of absent classes: no product
     inside_R, inside_C = row_R < members, row_C < C
     class_R = load_classes(present_ptr, row_start + row_R, row_start + members, COMPACT)
     inv_temp = load_inverse_temperature(temperature_ptr, inv_temperature, HAS_TEMPERATURE)
