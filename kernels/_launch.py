@@ -18,21 +18,22 @@ from torch import Tensor
 # Two programs for each of the 132 multiprocessors of an H100. A constant, not the device's own count: the order of
 # summation follows from it and the tiles, so the same input gives the same bits on every GPU of an architecture.
 TARGET_PROGRAMS = 264
-SCRATCH_BYTES = 64 * 2**20
+SCRATCH_BYTES = 64 * 2**20  # of partial results that are there at once
 CHUNK_BYTES = 256 * 2**20  # of H: fewer, larger chunks keep the library's products efficient and their sums few
-COMPACT_FLOP = 2**33
-MAX_LOSS_COMPARISONS = 2**26
-MAX_COMPARISONS = 2**22  # to count the samples of classes by: past it a histogram, which is one launch more
+CHUNK_COLUMNS = 8192  # of H over pairs, see `pair_chunks`
+PADDING = 256  # of vectors that tiles read without a bound: a multiple of every tile's sides
+COMPACT_FLOP = 2**33  # of the product with all classes: below it absent ones cost less than listing the present
+MAX_COMPARISONS = 2**22  # of samples with classes, to count by: past it a histogram, which is one launch more
+MAX_LOSS_COMPARISONS = 2**26  # the same where both sides are summed: past it the loss has no kernel of its own
+MAX_POSITIVES_IN_TILES = 2**28  # pairs: comparing their classes takes as long as a sort, or less
+# Of the kernels without a product.
 COMBINE_BLOCKS = {"BLOCK_S": 32, "BLOCK_R": 64, "num_warps": 4}
 RANGE_BLOCKS = {"BLOCK": 4096, "num_warps": 8}
-PADDING = 256  # of vectors that tiles read without a bound: a multiple of every tile's sides
 COLUMN_BLOCKS = {"BLOCK": 256, "num_warps": 4}
-PAIR_LOSS_BLOCKS = {"BLOCK": 4096, "num_warps": 16}
-TOTALS_BLOCKS = {"BLOCK_B": 256, "num_warps": 4}
 SIDE_BLOCKS = {"BLOCK_R": 256, "num_warps": 4}
-CHUNK_COLUMNS = 8192
+TOTALS_BLOCKS = {"BLOCK_B": 256, "num_warps": 4}
+PAIR_LOSS_BLOCKS = {"BLOCK": 4096, "num_warps": 16}
 CLASSES_BLOCKS = {"BLOCK": 32, "num_warps": 1}  # one sample a thread: each is a chain of dependent reads
-MAX_POSITIVES_IN_TILES = 2**28  # pairs: comparing their classes takes as long as a sort, or less
 
 
 @dataclass(frozen=True)
