@@ -77,6 +77,9 @@ struct Walk {
 
   at::Tensor of_samples(const at::Tensor& x) const { return samples ? x.index_select(0, *samples) : x; }
   at::Tensor of_classes(const at::Tensor& x) const { return classes ? x.index_select(0, *classes) : x; }
+  at::Tensor of_panel(const at::Tensor& x, int64_t c, int64_t cols) const {
+    return classes ? x.index_select(0, classes->narrow(0, c, cols)) : x.narrow(0, c, cols);
+  }
 
   // body(first class, classes) for each panel, body(first sample, samples) for each block.
   template <typename Body>
@@ -110,6 +113,11 @@ struct Walk {
   // Room for a tile that is not kept, where there is one.
   at::Tensor memory(const at::Tensor& kept) const { return reusable(keeps_all(kept) ? 0 : height * width); }
 };
+
+// Of a vector that may not be there.
+std::optional<at::Tensor> part(const std::optional<at::Tensor>& x, int64_t first, int64_t length) {
+  return x ? std::optional(x->narrow(0, first, length)) : std::nullopt;
+}
 
 at::Tensor times(const at::Tensor& x, double scale, const std::optional<at::Tensor>& factors) {
   at::Tensor scaled = x.mul(scale);
@@ -182,23 +190,22 @@ LossAndSaved prototype_loss(const at::Tensor& features, const at::Tensor& protot
   const at::Tensor factors = t.of_classes(inv_prototypes).mul(o.inv_temperature);
 
   const at::Tensor positives = at::zeros({t.n}, at::kFloat);
-  const at::Tensor row_sums = at::zeros({t.k}, at::kDouble), col_sums = at::zeros({t.n}, at::kDouble);
+  std::optional<at::Tensor> row_sums, col_sums;  // of exp(s), where they are asked for
+  if (o.rows) row_sums = at::zeros({t.k}, at::kDouble);
+  if (o.cols) col_sums = at::zeros({t.n}, at::kDouble);
   const at::Tensor kept = reusable(room), memory = t.memory(kept), unit = reusable(t.width * dim);
   int64_t used = 0;
   t.panels([&](int64_t c, int64_t cols) {
     const at::Tensor w = matrix_at(unit, 0, cols, dim);
-    scale_rows(t.classes ? prototypes.index_select(0, t.classes->narrow(0, c, cols)) : prototypes.narrow(0, c, cols),
-               factors.narrow(0, c, cols), w);
+    scale_rows(t.of_panel(prototypes, c, cols), factors.narrow(0, c, cols), w);
     t.blocks([&](int64_t j, int64_t rows) {
       const std::optional<at::Tensor> place = t.kept_tile(kept, c, cols, j, rows);
       if (place) used += rows * cols;
       const at::Tensor s = place ? *place : matrix_at(memory, 0, rows, cols);
       product(x.narrow(0, j, rows), w.t(), s, false);
-      std::optional<at::Tensor> of_rows, of_cols;  // of the tile, which are samples and classes
-      if (o.cols) of_rows = col_sums.narrow(0, j, rows);
-      if (o.rows) of_cols = row_sums.narrow(0, c, cols);
+      // The tile's rows are samples, each with its sum over the classes, and its columns are classes.
       exponentiate(s, inv_x.narrow(0, j, rows), t.own(c, cols, j, rows), positives.narrow(0, j, rows), o.exclude_own,
-                   of_rows, of_cols);
+                   part(col_sums, j, rows), part(row_sums, c, cols));
     });
   });
   kept.narrow(0, used, room - used).zero_();
@@ -212,7 +219,7 @@ LossAndSaved prototype_loss(const at::Tensor& features, const at::Tensor& protot
   const int64_t* const own = t.labels.data_ptr<int64_t>();
   const int64_t* const sample = t.samples ? t.samples->data_ptr<int64_t>() : nullptr;
   const int64_t* const present = t.classes ? t.classes->data_ptr<int64_t>() : nullptr;
-  const double *const row_sum = row_sums.data_ptr<double>(), *const col_sum = col_sums.data_ptr<double>();
+  const double *const row_sum = data<double>(row_sums), *const col_sum = data<double>(col_sums);
   // In units of the largest: the backward weighs exponentials in float32, where small ones would underflow.
   double largest = weight ? weight->max().item<double>() : 1.0;
   if (largest == 0) largest = 1.0;
@@ -273,8 +280,8 @@ std::tuple<at::Tensor, at::Tensor, double> prototype_loss_backward(
   const at::Tensor units = reusable_matrix(wants_prototypes ? t.height : 0, dim);
   double logit_grad_sum = 0;
   t.panels([&](int64_t c, int64_t cols) {
-    const std::optional<at::Tensor> index = t.classes ? std::optional(t.classes->narrow(0, c, cols)) : std::nullopt;
-    const at::Tensor y = index ? prototypes.index_select(0, *index) : prototypes.narrow(0, c, cols);
+    const std::optional<at::Tensor> index = part(t.classes, c, cols);
+    const at::Tensor y = t.of_panel(prototypes, c, cols);
     const at::Tensor w = matrix_at(unit, 0, cols, dim);
     scale_rows(y, outer_w.narrow(0, c, cols), w);
     at::Tensor grad_w;
@@ -285,10 +292,7 @@ std::tuple<at::Tensor, at::Tensor, double> prototype_loss_backward(
       const at::Tensor g = folded ? *e : matrix_at(memory, 0, rows, cols);
       if (!folded) {
         if (!e) product(x_block, w.t(), g, false);
-        std::optional<at::Tensor> of_rows, of_cols;
-        if (o.cols) of_rows = of_sample->narrow(0, j, rows);
-        if (o.rows) of_cols = of_class->narrow(0, c, cols);
-        weigh(e ? *e : g, inv_x.narrow(0, j, rows), e.has_value(), of_rows, of_cols, g);
+        weigh(e ? *e : g, inv_x.narrow(0, j, rows), e.has_value(), part(of_sample, j, rows), part(of_class, c, cols), g);
       }
       // Positives join in before the products: added to them they would leave the rounding of both behind.
       const Joined joined(g, own, positives.data_ptr<float>() + j, o.exclude_own, folded);

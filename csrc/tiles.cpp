@@ -104,11 +104,6 @@ VECTORISED void add_to(double* sums, float* part, int64_t length) {
   }
 }
 
-template <typename T>
-T* data(const std::optional<at::Tensor>& x) {
-  return x ? x->data_ptr<T>() : nullptr;
-}
-
 // body(part, first, last) for as many parts of the rows as there are threads: sums over a part's rows are later added in
 // the order of parts, so that results repeat.
 template <typename Body>
@@ -198,7 +193,7 @@ void exponentiate(const at::Tensor& tile, const std::optional<at::Tensor>& facto
   std::vector<std::vector<double>> sums(std::max(1, at::get_num_threads()));
   const int64_t parts = over_parts(rows, columns, [&](int64_t part, int64_t first, int64_t last) {
     std::vector<float> few(columns);
-    sums[part].resize(columns);
+    if (column_sum) sums[part].resize(columns);
     for (int64_t r = first; r < last; ++r) {
       float* const row = entries + r * columns;
       const float scale = factor ? factor[r] : 1.0f;

@@ -17,6 +17,12 @@ struct Plainly {
                                                  c10::autocast_dispatch_keyset};
 };
 
+// The numbers of a tensor that may not be there, or null.
+template <typename T>
+T* data(const std::optional<at::Tensor>& x) {
+  return x ? x->data_ptr<T>() : nullptr;
+}
+
 // tile [B, P] <- exp(factors [B] tile), of magnitudes below 87; what was summed joins row_sums [B] and column_sums [P],
 // float64. A row's entry at own [B] (negative: none) is first written to positives [B], and counts as zero if exclude_own.
 void exponentiate(const at::Tensor& tile, const std::optional<at::Tensor>& factors,
