@@ -10,6 +10,7 @@ Without it everything works: hypercontrast/buffer.py and hypercontrast/tiles.py 
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
@@ -18,14 +19,6 @@ import sys
 
 from setuptools import setup
 
-HEADERS = [
-    "csrc/negative_buffer.h",
-    "csrc/pack.h",
-    "csrc/pair_loss.h",
-    "csrc/product.h",
-    "csrc/prototype_loss.h",
-    "csrc/tiles.h",
-]
 SOURCES = [
     "csrc/bindings.cpp",
     "csrc/negative_buffer.cpp",
@@ -86,7 +79,7 @@ def extension() -> dict:
     module = make(
         "hypercontrast._C",
         SOURCES if toolkit is None else SOURCES + CUDA_SOURCES,
-        depends=HEADERS,
+        depends=glob.glob("csrc/*.h"),
         define_macros=[] if toolkit is None else [("HYPERCONTRAST_CUDA", None)],
         extra_compile_args={
             "cxx": ["-O2", "-g0", "-std=c++20", "-fvisibility=hidden", *threads],
