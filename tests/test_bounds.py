@@ -1,7 +1,7 @@
 """No kernel touches memory outside its arguments, whatever the labels say: every access of the interpreter is checked.
 
-The interpreter itself reads and writes wherever a pointer leads. Here the addresses of every load and store are compared
-with the extents of the tensors of the launch, so neighbours in the same storage count as outside.
+The interpreter itself reads and writes wherever a pointer leads. Here the addresses of every load, store and atomic are
+compared with the extents of the tensors of the launch, so neighbours in the same storage count as outside.
 """
 
 import subprocess
@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from hypercontrast.kernels import class_sums
+from hypercontrast.kernels import _launch, class_sums
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
@@ -38,7 +38,7 @@ OUTSIDE = (-1, -2, 2**31, 2**40, 2**63 - 1, -(2**63))
 
 
 class Accesses:
-    """Counts loads and stores of the kernels, and collects those outside the tensors of their launch."""
+    """Counts accesses of the kernels, and collects those outside the tensors of their launch."""
 
     def __init__(self):
         self.checked, self.outside, self._extents = 0, [], np.zeros((0, 2), np.uint64)
@@ -50,7 +50,7 @@ class Accesses:
         self._extents = np.array(ends, np.uint64).reshape(-1, 2)
 
     def check(self, what, pointers, mask):
-        addresses = pointers.data[mask.data.astype(bool)].astype(np.uint64)
+        addresses = pointers.data[... if mask is None else mask.data.astype(bool)].astype(np.uint64)
         size = np.uint64(pointers.get_element_ty().primitive_bitwidth // 8)
         inside = np.zeros(addresses.shape, bool)
         for first, end in self._extents:
@@ -65,6 +65,7 @@ def accesses(monkeypatch):
     found = Accesses()
     builder, launch = interpreter.InterpreterBuilder, interpreter.GridExecutor.__call__
     load, store = builder.create_masked_load, builder.create_masked_store
+    swap, add = builder.create_atomic_cas, builder.create_atomic_rmw
 
     def launched(self, *args, **kwargs):
         found.launched([*args, *kwargs.values()])
@@ -78,9 +79,19 @@ def accesses(monkeypatch):
         found.check("store", pointers, mask)
         return store(self, pointers, value, mask, *rest)
 
+    def swapped(self, pointers, *rest):
+        found.check("swap", pointers, None)
+        return swap(self, pointers, *rest)
+
+    def added(self, operation, pointers, value, mask, *rest):
+        found.check("sum", pointers, mask)
+        return add(self, operation, pointers, value, mask, *rest)
+
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
     monkeypatch.setattr(builder, "create_masked_load", loaded)
     monkeypatch.setattr(builder, "create_masked_store", stored)
+    monkeypatch.setattr(builder, "create_atomic_cas", swapped)
+    monkeypatch.setattr(builder, "create_atomic_rmw", added)
     return found
 
 
@@ -88,6 +99,13 @@ def accesses(monkeypatch):
 def _copy_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
     place = tl.arange(0, BLOCK)
     tl.store(y_ptr + place, tl.load(x_ptr + place), mask=place < N)
+
+
+@triton.jit
+def _atomics_kernel(x_ptr, N, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    tl.atomic_cas(x_ptr + place, place, place)
+    tl.atomic_add(x_ptr + place, 1, mask=place < N)
 
 
 def test_an_access_outside_is_noticed(accesses):
@@ -98,6 +116,8 @@ def test_an_access_outside_is_noticed(accesses):
     assert accesses.outside[1:] == ["store of 2 addresses"]
     _copy_kernel[(1,)](x[2:10], y[:6], 6, BLOCK=8)
     assert len(accesses.outside) == 2
+    _atomics_kernel[(1,)](torch.zeros(12, dtype=torch.int32)[:6], 7, BLOCK=8)
+    assert accesses.outside[2:] == ["swap of 2 addresses", "sum of 1 addresses"]
 
 
 @pytest.mark.parametrize("rule", quick(test_kernels.RULES, TWO))
@@ -138,6 +158,33 @@ def test_pairs_stay_inside(accesses, figure):
     assert accesses.outside == []
     assert cases > 3
     figure("R1", f"pairs: {accesses.checked} accesses of {cases} cases, 0 out of bounds")
+
+
+def test_labels_of_no_class_are_not_counted(accesses, monkeypatch):
+    """By the atomics that count the samples of each class for a loss of many comparisons."""
+    monkeypatch.setattr(_launch, "MAX_COMPARISONS", 0)
+    case, _ = test_kernels.make_case(0, shape=(20, 5, 16), dtype=torch.float32, rule="ntce")
+    case.labels[: len(OUTSIDE) + 1] = torch.tensor([*OUTSIDE, 5])
+    test_kernels.run_loss(case, weighted=False, mean=True)
+    assert accesses.outside == []
+
+
+@pytest.mark.parametrize("n", [1, 2, 33])
+def test_classes_of_few_labels_stay_inside(n, accesses):
+    """Also where a program's block of labels is longer than they are."""
+    class_sums.classes(torch.randint(-(2**63), 2**63 - 1, (n,)), 0, absent=-1)
+    assert accesses.outside == []
+    assert accesses.checked
+
+
+def test_tiles_of_splits_stay_inside(accesses, monkeypatch):
+    """Where exp(s) needs no maximum, and the splits together would be longer than the padded columns."""
+    monkeypatch.setattr(_launch, "TARGET_PROGRAMS", 6)
+    case = test_pair_kernels.clustered(5, 16, torch.float16, setting="others")
+    x = torch.randn(1000, 16).half()
+    case = replace(case, columns=x, column_ids=torch.arange(1000) % 5)
+    test_pair_kernels.run_kernels(case, test_pair_kernels.random_upstream(case))
+    assert accesses.outside == []
 
 
 class Event:
