@@ -22,7 +22,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 pytest.importorskip("triton")
 
-from hypercontrast.kernels import _launch, aot, prototype_loss, prototype_lse  # noqa: E402
+from hypercontrast.kernels import _epilogue, _launch, aot, prototype_loss, prototype_lse  # noqa: E402
 
 pytestmark = [
     # The interpreter computes with NumPy, which warns of the infinities that the kernels rely on.
@@ -275,6 +275,7 @@ def check_draw(seed: int, monkeypatch) -> None:
         monkeypatch.setattr(_launch, "is_narrow", lambda tables, x: False)
         monkeypatch.setattr(_launch, "SCRATCH_BYTES", 1)
         monkeypatch.setattr(_launch, "CHUNK_BYTES", 1)  # several chunks
+        monkeypatch.setattr(_launch, "KEEP_FLOP", 0)  # half types keep exponentials, or have their columns made ready
         if seed % 2 == 1:
             monkeypatch.setattr(_launch, "KEEP_WIDTH", 1)
     check(case, random_upstream(case, generator))
@@ -358,6 +359,40 @@ def test_ignored_samples_and_zero_vectors_get_exactly_zero(rule, width):
     assert not actual["grad_prototypes"][1].any()
 
 
+def test_the_shortest_vectors_that_have_a_direction():
+    """Those of 1e-12 have none."""
+    case, generator = make_case(1, (9, 5, 16), torch.float32, "nonl-both")
+    case = replace(case, normalize=True, tau=0.1, labels=torch.arange(9, device=DEVICE) % 5, ignore_index=-100)
+    features, prototypes = (torch.nn.functional.normalize(x.float()) for x in (case.features, case.prototypes))
+    features[0], features[1], prototypes[2] = 0.9e-12 * features[0], 1.1e-12 * features[1], 0.9e-12 * prototypes[2]
+    case = replace(case, features=features, prototypes=prototypes, counts=None)
+    actual = check(case, random_upstream(case, generator))
+    assert (actual["pos"] == 0).tolist() == [True, False, True, False, False, False, False, True, False]
+
+
+@pytest.mark.parametrize("largest", [1.0, 3e5])
+@pytest.mark.parametrize("place", range(6))
+def test_range_of_float16(largest, place):
+    """The largest upstream gradient, of either sign, times the largest inverse norms is brought to 2^12 or more, but less
+    than 2^13.
+    """
+    vectors = [torch.linspace(-1e-3, 1e-3, 5000, device=DEVICE) for _ in range(6)]
+    norms = vectors[4].abs(), vectors[5].abs()
+    peak = -largest if place < 4 else largest
+    (*vectors[:4], *norms)[place][-1] = peak
+    found = _epilogue.fp16_range(torch.float16, vectors[:4], *norms).item()
+    product = max(v.abs().max().item() for v in vectors[:4]) * norms[0].max().item() * norms[1].max().item()
+    assert 2.0**12 <= found * product < 2.0**13
+    assert math.frexp(found)[0] == 0.5
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-38, 3e38])
+def test_range_of_float16_is_a_number(value):
+    vector = torch.full((3,), value, device=DEVICE)
+    found = _epilogue.fp16_range(torch.float16, [vector], torch.ones(2, device=DEVICE)).item()
+    assert 2.0**-120 < found < 2.0**120
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [24, 136])
 @pytest.mark.parametrize("rule", ["ntce", "nonl"])
@@ -417,9 +452,12 @@ def test_tiny_upstream_gradients_survive_float16(rule):
     assert torch.equal(usual["grad_prototypes"] * 2.0**-24, scaled["grad_prototypes"])
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("operand", ["features", "prototypes"])
-def test_strides_past_32_bits(operand, tmp_path):
+def test_strides_past_32_bits(operand, wide, tmp_path, monkeypatch):
     """Four rows that lie 2^30 elements apart, in a sparse file: the last begins past 2^31."""
+    if wide:
+        monkeypatch.setattr(_launch, "is_narrow", lambda tables, x: False)
     stride = 2**30 + 16
     usual, _ = make_case(3, (4, 4, 32), torch.float16, "nonl-both")
     usual = replace(usual, prototypes=usual.prototypes.half(), counts=None)
@@ -435,6 +473,16 @@ def test_strides_past_32_bits(operand, tmp_path):
     expected = run_kernels(usual, upstream)
     for name, value in run_kernels(replace(usual, **{operand: far}), upstream).items():
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("width", [48, 136])
+@pytest.mark.parametrize("rule", quick(RULES, TWO))
+def test_long_vectors_that_are_not_normalised(rule, width):
+    """Logits of hundreds, whose exponentials need their maximum in half types too."""
+    case, generator = make_case(14, (40, 33, width), torch.float16, rule)
+    features, prototypes = (4 * torch.randn(n, width, device=DEVICE).half() for n in (40, 33))
+    case = replace(case, features=features, prototypes=prototypes, normalize=False, tau=1.0, tensor_temperature=False)
+    assert check(case, random_upstream(case, generator))["pos"].max() > 89  # exp of it is no float32
 
 
 def test_bfloat16_is_right_on_any_device():
@@ -458,8 +506,11 @@ def run_loss(case: Case, *, weighted: bool, mean: bool) -> tuple[prototype_loss.
 @pytest.mark.parametrize("joins", [True, False])
 @pytest.mark.parametrize("rule", quick(RULES, (*TWO, "normface")))
 def test_loss_over_programs(rule, joins, few_programs, monkeypatch):
-    """Blocks so small that samples and classes take several programs and steps, and splits are joined here or before."""
+    """Blocks so small that samples and classes take several programs and steps, and splits are joined here or before.
+    The samples of each class are counted here or, where rows are all, before.
+    """
     monkeypatch.setattr(_launch, "joins_in_loss", lambda *shape: joins)
+    monkeypatch.setattr(_launch, "MAX_COMPARISONS", 2**22 if joins else 0)
     blocks = {"BLOCK_K": 4, "BLOCK_N": 16, "BLOCK_S": 2 if joins else 1, "num_warps": 4}
     monkeypatch.setattr(_launch, "loss_blocks", lambda *shape: blocks)
     monkeypatch.setattr(_launch, "TOTALS_BLOCKS", {"BLOCK_B": 2, "num_warps": 4})
@@ -489,12 +540,30 @@ def test_loss_over_programs(rule, joins, few_programs, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(found, run_loss(case, weighted=True, mean=True)[0], strict=True))
 
 
+def test_operands_are_copied_only_to_be_aligned():
+    wide = torch.randn(9, 80, device=DEVICE)
+    for x in (wide, wide[:, :32], wide[::2, 16:48]):
+        assert _launch.aligned(x) is x
+    for x in (
+        wide[:, :17],
+        wide[:, 1:33],
+        wide[:, 16:48:2],
+        wide.view(-1)[: 9 * 66].view(9, 66)[:, :32],
+        wide[:, :9].T,
+    ):
+        copy = _launch.aligned(x)
+        assert copy.shape == (len(x), -(-x.shape[1] // 16) * 16)
+        assert copy.is_contiguous()
+        assert torch.equal(copy[:, : x.shape[1]], x)
+        assert not copy[:, x.shape[1] :].any()
+
+
 @pytest.mark.parametrize(("n", "k"), [(0, 3), (1, 1), (5000, 9), (3000, 2000)])
 def test_segment_sum(n, k):
     generator = torch.Generator().manual_seed(n)
     labels = torch.randint(-1, k + 1, (n,), generator=generator).to(DEVICE)
     labels[:1] = 2**40
-    values = torch.randn(n, generator=generator).to(DEVICE)
+    values = torch.randn(n, 2, generator=generator).to(DEVICE)[:, 1]
     kept = (labels >= 0) & (labels < k) & (labels != 2)
     truth = torch.zeros(k, dtype=torch.float64, device=DEVICE).index_add_(0, labels[kept], values[kept].double())
     sums = prototype_lse.segment_sum(values, labels, k, 2)
@@ -503,12 +572,15 @@ def test_segment_sum(n, k):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "k", "d"), [(0, 3, 8), (1, 1, 1), (500, 9, 37), (300, 40, 300)])
-def test_class_sums(n, k, d, dtype):
+@pytest.mark.parametrize(
+    ("n", "k", "d", "layout"),
+    [(0, 3, 8, "sliced"), (1, 1, 1, "sliced"), (500, 9, 37, "transposed"), (300, 40, 300, "sliced")],
+)
+def test_class_sums(n, k, d, layout, dtype):
     generator = torch.Generator().manual_seed(n)
     labels = torch.randint(-1, k + 1, (n,), generator=generator).to(DEVICE)
     labels[:1] = 2**40
-    features = lay_out(torch.randn(n, d, generator=generator).to(DEVICE, dtype), "sliced")
+    features = lay_out(torch.randn(n, d, generator=generator).to(DEVICE, dtype), layout)
     inv_norms = torch.rand(n, generator=generator).to(DEVICE)
     kept = (labels >= 0) & (labels < k) & (labels != 2)
     units = features.double() * inv_norms[:, None]
