@@ -392,13 +392,14 @@ def test_extreme_classes(kind, setting, inside):
         assert torch.equal(actual["positives"], torch.full_like(actual["positives"], -math.inf if inside else 0.0))
 
 
-@pytest.mark.parametrize("width", [16, 160])
+# The second has absent samples in tiles beside a sample's own.
+@pytest.mark.parametrize(("n", "width"), [(9, 16), (200, 16), (9, 160)])
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("setting", ["itself", "global"])
-def test_absent_samples_and_zero_vectors_get_exactly_zero(setting, inside, width):
+def test_absent_samples_and_zero_vectors_get_exactly_zero(setting, inside, n, width):
     """Whatever is sent upstream of samples that are not there."""
-    case = clustered(9, width, torch.float16, setting=setting, inside=inside)
-    absent = torch.tensor([0, 4, 8], device=DEVICE)
+    case = clustered(n, width, torch.float16, setting=setting, inside=inside)
+    absent = torch.tensor([0, 4, n - 1], device=DEVICE)
     case.anchor_ids[absent] = torch.tensor([-1, ABSENT, -(2**32)], device=DEVICE)
     case.anchors[absent] = math.inf  # not read
     case.anchors[absent[:1]] = 0.0
@@ -413,6 +414,41 @@ def test_absent_samples_and_zero_vectors_get_exactly_zero(setting, inside, width
     assert not actual["grad"][absent].any()
     assert not actual["grad"][5].any()
     assert torch.equal(actual["lse"][absent], torch.full((3,), -math.inf, device=DEVICE))
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.01])
+@pytest.mark.parametrize("width", [16, 160])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_sample_alone_gets_exactly_zero(inside, width, tau):
+    """Whatever is sent upstream of its log-sum-exp, which is of nothing."""
+    case = clustered(3, width, torch.float16, inside=inside, tau=tau)
+    case.anchor_ids[1:] = -1
+    upstream = random_upstream(case)
+    upstream.lse[:] = math.nan
+    actual = run_kernels(case, upstream)
+    assert not actual["grad"].any()
+    assert actual["logit_grad_sum"] == 0
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_long_vectors_that_are_not_normalised(setting):
+    """Logits of hundreds, whose exponentials need their maximum in half types too."""
+    case = clustered(40, 48, torch.float16, setting=setting, normalize=False, tau=0.25)
+    if setting == "others":
+        case = replace(case, columns=case.anchors.flip(0)[:30], column_ids=case.anchor_ids.flip(0)[:30])
+    assert check(case, random_upstream(case))["lse"].max() > 89  # exp of it is no float32
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_class_ids_of_any_stride(setting):
+    case = clustered(20, 16, torch.float16, setting=setting)
+    spread = replace(case, anchor_ids=torch.stack([case.anchor_ids, -case.anchor_ids], 1)[:, 0])
+    if setting == "others":
+        case, spread = (replace(x, columns=x.anchors, column_ids=x.anchor_ids, offset=0) for x in (case, spread))
+    upstream = random_upstream(case)
+    expected = run_kernels(case, upstream)
+    for name, value in run_kernels(spread, upstream).items():
+        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -437,7 +473,7 @@ def test_triangle_in_groups_of_strips(strips, dtype, few_programs, monkeypatch):
 
 
 @pytest.mark.parametrize("first_counted", [0, 100])
-@pytest.mark.parametrize("kind", ["few", "all different", "one slot"])
+@pytest.mark.parametrize("kind", ["few", "all different", "one slot", "last slot"])
 def test_classes_of_any_labels(kind, first_counted):
     if kind == "few":
         labels = torch.tensor([ABSENT, ABSENT + 1, -1, 0, 2**32, 2**63 - 1])[torch.randint(6, (300,))]
@@ -445,7 +481,8 @@ def test_classes_of_any_labels(kind, first_counted):
         labels = torch.randperm(300) << 40
     else:  # their hashes differ in bits that are dropped alone
         inverse = pow(-7046029254386353131, -1, 2**64)
-        labels = torch.tensor([(i * inverse + 2**63) % 2**64 - 2**63 for i in range(40)])[torch.randint(40, (300,))]
+        hashes = range(40) if kind == "one slot" else range(-40, 0)
+        labels = torch.tensor([(i * inverse + 2**63) % 2**64 - 2**63 for i in hashes])[torch.randint(40, (300,))]
     labels = labels.to(DEVICE)
     ids, counts = class_sums.classes(labels, first_counted, ABSENT)
     same = (labels[:, None] == labels[None, :]) & (labels != ABSENT)
@@ -466,17 +503,41 @@ def test_repeats_are_bitwise_equal(setting, width, few_programs):
         assert torch.equal(value, second[name]), name
 
 
+@pytest.mark.parametrize("width", [48, 160])
 @pytest.mark.parametrize("inside", [False, True])
-def test_tiny_upstream_gradients_survive_float16(inside):
+def test_tiny_upstream_gradients_survive_float16(inside, width):
     """G's entries are about 1/N², far below the smallest float16; short vectors make gradients large enough to tell."""
-    case = clustered(65, 48, torch.float16, inside=inside)
-    case = replace(case, anchors=case.anchors * 2.0**-10)
+    case = clustered(65, width, torch.float16, inside=inside)
+    case = replace(case, anchors=case.anchors * 2.0**-12)
     upstream = random_upstream(case)
     small = Upstream(*(g * 2.0**-10 for g in vars(upstream).values()))
     usual, scaled = run_kernels(case, upstream), run_kernels(case, small)
     sizeable = scaled["grad"].abs() >= 2.0**-13  # no subnormals
     assert sizeable.float().mean() > 0.9
     assert torch.equal((usual["grad"] * 2.0**-10)[sizeable], scaled["grad"][sizeable])
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_tiny_upstream_gradients_survive_small_temperatures(inside):
+    """Near collapse exp(-lse) is about e^(-1/τ): times a small upstream gradient it is no number of float32."""
+    case = clustered(30, 16, torch.float16, setting="others", inside=inside, tau=1 / 60)
+    anchors = torch.ones_like(case.anchors) + 0.01 * case.anchors
+    case = replace(case, anchors=anchors, columns=anchors.flip(0).float(), column_ids=case.anchor_ids.flip(0))
+    upstream = random_upstream(case)
+    small = Upstream(*(g * 2.0**-60 for g in vars(upstream).values()))
+    usual, scaled = run_kernels(case, upstream)["grad_columns"], run_kernels(case, small)["grad_columns"]
+    assert usual.any()
+    assert torch.equal(usual * 2.0**-60, scaled)
+
+
+@pytest.mark.parametrize("tau", [0.1, 1 / 60])
+@pytest.mark.parametrize("short", ["anchors", "columns"])
+def test_vectors_much_shorter_than_the_others(short, tau):
+    """Rows of one kind have one length, which the range of float16 must know."""
+    case = clustered(30, 16, torch.float16, setting="others", tau=tau)
+    case = replace(case, columns=case.anchors.flip(0)[:20], column_ids=case.anchor_ids.flip(0)[:20])
+    case = replace(case, **{short: getattr(case, short) * 2.0**-9})
+    check(case, random_upstream(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -495,8 +556,9 @@ def test_widths_beyond_one_tile(dtype, few_programs):
     check(case, random_upstream(case))
 
 
+@pytest.mark.parametrize(("masked", "tau"), [(True, 0.1), (False, 0.1), (False, 0.01)])
 @pytest.mark.parametrize("setting", ["itself", "others"])
-def test_strides_past_32_bits(setting, tmp_path):
+def test_strides_past_32_bits(setting, masked, tau, tmp_path):
     """Four rows that lie 2^30 elements apart, in a sparse file: the last begins past 2^31. So do the masks'."""
     stride = 2**30 + 16
 
@@ -507,13 +569,16 @@ def test_strides_past_32_bits(setting, tmp_path):
             storage = torch.from_file(str(tmp_path / name), shared=True, size=3 * stride + 32, dtype=x.dtype)
         return storage.as_strided(x.shape, (stride, 1)).copy_(x)
 
-    case = clustered(4, 32, torch.float16, setting=setting)
+    case = clustered(4, 32, torch.float16, setting=setting, tau=tau)
     if setting == "others":
         case = replace(case, columns=case.anchors.flip(0).contiguous(), column_ids=case.anchor_ids)
-    case = replace(case, mask=torch.eye(4, dtype=torch.bool, device=DEVICE).roll(1, 0))
+    if masked:
+        case = replace(case, mask=torch.eye(4, dtype=torch.bool, device=DEVICE).roll(1, 0))
     upstream = random_upstream(case)
     expected = run_kernels(case, upstream)
-    distant = replace(case, anchors=far(case.anchors, "anchors"), mask=far(case.mask, "mask"))
+    distant = replace(case, anchors=far(case.anchors, "anchors"))
+    if masked:
+        distant = replace(distant, mask=far(case.mask, "mask"))
     if setting == "others":
         distant = replace(distant, columns=far(case.columns, "columns"))
     for name, value in run_kernels(distant, upstream).items():
