@@ -29,6 +29,7 @@ def supcon(dtype, tau):
 PIECES = [
     (prototype_backward, "_lse_bwd_tile_kernel", "h_ptr", ntce, torch.float32, 0.1),
     (pair_forward, "_pair_triangle_kernel", "col_lse_ptr", supcon, torch.float32, 0.1),
+    (pair_forward, "_class_positives_kernel", "sums_ptr", supcon, torch.float32, 0.1),
     (pair_backward, "_pair_bwd_tile_kernel", "h_ptr", supcon, torch.float32, 0.1),
     (pair_backward, "_pair_bwd_kernel", "partials_ptr", supcon, torch.float16, 0.02),
     (pair_fixed, "_triangle_fixed_kernel", "col_sums_ptr", supcon, torch.float16, 0.1),
