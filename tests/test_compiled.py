@@ -76,6 +76,17 @@ def test_only_the_ratios_of_class_weights_matter(name):
         assert torch.equal(small, want)
 
 
+@pytest.mark.parametrize("name", ["ntce", "supcon"])
+@pytest.mark.parametrize("d", [257, 600])
+def test_norms_of_several_parts(name, d, taken):
+    """Wide vectors, whose last element is the longest."""
+    z, w, y = problem(n=40, k=8, d=d)
+    z, w = (torch.cat([x[:, :-1], 9 + x[:, -1:]], 1) for x in (z, w))
+    loss = CALLS.get(name, lambda z, _, y: hc.supcon_loss(z, y))
+    torch.testing.assert_close(loss(z, w, y).double(), loss(z.double(), w.double(), y).double(), rtol=2e-6, atol=0)
+    assert len(taken) == 1
+
+
 def test_what_is_computed_there_of_pairs(taken):
     z, _, y = problem()
     hc.supcon_loss(z, y)

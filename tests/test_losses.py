@@ -198,12 +198,13 @@ def test_vectors_longer_than_their_dtype_reaches(name, backend):
     assert got.item() == pytest.approx(want.item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("length", [0, 9e-13])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_zero_vectors_have_no_direction(name, backend):
+def test_zero_vectors_have_no_direction(name, backend, length):
     features, prototypes = torch.randn(6, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
     with torch.no_grad():
-        features[2], prototypes[1] = 0, 0
+        features[2], prototypes[1] = length / 2, length / 2
     loss = call(name, features, prototypes, torch.tensor([0, 1, 2, 0, 1, 2]), backend=backend)
     grads = torch.autograd.grad(loss, (features, prototypes))
     assert torch.isfinite(loss)
