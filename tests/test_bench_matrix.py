@@ -349,6 +349,22 @@ def test_a_form_that_is_wrong_at_full_size_alone_is_told(op, dtype, monkeypatch)
     assert rows_of(case, {OURS: late})[OURS].status == "ok"  # with nothing to compare it with
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gradient_that_is_wrong_at_full_size_alone_is_told(dtype, monkeypatch):
+    monkeypatch.setattr(forms, "ERROR_SAMPLES", (64, 64))
+    case, right = Case("ntce", 512, 40, 16, dtype), forms.ours("ntce")
+
+    def late(z, w, y):
+        """The right value; of many samples the gradient of the last ones is doubled."""
+        if len(z) > 64:
+            z = torch.cat([z[:-64], 2 * z[-64:] - z[-64:].detach()])
+        return right(z, w, y)
+
+    rows = rows_of(case, {**peers.candidates(case, "cpu", []), OURS: late})
+    assert rows[OURS].status == "wrong"
+    assert rows[OURS].reason.startswith("at full size, beside eager K x M, gradient 0 is off by")
+
+
 def test_a_wrong_form_fails_the_run(monkeypatch, tmp_path, capsys):
     arguments = ["matrix", "--op", "ntce", *SMALL, "--vs", "--output", str(tmp_path)]
     assert main(arguments) == 0

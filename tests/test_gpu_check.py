@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from test_kernels import record_launches
 
 import hypercontrast as hc
-from bench import forms, gpu_check, step
+from bench import forms, gpu_check, matrix, record, step
 from hypercontrast import _checks
 from hypercontrast.kernels import _launch, aot, prototype_backward
 
@@ -135,8 +135,24 @@ def test_processes_side_by_side_make_every_call_once(monkeypatch):
     monkeypatch.setitem(gpu_check.CALLS, "sanitizer", lambda rehearse: calls)
     assert gpu_check.side_by_side("sanitizer", rehearse=False, parts=3)
     assert sorted(called) == [0, 1, 2, 3, 4]
-    calls.append(lambda: False)
-    assert not gpu_check.side_by_side("sanitizer", rehearse=False, parts=3)
+    for place in (0, 5):  # the first and the last of a process's own
+        some = [*calls[:place], lambda: False, *calls[place:]]
+        monkeypatch.setitem(gpu_check.CALLS, "sanitizer", lambda rehearse, some=some: some)
+        assert not gpu_check.side_by_side("sanitizer", rehearse=False, parts=3)
+
+
+@pytest.mark.parametrize("dirty", [(), ("memcheck",), ("initcheck",)])
+def test_every_check_of_the_sanitizer_counts(dirty, monkeypatch, tmp_path, capsys):
+    def tool(command, **_):
+        return SimpleNamespace(wait=lambda: 9 if command[1].removeprefix("--tool=") in dirty else 0)
+
+    monkeypatch.setattr(gpu_check, "side_by_side", lambda *_: True)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: sys.executable)
+    monkeypatch.setattr(subprocess, "Popen", tool)
+    assert gpu_check.sanitizer(tmp_path, rehearse=False) == (not dirty)
+    told = capsys.readouterr().out
+    for check in ("memcheck", "racecheck", "initcheck"):
+        assert f"{check}: {'see' if check in dirty else 'clean'}" in told
 
 
 def test_determinism_compiles_side_by_side_before_it_repeats(monkeypatch, tmp_path):
@@ -147,6 +163,14 @@ def test_determinism_compiles_side_by_side_before_it_repeats(monkeypatch, tmp_pa
     assert done == ["determinism"] + ["repeats"] * 6
     assert not gpu_check.determinism(tmp_path, rehearse=True)
     assert done[7:] == ["determinism"]
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_one_case_that_differs_is_enough(place, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "side_by_side", lambda *_: True)
+    monkeypatch.setattr(gpu_check, "repeated", lambda rehearse: ((str(i), i) for i in range(3)))
+    monkeypatch.setattr(gpu_check, "different_repeats", lambda step, repeats: int(step == place))
+    assert not gpu_check.determinism(tmp_path, rehearse=True)
 
 
 # Indices
@@ -275,6 +299,32 @@ def test_what_a_process_says_goes_to_its_log(tmp_path, capsys):
     assert gpu_check.run([sys.executable, "-c", program], log, shown=("FAILURE ", "E  ")) == 1
     assert log.read_text() == "..\nFAILURE x\nE  1 == 2\n1 failed\n"
     assert capsys.readouterr().out == "    FAILURE x\n    E  1 == 2\n    1 failed\n"
+
+
+@pytest.mark.parametrize(("statuses", "passes"), [((0, 5, 0), True), ((5, 5, 5), False), ((0, 1, 5), False)])
+def test_shares_of_the_tests(statuses, passes, monkeypatch, tmp_path):
+    """One without any is nobody's fault, none at all is."""
+    monkeypatch.setattr(gpu_check, "WORKERS", 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_check, "run", lambda command, *_: statuses[int(command[-1].partition("/")[0])])
+    assert gpu_check.run_tests([], [], tmp_path / "log") is passes
+
+
+@pytest.mark.parametrize(
+    ("form", "status", "repeats", "passes"),
+    [
+        ("ours", "ok", True, True),
+        ("ours", "ok", False, False),
+        ("ours", "wrong", True, False),
+        ("eager", "wrong", False, True),
+    ],
+)
+def test_ours_must_be_right_and_repeat_in_the_matrix(form, status, repeats, passes, monkeypatch, tmp_path):
+    found = matrix.row(record.Case("ntce", 8, 4, 2), form, "cpu", {"status": status, "repeats": repeats})
+    monkeypatch.setattr(matrix, "measure_all", lambda *_, **__: matrix.Outcome([found], []))
+    monkeypatch.setattr(matrix, "draw", lambda path: [])
+    assert gpu_check.measured(tmp_path, rehearse=True) is passes
 
 
 def test_repeats_that_differ_are_counted():
