@@ -141,9 +141,11 @@ def test_a_learned_temperature(name, tau, taken):
     assert len(taken) == 2
 
 
+@pytest.mark.parametrize("edge", [64, 1024])  # several tiles, or one
 @pytest.mark.parametrize("base_temperature", [None, 0.07])
 @pytest.mark.parametrize("tau", [0.3, 1 / 64])
-def test_a_learned_temperature_of_pairs(tau, base_temperature, taken):
+def test_a_learned_temperature_of_pairs(tau, base_temperature, edge, taken, monkeypatch):
+    monkeypatch.setattr("hypercontrast.blockwise_pairs.EDGE", edge)
     z, _, y = problem()
 
     def gradients(dtype, wanted, backend="auto"):
