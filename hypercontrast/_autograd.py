@@ -13,6 +13,7 @@ launches, or on a CPU the calls, of this arithmetic would cost more than the wor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,36 @@ from hypercontrast import _checks, _ops, blockwise, compiled
 from hypercontrast.distributed import ABSENT, all_sum, global_lse, world_size
 from hypercontrast.kernels import _launch  # needs no Triton
 from hypercontrast.reference import in_dtype_of, row_lengths
+
+if TYPE_CHECKING:
+    from hypercontrast.prototypes import ClassMeans
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every prototype loss is told besides its samples and prototypes, once all of it is known to be right."""
+
+    temperature: float | Tensor  # see `_checks.as_scalar`
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    normalize: bool
+    queue: tuple[Tensor, Tensor] | None
+    group: dist.ProcessGroup | None
+    class_means: ClassMeans | None
+    backend: str
+
+    @property
+    def learned(self) -> Tensor | None:
+        return _checks.split_temperature(self.temperature)[0]
+
+    @property
+    def inv_temperature(self) -> float:
+        return _checks.split_temperature(self.temperature)[1]
+
+    @property
+    def bounded(self) -> bool:
+        return blockwise.is_bounded(self.learned, self.inv_temperature, self.normalize)
 
 
 @dataclass(frozen=True)
@@ -53,59 +84,44 @@ class _ClassGather(torch.autograd.Function):
         return _ops.segment_sum(grad.contiguous(), labels, *ctx.options), None, None, None, None
 
 
-def prototype_loss(
-    features: Tensor,
-    prototypes: Tensor,
-    labels: Tensor,
-    rule: Rule,
-    *,
-    temperature: float | Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    normalize: bool,
-    queue: tuple[Tensor, Tensor] | None,
-    group: dist.ProcessGroup | None,
-    class_means,
-    backend: str,
-) -> Tensor:
-    learned, inv_temperature = _checks.split_temperature(temperature)
-    num_classes = len(prototypes)
-    alone = queue is None and group is None
-    if backend == "triton":
-        takes = _launch.loss_follows_lse(len(features), num_classes, features.shape[1], rule.rows, rule.cols)
-    else:
-        takes = compiled.takes(learned, inv_temperature, normalize, features, prototypes)
-    if takes and alone and reduction != "none" and rule.empty != "error":
+def prototype_loss(features: Tensor, prototypes: Tensor, labels: Tensor, options: Options, rule: Rule) -> Tensor:
+    if _has_operator(features, prototypes, options, rule):
         loss, _, _, _, inv_norms, *_, extremes = _ops.prototype_loss(
-            features, prototypes, labels, weight, learned, inv_temperature, ignore_index, rule.rows, rule.cols,
-            rule.exclude_own, normalize, rule.empty == "zero", reduction == "mean",
-            keep_bytes(features, prototypes, temperature), backend,
+            features, prototypes, labels, options.weight, options.learned, options.inv_temperature,
+            options.ignore_index, rule.rows, rule.cols, rule.exclude_own, options.normalize, rule.empty == "zero",
+            options.reduction == "mean", keep_bytes(features, prototypes, options.temperature), options.backend,
         )  # fmt: skip
-        _checks.watch_labels(labels, num_classes, ignore_index, extremes)
-        if class_means is not None:
-            class_means.add(*_class_sums(features, inv_norms, normalize, labels, num_classes, ignore_index, backend))
+        _checks.watch_labels(labels, len(prototypes), options.ignore_index, extremes)
+        if options.class_means is not None:
+            options.class_means.add(*_class_sums(features, inv_norms, labels, len(prototypes), options))
         return loss
-    row_lse, col_lse, positives, batch = statistics(
-        features, prototypes, labels, rule, temperature=temperature, weight=weight, ignore_index=ignore_index,
-        reduction=reduction, normalize=normalize, queue=queue, group=group, class_means=class_means, backend=backend,
-    )  # fmt: skip
-    bounded = blockwise.is_bounded(learned, inv_temperature, normalize)
-    if rule.rows and not rule.cols and reduction != "none":
+    row_lse, col_lse, positives, batch = statistics(features, prototypes, labels, options, rule)
+    if rule.rows and not rule.cols and options.reduction != "none":
         positive_total = (batch.a_N * positives).sum()
-        lse_K, totals = global_lse(row_lse, positive_total[None], group, bounded=bounded, sum_gradients=False)
-        loss = _over_classes(rule, lse_K, positive_total, totals[0], batch)
+        lse_K, totals = global_lse(
+            row_lse, positive_total[None], options.group, bounded=options.bounded, sum_gradients=False
+        )
+        loss = _over_classes(rule, lse_K, positive_total, totals[0], batch, options)
     else:
         lse_N = col_lse
         if rule.rows:
             nothing = row_lse.new_empty(0)
-            lse_K, _ = global_lse(row_lse, nothing, group, bounded=bounded, sum_gradients=True)
-            own_N = _ClassGather.apply(lse_K, labels, batch.in_range, ignore_index, backend)
+            lse_K, _ = global_lse(row_lse, nothing, options.group, bounded=options.bounded, sum_gradients=True)
+            own_N = _ClassGather.apply(lse_K, labels, batch.in_range, options.ignore_index, options.backend)
             lse_N = logaddexp(col_lse, own_N) if rule.cols else own_N
-        loss = _over_samples(rule, lse_N, positives, batch)
-    if batch.class_sums is not None:
-        class_means.add(*batch.class_sums)
+        loss = _over_samples(rule, lse_N, positives, batch, options)
+    if batch.class_sums is not None and options.class_means is not None:
+        options.class_means.add(*batch.class_sums)
     return loss.to(_checks.accumulator(features))
+
+
+def _has_operator(features: Tensor, prototypes: Tensor, options: Options, rule: Rule) -> bool:
+    """Whether one operator computes the whole loss."""
+    if options.queue is not None or options.group is not None or options.reduction == "none" or rule.empty == "error":
+        return False
+    if options.backend == "triton":
+        return _launch.loss_follows_lse(len(features), len(prototypes), features.shape[1], rule.rows, rule.cols)
+    return compiled.takes(options.learned, options.inv_temperature, options.normalize, features, prototypes)
 
 
 def keep_bytes(*inputs: object) -> int:
@@ -116,38 +132,22 @@ def keep_bytes(*inputs: object) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples and what they weigh: a_N is zero for ignored ones; counts [K], see `Rule.rows`, are over all
-    ranks.
+    """The samples' classes [N], zero for ignored ones, and what they weigh: a_N is zero for ignored ones; counts [K],
+    see `Rule.rows`, are over all ranks.
     """
 
-    labels: Tensor
+    class_of: Tensor
     in_range: Tensor
     a_N: Tensor
     counts: Tensor
-    weight: Tensor | None
-    group: dist.ProcessGroup | None
-    reduction: str
-    class_sums: tuple[Tensor, ...] | None  # for `class_means`, once the loss is there
+    class_sums: tuple[Tensor, Tensor] | None  # for `class_means`, once the loss is there
 
 
 def statistics(
-    features: Tensor,
-    prototypes: Tensor,
-    labels: Tensor,
-    rule: Rule,
-    *,
-    temperature: float | Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    normalize: bool,
-    queue: tuple[Tensor, Tensor] | None,
-    group: dist.ProcessGroup | None,
-    class_means,
-    backend: str,
+    features: Tensor, prototypes: Tensor, labels: Tensor, options: Options, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor, Batch]:
     """This rank's row_lse [K], col_lse [N] and positives [N], see `_ops.lse`, and what the samples weigh."""
-    learned, inv_temperature = _checks.split_temperature(temperature)
+    weight, ignore_index, group, backend = options.weight, options.ignore_index, options.group, options.backend
     num_classes = len(prototypes)
     _checks.watch_labels(labels, num_classes, ignore_index)
     in_range = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
@@ -156,65 +156,71 @@ def statistics(
     if rule.rows and group is not None:  # only a row's sum needs to know who else has its class
         counts = all_sum(counts.int(), group).long()  # half the bytes
 
-    budget = keep_bytes(features, prototypes, temperature)
+    budget = keep_bytes(features, prototypes, options.temperature)
+
+    def lse(samples: Tensor, labels: Tensor, listed: Tensor | None, cols: bool) -> tuple[Tensor, ...]:
+        return _ops.lse(
+            samples, prototypes, labels, listed, options.learned, options.inv_temperature, ignore_index, rule.rows,
+            cols, rule.exclude_own, options.normalize, budget, backend,
+        )  # fmt: skip
+
     # Triton has room for as many present classes as there are samples: those of other ranks need not fit.
     listed = counts if not rule.absent and (group is None or backend != "triton") else None
-    row_lse, col_lse, positives, inv_norms, _, _ = _ops.lse(
-        features, prototypes, labels, listed, learned, inv_temperature, ignore_index, rule.rows, rule.cols,
-        rule.exclude_own, normalize, budget, backend,
-    )  # fmt: skip
-    if queue is not None:
-        past, past_labels = queue
+    row_lse, col_lse, positives, inv_norms, _, _ = lse(features, labels, listed, rule.cols)
+    if options.queue is not None:
+        past, past_labels = options.queue
         if backend == "triton" and len(past) < len(features):
             listed = None
-        past = in_dtype_of(features, past, normalize)
-        past_lse, *_ = _ops.lse(
-            past, prototypes, torch.where(past_labels == ABSENT, ignore_index, past_labels), listed,
-            learned, inv_temperature, ignore_index, True, False, rule.exclude_own, normalize, budget, backend,
-        )  # fmt: skip
+        past = in_dtype_of(features, past, options.normalize)
+        past_lse, *_ = lse(past, torch.where(past_labels == ABSENT, ignore_index, past_labels), listed, False)
         row_lse = logaddexp(row_lse, past_lse)
     class_sums = None
-    if class_means is not None:
-        class_sums = _class_sums(features, inv_norms, normalize, labels, num_classes, ignore_index, backend)
+    if options.class_means is not None:
+        class_sums = _class_sums(features, inv_norms, labels, num_classes, options)
     dtype = positives.dtype  # what the O(N + K) arithmetic on them runs in
     a_N = in_range.to(dtype) if weight is None else weight.to(dtype)[class_of] * in_range
-    return row_lse, col_lse, positives, Batch(labels, in_range, a_N, counts, weight, group, reduction, class_sums)
+    return row_lse, col_lse, positives, Batch(class_of, in_range, a_N, counts, class_sums)
 
 
-def _class_sums(features: Tensor, inv_norms: Tensor, normalize: bool, *options) -> tuple[Tensor, Tensor]:
+def _class_sums(
+    features: Tensor, inv_norms: Tensor, labels: Tensor, num_classes: int, options: Options
+) -> tuple[Tensor, Tensor]:
     """Those of unit features, also where the loss takes features as they are and its inverse norms are ones."""
     features = features.detach()
-    if not normalize:
+    if not options.normalize:
         inv_norms = 1 / row_lengths(features.to(inv_norms.dtype))[:, 0]
-    return _ops.class_sums(features, inv_norms, *options)
+    return _ops.class_sums(features, inv_norms, labels, num_classes, options.ignore_index, options.backend)
 
 
-def _over_classes(rule: Rule, lse_K: Tensor, positive_total: Tensor, global_total: Tensor, batch: Batch) -> Tensor:
+def _over_classes(
+    rule: Rule, lse_K: Tensor, positive_total: Tensor, global_total: Tensor, batch: Batch, options: Options
+) -> Tensor:
     """(1/M) [Σ_c a_c n_c ℓ_c - Σ_j a_j s_j]: every rank knows the whole first sum; of the second its own part, which
     has the gradient, and the global value.
     """
-    a_K = batch.counts.to(lse_K.dtype) if batch.weight is None else batch.counts * batch.weight.to(lse_K.dtype)
+    weight = options.weight
+    a_K = batch.counts.to(lse_K.dtype) if weight is None else batch.counts * weight.to(lse_K.dtype)
     present, empty = batch.counts > 0, lse_K == -torch.inf
     _refuse_empty(rule, present & empty, None)
     lse_total = (a_K * torch.where(present & ~empty, lse_K, 0)).sum()
     if rule.empty == "zero":  # a class without negatives is the only one there is: all samples drop out, or none
         nothing = (present & empty).any()
         positive_total, global_total = (torch.where(nothing, 0, total) for total in (positive_total, global_total))
-    divisor = _divisor(a_K.sum(), batch.reduction)
+    divisor = _divisor(a_K.sum(), options.reduction)
     loss = (lse_total - positive_total) / divisor
-    if batch.group is None:
+    if options.group is None:
         return loss
-    return with_value(world_size(batch.group) * loss, (lse_total - global_total) / divisor)
+    return with_value(world_size(options.group) * loss, (lse_total - global_total) / divisor)
 
 
-def _over_samples(rule: Rule, lse_N: Tensor, positives: Tensor, batch: Batch) -> Tensor:
+def _over_samples(rule: Rule, lse_N: Tensor, positives: Tensor, batch: Batch, options: Options) -> Tensor:
     """(1/M) Σ_j a_j (ℓ_j - s_j), or its terms."""
     empty = lse_N == -torch.inf
-    _refuse_empty(rule, empty & batch.in_range, batch.group)
+    _refuse_empty(rule, empty & batch.in_range, options.group)
     loss_N = torch.where(empty, 0, lse_N) - positives
     if rule.empty == "zero":
         loss_N = torch.where(empty, 0, loss_N)
-    return reduce_samples(loss_N, batch.a_N, batch.reduction, batch.group)
+    return reduce_samples(loss_N, batch.a_N, options.reduction, options.group)
 
 
 def reduce_samples(loss_N: Tensor, weight_N: Tensor, reduction: str, group: dist.ProcessGroup | None) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,18 +72,14 @@ def check_temperature(temperature: float | Tensor, device: torch.device) -> None
 
 def split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
     """(the tensor to read and to learn, or None; the 1/τ that stands for it)."""
-    temperature = number(temperature)
     return (temperature, 1.0) if isinstance(temperature, Tensor) else (None, 1.0 / temperature)
 
 
-def number(temperature: float | Tensor) -> float | Tensor:
-    """A tensor of one float, whatever its shape, without dimensions."""
-    return temperature.reshape(()) if isinstance(temperature, Tensor) else temperature
-
-
-def widened(temperature: Any, features: Tensor) -> Any:
-    """A tensor in the accumulator's dtype, so that nothing made of it is rounded to a narrower one."""
-    return temperature.to(accumulator(features)) if isinstance(temperature, Tensor) else temperature
+def as_scalar(temperature: float | Tensor, features: Tensor) -> float | Tensor:
+    """A tensor of one float without dimensions, in the accumulator's dtype: nothing made of it is rounded to a narrower
+    one. A number as it is.
+    """
+    return temperature.to(accumulator(features)).reshape(()) if isinstance(temperature, Tensor) else temperature
 
 
 def check_weight(weight: Tensor | None, num_classes: int, device: torch.device) -> None:

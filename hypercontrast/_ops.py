@@ -77,13 +77,11 @@ def in_full_precision(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
-def _options(
-    features, counts, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize
-) -> dict[str, Any]:
+def _options(counts, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize) -> dict[str, Any]:
     """What forward and backward of either backend are told alike."""
     return {
-        "counts": counts, "temperature": _checks.widened(temperature, features), "inv_temperature": inv_temperature,
-        "ignore_index": ignore_index, "rows": rows, "cols": cols, "exclude_own": exclude_own, "normalize": normalize,
+        "counts": counts, "temperature": temperature, "inv_temperature": inv_temperature, "ignore_index": ignore_index,
+        "rows": rows, "cols": cols, "exclude_own": exclude_own, "normalize": normalize,
     }  # fmt: skip
 
 
@@ -116,7 +114,7 @@ def lse(
         features [N, D], prototypes [K, D], labels [N].
         counts: [K] samples of each class in the (global) batch; rows of absent classes may then be skipped. Triton
             takes no more than N present classes; None computes all rows.
-        temperature: one float on the device, or None to use `inv_temperature`.
+        temperature: one float on the device in the accumulator's dtype, or None to use `inv_temperature`.
         rows, cols: which log-sum-exps to compute; the other is returned empty.
         keep_bytes: how much may be kept to spare the backward the exponentials.
 
@@ -127,9 +125,7 @@ def lse(
     """
     with in_full_precision(features):
         _check_values(features, prototypes, labels, temperature, ignore_index)
-        options = _options(
-            features, counts, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize
-        )
+        options = _options(counts, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize)
         if backend == "triton":
             return _kernels().launch_fwd(features, prototypes, labels, **options, keep_bytes=keep_bytes)
         return blockwise.lse_forward(features, prototypes, labels, **options, keep_bytes=keep_bytes)
@@ -187,9 +183,7 @@ def lse_backward(
     The first two only where they are wanted, else empty: a third of the products each. The last comes with the first.
     """
     with in_full_precision(features):
-        options = _options(
-            features, counts, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize
-        )
+        options = _options(counts, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize)
         wanted = wants_features, wants_prototypes
         statistics = (features, prototypes, labels, row_lse, col_lse)
         rest = (
@@ -311,9 +305,9 @@ def prototype_loss(
         _check_values(features, prototypes, labels, temperature, ignore_index)
         return tuple(
             _loss_kernels().launch_fwd(
-                features, prototypes, labels, weight, temperature=_checks.widened(temperature, features),
-                inv_temperature=inv_temperature, ignore_index=ignore_index, rows=rows, cols=cols,
-                exclude_own=exclude_own, normalize=normalize, zero_empty=zero_empty, mean=mean, keep_bytes=keep_bytes,
+                features, prototypes, labels, weight, temperature=temperature, inv_temperature=inv_temperature,
+                ignore_index=ignore_index, rows=rows, cols=cols, exclude_own=exclude_own, normalize=normalize,
+                zero_empty=zero_empty, mean=mean, keep_bytes=keep_bytes,
             )
         )  # fmt: skip
 
@@ -381,9 +375,7 @@ def prototype_loss_backward(
             ignore_index=ignore_index, rows=rows, cols=cols, exclude_own=exclude_own, wanted=wanted,
         )  # fmt: skip
     with in_full_precision(features):
-        options = _options(
-            features, None, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize
-        )
+        options = _options(None, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize)
         return _kernels().launch_bwd(
             features, prototypes, labels, row_lse, col_lse, positives, inv_norm_features, inv_norm_prototypes, kept,
             grad_row, grad_col, grad_pos, **options, factor=(grad_loss, divisor), wanted=wanted,

@@ -14,6 +14,8 @@ same logits, so one pass over the tiles gives the whole gradient.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ def pair_lse(
         anchors [n, D]; columns [m, D], or None for the anchors themselves.
         anchor_ids [n], column_ids [m]: class of each in [0, n + m), below zero for rows that are not there. A pair of
             one class is positive. None when `mask` [n, m] tells the positives.
-        temperature: one float on the device, or None to use `inv_temperature`.
+        temperature: one float on the device in the accumulator's dtype, or None to use `inv_temperature`.
         offset: column offset + i is anchor i itself, and takes part in nothing of it; None when no column is.
         inside: take the positives' log-sum-exp instead of their sum.
 
@@ -66,17 +68,18 @@ def pair_lse(
     with in_full_precision(anchors):
         if anchors.device.type == "cpu":
             _checks.check_temperature_value(temperature)
-        options = _options(anchors, temperature, offset, inv_temperature, normalize, inside)
+        options = _options(temperature, offset, inv_temperature, normalize, inside)
         operands = (anchors, columns, anchor_ids, column_ids, mask)
         implementation = _kernels() if backend == "triton" else blockwise_pairs
         lse, positives, inv_anchors, inv_columns = implementation.launch_fwd(*operands, **options)
         return lse, positives, inv_anchors, inv_anchors.new_empty(0) if columns is None else inv_columns
 
 
-def _options(anchors, temperature, offset, inv_temperature, normalize, inside) -> dict:
+def _options(temperature, offset, inv_temperature, normalize, inside) -> dict[str, Any]:
+    """What forward and backward of either backend are told alike."""
     return {
-        "temperature": _checks.widened(temperature, anchors), "offset": offset, "inv_temperature": inv_temperature,
-        "normalize": normalize, "inside": inside,
+        "temperature": temperature, "offset": offset, "inv_temperature": inv_temperature, "normalize": normalize,
+        "inside": inside,
     }  # fmt: skip
 
 
@@ -115,7 +118,7 @@ def pair_lse_backward(
     empty where that side holds none. Masks stand as [row, column], whichever of the two the anchor is.
     """
     with in_full_precision(rows):
-        options = _options(rows, temperature, offset, inv_temperature, normalize, inside)
+        options = _options(temperature, offset, inv_temperature, normalize, inside)
         implementation = _kernels() if backend == "triton" else blockwise_pairs
         sides = [implementation.Side(*side) if side else None for side in (row_side, column_side)]
         inv_columns = inv_rows if columns is None else inv_columns

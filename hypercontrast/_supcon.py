@@ -73,7 +73,7 @@ def supcon_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss of features [N, D] and how many anchors had no positive."""
     learned, inv_temperature = _checks.split_temperature(temperature)
-    scale = 1.0 if base_temperature is None else _checks.number(temperature) / base_temperature
+    scale = 1.0 if base_temperature is None else temperature / base_temperature
     alone = refs is None and queue is None and group is None
     if backend == "triton":
         takes = learned is None

@@ -51,7 +51,7 @@ from torch import Tensor
 
 from hypercontrast import _autograd, _checks, _supcon, blockwise, reference
 from hypercontrast._agreement import agree, ranks_of
-from hypercontrast._autograd import Rule
+from hypercontrast._autograd import Options, Rule
 from hypercontrast._ops import in_full_precision, resolve_backend
 from hypercontrast.buffer import NegativeBuffer
 from hypercontrast.distributed import ABSENT, GroupLike, all_sum, resolve_group
@@ -88,8 +88,9 @@ def normface_loss(
     """
     rule = Rule(rows=False, cols=True, exclude_own=False)
     return _prototype_loss(
-        reference.normface_loss, _under(rule), features, prototypes, labels, class_means, group, backend,
+        reference.normface_loss, partial(_autograd.prototype_loss, rule=rule), features, prototypes, labels,
         temperature=temperature, weight=weight, ignore_index=ignore_index, reduction=reduction, normalize=normalize,
+        group=group, class_means=class_means, backend=backend,
     )  # fmt: skip
 
 
@@ -122,9 +123,9 @@ def ntce_loss(
     """
     rule = Rule(rows=True, cols=False, exclude_own=False)
     return _prototype_loss(
-        reference.ntce_loss, _under(rule), features, prototypes, labels, class_means, group, backend,
+        reference.ntce_loss, partial(_autograd.prototype_loss, rule=rule), features, prototypes, labels,
         temperature=temperature, weight=weight, ignore_index=ignore_index, reduction=reduction, normalize=normalize,
-        queue=queue,
+        queue=queue, group=group, class_means=class_means, backend=backend,
     )  # fmt: skip
 
 
@@ -168,12 +169,16 @@ def nonl_loss(
         if queue is not None and anchor == "sample":
             raise ValueError("queue must be None for anchor='sample': only prototypes are contrasted with past samples")
 
-    rule = Rule(rows=anchor != "sample", cols=anchor != "prototype", exclude_own=True, empty=empty)
     return _prototype_loss(
-        partial(reference.nonl_loss, anchor=anchor, empty=empty), _under(rule), features, prototypes, labels,
-        class_means, group, backend, temperature=temperature, weight=weight, ignore_index=ignore_index,
-        reduction=reduction, normalize=normalize, queue=queue, check=check,
+        reference.nonl_loss, _nonl_loss, features, prototypes, labels, temperature=temperature, weight=weight,
+        ignore_index=ignore_index, reduction=reduction, normalize=normalize, queue=queue, group=group,
+        class_means=class_means, backend=backend, check=check, anchor=anchor, empty=empty,
     )  # fmt: skip
+
+
+def _nonl_loss(features: Tensor, prototypes: Tensor, labels: Tensor, options: Options, *, anchor: str, empty: str):
+    rule = Rule(rows=anchor != "sample", cols=anchor != "prototype", exclude_own=True, empty=empty)
+    return _autograd.prototype_loss(features, prototypes, labels, options, rule)
 
 
 def _prototype_loss(
@@ -182,21 +187,30 @@ def _prototype_loss(
     features: Tensor,
     prototypes: Tensor,
     labels: Tensor,
-    class_means: ClassMeans | None,
+    *,
+    temperature: float | Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    normalize: bool,
     group: GroupLike,
     backend: str,
     queue: Queue = None,
+    class_means: ClassMeans | None = None,
     check: Callable[[], None] = lambda: None,
-    **options,
+    **own: Any,
 ) -> Tensor:
     """Validate and dispatch: to the specification for backend="reference", else to what computes it from the primitive.
 
-    `check` looks at arguments of this loss alone, once those of all losses are known to be right.
+    `own` are the arguments of this loss alone, which both take; `check` looks at them, once those of all losses are
+    known to be right.
     """
     process_group = resolve_group(group)
 
     def checked() -> tuple[str, tuple[Tensor, Tensor] | None]:
-        _checks.check_prototype_inputs(features, prototypes, labels, **options)
+        _checks.check_prototype_inputs(
+            features, prototypes, labels, temperature, weight, ignore_index, reduction, normalize
+        )
         check()
         if class_means is not None and not isinstance(class_means, ClassMeans):
             raise TypeError(f"class_means must be ClassMeans or None, got {type(class_means).__name__}")
@@ -208,67 +222,57 @@ def _prototype_loss(
             raise ValueError("queue must hold this rank's samples alone, got one of all ranks: make it with group=None")
         past = _queued(queue, features)
         if past is not None and _checks.can_be_read(past[1]):
-            ignored = torch.where(past[1] == ABSENT, options["ignore_index"], past[1])
-            _checks.check_label_range(ignored, len(prototypes), options["ignore_index"], name="queue labels")
+            ignored = torch.where(past[1] == ABSENT, ignore_index, past[1])
+            _checks.check_label_range(ignored, len(prototypes), ignore_index, name="queue labels")
         return resolve_backend(backend, features), past
+
+    def check_values() -> None:
+        if features.device.type == "cpu":
+            _checks.check_label_range(labels, len(prototypes), ignore_index)
+        _check_values(temperature, features, prototypes=prototypes)
 
     def described() -> str:
         """What the collectives rest on, once nothing can fail halfway through them."""
-        chosen, past = checked()
+        chosen, _ = checked()
         _check_group(process_group, chosen)
-        if features.device.type == "cpu":
-            _checks.check_label_range(labels, len(prototypes), options["ignore_index"])
-        _check_values(options["temperature"], features=features, prototypes=prototypes, queue=past and past[0])
-        name, own = getattr(specification, "func", specification).__name__, getattr(specification, "keywords", {})
-        bounded = blockwise.is_bounded(*_checks.split_temperature(options["temperature"]), options["normalize"])
+        check_values()
+        bounded = blockwise.is_bounded(*_checks.split_temperature(temperature), normalize)
         return (
-            f"{name} of {features.dtype} features [n, {features.shape[1]}] and {prototypes.dtype}"
+            f"{specification.__name__} of {features.dtype} features [n, {features.shape[1]}] and {prototypes.dtype}"
             f" prototypes {list(prototypes.shape)}, {''.join(f'{k} {_told(v)}, ' for k, v in own.items())}"
-            f"temperature {_told(_checks.number(options['temperature']))}, reduction {options['reduction']},"
-            f" backend {chosen}, normalize {options['normalize']}, ignore_index {options['ignore_index']},"
-            f" weight {_told(options['weight'])}, {'small' if bounded else 'large or unknown'} logits,"
-            f" {_gradient(features, prototypes, options['temperature'])} gradient"
+            f"temperature {_told(temperature)}, reduction {reduction}, backend {chosen}, normalize {normalize},"
+            f" ignore_index {ignore_index}, weight {_told(weight)},"
+            f" {'small' if bounded else 'large or unknown'} logits,"
+            f" {_gradient(features, prototypes, temperature)} gradient"
         )
 
     if process_group is not None:
         agree(described, process_group, features)
     chosen, past = checked()
-    options["temperature"] = _checks.widened(options["temperature"], features)
+    temperature = _checks.as_scalar(temperature, features)
     if chosen == "reference":
-        if features.device.type == "cpu":
-            _checks.check_label_range(labels, len(prototypes), options["ignore_index"])
-        _check_values(options["temperature"], features=features, prototypes=prototypes)
-        if past is not None:
-            options["queue"] = _present(past)
+        check_values()
+        past_samples = {} if past is None else {"queue": _present(past)}
         with in_full_precision(features):
-            loss = specification(features, prototypes, labels, **options)
+            loss = specification(
+                features, prototypes, labels, temperature=temperature, weight=weight, ignore_index=ignore_index,
+                reduction=reduction, normalize=normalize, **past_samples, **own,
+            )  # fmt: skip
         if class_means is not None:
-            class_means.update(features.detach(), labels, ignore_index=options["ignore_index"])
+            class_means.update(features.detach(), labels, ignore_index=ignore_index)
         return loss
-    return compute(
-        features,
-        prototypes,
-        labels,
-        **options,
-        queue=past,
-        group=process_group,
-        class_means=class_means,
-        backend=chosen,
-    )
-
-
-def _under(rule: Rule) -> Callable[..., Tensor]:
-    return partial(_autograd.prototype_loss, rule=rule)
+    options = Options(temperature, weight, ignore_index, reduction, normalize, past, process_group, class_means, chosen)
+    return compute(features, prototypes, labels, options, **own)
 
 
 def _told(option: Any) -> str:
-    """An option as ranks compare it: a number to nine digits, since it may have been computed; a tensor's shape, and on
+    """An option as ranks compare it: a number to nine digits, since it may have been computed; a tensor's size, and on
     the CPU, where reading is free, its values.
     """
     if not isinstance(option, Tensor):
         return f"{option:.9g}" if isinstance(option, (int, float)) else str(option)
     if option.device.type != "cpu":
-        return f"tensor {list(option.shape)}"
+        return f"tensor of {option.numel()}"
     values = option.detach().double()
     if values.numel() == 1:
         return f"tensor of {values.item():.9g}"
@@ -387,12 +391,12 @@ def supcon_loss(
 
     def described() -> str:
         """What the collectives rest on, once nothing can fail halfway through them."""
-        chosen, past = checked()
+        chosen, _ = checked()
         _check_group(process_group, chosen)
-        _check_values(temperature, features=features, ref_features=ref_features, queue=past and past[0])
+        _check_values(temperature, features, ref_features=ref_features)
         return (
             f"supcon_loss of {features.dtype} features [n, {features.shape[-1]}]"
-            f" by {'views' if views_alone else 'labels'}, temperature {_told(_checks.number(temperature))},"
+            f" by {'views' if views_alone else 'labels'}, temperature {_told(temperature)},"
             f" base_temperature {_told(base_temperature)}, variant {variant}, singletons {singletons},"
             f" reduction {reduction}, normalize {normalize}, backend {chosen}, references {ref_features is not None},"
             f" gathered by {'a NegativeBuffer' if buffer else 'itself'}, {_gradient(features, temperature)} gradient"
@@ -402,7 +406,7 @@ def supcon_loss(
         agree(described, process_group, features)
     chosen, past = checked()
     options: dict[str, Any] = {
-        "temperature": _checks.widened(temperature, features), "base_temperature": base_temperature,
+        "temperature": _checks.as_scalar(temperature, features), "base_temperature": base_temperature,
         "variant": variant, "singletons": singletons,
         "reduction": reduction, "normalize": normalize,
     }  # fmt: skip
@@ -411,7 +415,7 @@ def supcon_loss(
     if views_alone and process_group is not None:
         labels = labels + (dist.get_rank(process_group) << 40)  # every rank numbers its samples from zero
     if chosen == "reference":
-        _check_values(temperature, features=features, ref_features=ref_features)
+        _check_values(temperature, features, ref_features=ref_features)
         past = None if past is None else _present(past)
         with in_full_precision(features):
             loss, alone = reference.supcon_loss(
@@ -468,11 +472,10 @@ def _check_group(group: dist.ProcessGroup | None, backend: str) -> None:
         raise ValueError("backend='reference' computes over one process, got a group of several: pass group=None")
 
 
-def _check_values(temperature: float | Tensor, **operands: Tensor | None) -> None:
+def _check_values(temperature: float | Tensor, features: Tensor, **others: Tensor | None) -> None:
     """What operators check by themselves where there is one process, and reading is free."""
-    for name, x in operands.items():
+    for name, x in {"features": features, **others}.items():
         if x is not None and _checks.can_be_read(x):
             _checks.check_finite_norms(name, _checks.norms(x).flatten())
-    features = operands["features"]
-    if features is not None and _checks.can_be_read(features):
+    if _checks.can_be_read(features):
         _checks.check_temperature_value(temperature)

@@ -10,16 +10,16 @@ Besides the primitive each loss costs O(N + K) arithmetic, `logit_adjusted_loss`
 from __future__ import annotations
 
 import math
-from functools import partial
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypercontrast import _autograd, _checks, _ops, blockwise, reference
+from hypercontrast import _autograd, _checks, _ops, reference
 from hypercontrast._agreement import agree
-from hypercontrast._autograd import Rule, logaddexp, with_value
+from hypercontrast._autograd import Batch, Options, Rule, logaddexp, with_value
 from hypercontrast.distributed import GatherWithGrad, GroupLike, global_lse, resolve_group, row_counts, world_size
 from hypercontrast.functional import _check_group, _check_values, _gradient, _prototype_loss, _told, resolve_backend
 
@@ -54,19 +54,19 @@ def cosface_loss(
     Source: Wang et al. 2018 (arXiv 1801.09414); with a margin for every class Cao et al. 2019 (LDAM).
     """
     return _prototype_loss(
-        partial(reference.cosface_loss, margin=margin), partial(_cosface_loss, margin=margin), features, prototypes,
-        labels, None, group, backend, temperature=temperature, weight=weight, ignore_index=ignore_index,
-        reduction=reduction, normalize=normalize, check=lambda: _check_margin(margin, prototypes),
+        reference.cosface_loss, _cosface_loss, features, prototypes, labels, temperature=temperature, weight=weight,
+        ignore_index=ignore_index, reduction=reduction, normalize=normalize, group=group, backend=backend,
+        check=lambda: _check_margin(margin, prototypes), margin=margin,
     )  # fmt: skip
 
 
 def _cosface_loss(
-    features: Tensor, prototypes: Tensor, labels: Tensor, *, margin: float | Tensor, temperature, **options
+    features: Tensor, prototypes: Tensor, labels: Tensor, options: Options, *, margin: float | Tensor
 ) -> Tensor:
-    col_lse, positives, batch = _sample_anchors(features, prototypes, labels, temperature=temperature, **options)
+    col_lse, positives, batch = _sample_anchors(features, prototypes, labels, options)
     if isinstance(margin, Tensor):
-        margin = margin.to(positives.dtype)[torch.where(batch.in_range, labels, 0)]
-    return _against_target(col_lse, positives - margin / _checks.number(temperature), batch, features)
+        margin = margin.to(positives.dtype)[batch.class_of]
+    return _against_target(col_lse, positives - margin / options.temperature, features, batch, options)
 
 
 def ldam_margins(counts: Tensor, max_margin: float = 0.5) -> Tensor:
@@ -133,22 +133,21 @@ def arcface_loss(
     Source: Deng et al. 2019 (arXiv 1801.07698).
     """
     return _prototype_loss(
-        partial(reference.arcface_loss, margin=margin), partial(_arcface_loss, margin=margin), features, prototypes,
-        labels, None, group, backend, temperature=temperature, weight=weight, ignore_index=ignore_index,
-        reduction=reduction, normalize=True, check=lambda: _check_angle(margin),
+        reference.arcface_loss, _arcface_loss, features, prototypes, labels, temperature=temperature, weight=weight,
+        ignore_index=ignore_index, reduction=reduction, normalize=True, group=group, backend=backend,
+        check=lambda: _check_angle(margin), margin=margin,
     )  # fmt: skip
 
 
-def _arcface_loss(features: Tensor, prototypes: Tensor, labels: Tensor, *, margin: float, temperature, **options):
-    col_lse, positives, batch = _sample_anchors(features, prototypes, labels, temperature=temperature, **options)
-    temperature = _checks.number(temperature)
-    cosine = positives * temperature
+def _arcface_loss(features: Tensor, prototypes: Tensor, labels: Tensor, options: Options, *, margin: float) -> Tensor:
+    col_lse, positives, batch = _sample_anchors(features, prototypes, labels, options)
+    cosine = positives * options.temperature
     squared_sine = 1 - cosine.square()
     straight = squared_sine <= 8 * torch.finfo(_checks.accumulator(features)).eps  # rounding has its sign, or nearly
     sine = torch.where(straight, 0, torch.where(straight, 1, squared_sine).sqrt())
     turned = cosine * math.cos(margin) - sine * math.sin(margin)
     target = torch.where(cosine > -math.cos(margin), turned, cosine - margin * math.sin(margin))
-    return _against_target(col_lse, target / temperature, batch, features)
+    return _against_target(col_lse, target / options.temperature, features, batch, options)
 
 
 def logit_adjusted_loss(
@@ -184,34 +183,25 @@ def logit_adjusted_loss(
     Source: Menon et al. 2021 (arXiv 2007.07314); Ren et al. 2020 (arXiv 2007.10740).
     """
     return _prototype_loss(
-        partial(reference.logit_adjusted_loss, bias=bias), partial(_logit_adjusted_loss, bias=bias), features,
-        prototypes, labels, None, group, backend, temperature=temperature, weight=weight, ignore_index=ignore_index,
-        reduction=reduction, normalize=normalize, check=lambda: _check_bias(bias, prototypes),
+        reference.logit_adjusted_loss, _logit_adjusted_loss, features, prototypes, labels, temperature=temperature,
+        weight=weight, ignore_index=ignore_index, reduction=reduction, normalize=normalize, group=group,
+        backend=backend, check=lambda: _check_bias(bias, prototypes), bias=bias,
     )  # fmt: skip
 
 
 def _logit_adjusted_loss(
-    features: Tensor,
-    prototypes: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor,
-    temperature: float | Tensor,
-    normalize: bool,
-    **options,
+    features: Tensor, prototypes: Tensor, labels: Tensor, options: Options, *, bias: Tensor
 ) -> Tensor:
-    _check_values(temperature, features=features, prototypes=prototypes)  # the operator sees unit vectors
+    _check_values(options.temperature, features, prototypes=prototypes)  # the operator sees unit vectors
     wide = _checks.accumulator(features)
     features, prototypes = features.to(wide), prototypes.to(wide)
-    if normalize:
+    if options.normalize:
         features, prototypes = reference.unit_rows(features), reference.unit_rows(prototypes)
-    scaled = bias.to(wide) * _checks.number(temperature)
+    scaled = bias.to(wide) * options.temperature
     features = torch.cat([features, features.new_ones(len(features), 4)], 1)
     prototypes = torch.cat([prototypes, F.pad(scaled[:, None], (0, 3))], 1)
     rule = Rule(rows=False, cols=True, exclude_own=False)
-    return _autograd.prototype_loss(
-        features, prototypes, labels, rule, temperature=temperature, normalize=False, **options
-    )
+    return _autograd.prototype_loss(features, prototypes, labels, replace(options, normalize=False), rule)
 
 
 def proxy_anchor_loss(
@@ -243,33 +233,23 @@ def proxy_anchor_loss(
     Source: Kim et al. 2020 (arXiv 2003.13911); its α is 1/τ.
     """
     return _prototype_loss(
-        partial(reference.proxy_anchor_loss, margin=margin), partial(_proxy_anchor_loss, margin=margin), features,
-        prototypes, labels, None, group, backend, temperature=temperature, weight=None, ignore_index=ignore_index,
-        reduction="mean", normalize=normalize, check=lambda: _check_number(margin),
+        reference.proxy_anchor_loss, _proxy_anchor_loss, features, prototypes, labels, temperature=temperature,
+        weight=None, ignore_index=ignore_index, reduction="mean", normalize=normalize, group=group, backend=backend,
+        check=lambda: _check_number(margin), margin=margin,
     )  # fmt: skip
 
 
 def _proxy_anchor_loss(
-    features: Tensor,
-    prototypes: Tensor,
-    labels: Tensor,
-    *,
-    margin: float,
-    temperature: float | Tensor,
-    normalize: bool,
-    group: dist.ProcessGroup | None,
-    **options,
+    features: Tensor, prototypes: Tensor, labels: Tensor, options: Options, *, margin: float
 ) -> Tensor:
-    row_lse, _, positives, batch = _autograd.statistics(
-        features, prototypes, labels, Rule(rows=True, cols=False, exclude_own=True, absent=True),
-        temperature=temperature, normalize=normalize, group=group, **options,
-    )  # fmt: skip
-    num_classes, world = len(prototypes), world_size(group)
-    own_lse = _ClassLSE.apply(-positives, labels, batch.in_range, num_classes, options["backend"])
-    bounded = blockwise.is_bounded(*_checks.split_temperature(temperature), normalize)
-    nothing = row_lse.new_empty(0)
-    lse, _ = global_lse(torch.cat([own_lse, row_lse]), nothing, group, bounded=bounded, sum_gradients=False)
-    shift = margin / _checks.number(temperature)
+    rule = Rule(rows=True, cols=False, exclude_own=True, absent=True)
+    row_lse, _, positives, batch = _autograd.statistics(features, prototypes, labels, options, rule)
+    num_classes, world = len(prototypes), world_size(options.group)
+    own_lse = _ClassLSE.apply(-positives, batch.class_of, batch.in_range, num_classes, options.backend)
+    lse = torch.cat([own_lse, row_lse])
+    nothing = lse.new_empty(0)
+    lse, _ = global_lse(lse, nothing, options.group, bounded=options.bounded, sum_gradients=False)
+    shift = margin / options.temperature
     if isinstance(shift, Tensor):
         shift = with_value(shift / world, shift)  # which every rank has a gradient of, and samples one rank alone
     pull, push = _softplus(lse + shift).split(num_classes)
@@ -281,8 +261,7 @@ class _ClassLSE(torch.autograd.Function):
     """Log-sum-exp of values [N] within each class → [K], -inf for a class without any; the order never changes."""
 
     @staticmethod
-    def forward(ctx, values: Tensor, labels: Tensor, in_range: Tensor, num_classes: int, backend: str) -> Tensor:
-        class_of = torch.where(in_range, labels, 0)
+    def forward(ctx, values: Tensor, class_of: Tensor, in_range: Tensor, num_classes: int, backend: str) -> Tensor:
         peak = values.new_full((num_classes,), -torch.inf)
         peak = peak.scatter_reduce(0, class_of, torch.where(in_range, values, -torch.inf), "amax")
         shifted = torch.where(in_range, values - peak[class_of], -torch.inf)
@@ -335,18 +314,18 @@ def dcl_loss(
     def described() -> str:
         chosen = checked()
         _check_group(process_group, chosen)
-        _check_values(temperature, features=features)
+        _check_values(temperature, features)
         return (
             f"dcl_loss of {features.dtype} features [n, 2, {features.shape[-1]}],"
-            f" temperature {_told(_checks.number(temperature))}, reduction {reduction}, normalize {normalize},"
+            f" temperature {_told(temperature)}, reduction {reduction}, normalize {normalize},"
             f" backend {chosen}, {_gradient(features)} gradient of features, {_gradient(temperature)} of temperature"
         )
 
     if process_group is not None:
         agree(described, process_group, features)
-    chosen, temperature = checked(), _checks.widened(temperature, features)
+    chosen, temperature = checked(), _checks.as_scalar(temperature, features)
     if chosen == "reference":
-        _check_values(temperature, features=features)
+        _check_values(temperature, features)
         with _ops.in_full_precision(features):
             return reference.dcl_loss(features, temperature=temperature, reduction=reduction, normalize=normalize)
     columns, first = features, 0
@@ -355,7 +334,7 @@ def dcl_loss(
         columns, first = GatherWithGrad.apply(features, rows, process_group), sum(rows[: dist.get_rank(process_group)])
     samples = torch.arange(first, first + len(features), device=features.device).repeat_interleave(2)
     learned, inv_temperature = _checks.split_temperature(temperature)
-    keep_bytes = blockwise.memory_budget() // 2 if _gradient(features, temperature) == "with" else 0
+    keep_bytes = _autograd.keep_bytes(features, temperature) // 2
     (lse_0, to_0), (lse_1, to_1) = (
         _ops.lse(
             features.flatten(0, 1), view, samples, None, learned, inv_temperature, -1, False, True, True, normalize,
@@ -370,17 +349,19 @@ def dcl_loss(
     return loss.view(-1, 2) if reduction == "none" else loss
 
 
-def _sample_anchors(features, prototypes, labels, **options) -> tuple[Tensor, Tensor, _autograd.Batch]:
+def _sample_anchors(
+    features: Tensor, prototypes: Tensor, labels: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Batch]:
     """Log-sum-exps over the prototypes of other classes [N] and positives [N]."""
     rule = Rule(rows=False, cols=True, exclude_own=True)
-    _, col_lse, positives, batch = _autograd.statistics(features, prototypes, labels, rule, **options)
+    _, col_lse, positives, batch = _autograd.statistics(features, prototypes, labels, options, rule)
     return col_lse, positives, batch
 
 
-def _against_target(col_lse: Tensor, target: Tensor, batch: _autograd.Batch, features: Tensor) -> Tensor:
+def _against_target(col_lse: Tensor, target: Tensor, features: Tensor, batch: Batch, options: Options) -> Tensor:
     """log(exp(ℓ_j) + exp(t_j)) - t_j of every sample, reduced."""
     loss_N = _softplus(col_lse - target)
-    loss = _autograd.reduce_samples(loss_N, batch.a_N, batch.reduction, batch.group)
+    loss = _autograd.reduce_samples(loss_N, batch.a_N, options.reduction, options.group)
     return loss.to(_checks.accumulator(features))
 
 
