@@ -124,10 +124,13 @@ def _has_operator(features: Tensor, prototypes: Tensor, options: Options, rule: 
     return compiled.takes(options.learned, options.inv_temperature, options.normalize, features, prototypes)
 
 
+def has_backward(*inputs: object) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+
+
 def keep_bytes(*inputs: object) -> int:
     """What a forward may keep for its backward: nothing where there will be none."""
-    has_backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-    return blockwise.memory_budget() if has_backward else 0
+    return blockwise.memory_budget() if has_backward(*inputs) else 0
 
 
 @dataclass(frozen=True)

@@ -40,26 +40,22 @@ What holds for every loss here
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, overload
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hypercontrast import _autograd, _checks, _supcon, blockwise, reference
+from hypercontrast import _autograd, _checks, _dispatch, _supcon, reference
 from hypercontrast._agreement import agree, ranks_of
 from hypercontrast._autograd import Options, Rule
+from hypercontrast._dispatch import Queue, check_group, check_values, gradient, present, queued, told
 from hypercontrast._ops import in_full_precision, resolve_backend
 from hypercontrast.buffer import NegativeBuffer
-from hypercontrast.distributed import ABSENT, GroupLike, all_sum, resolve_group
+from hypercontrast.distributed import GroupLike, all_sum, resolve_group
 from hypercontrast.prototypes import ClassMeans
 
 __all__ = ["nonl_loss", "normface_loss", "ntce_loss", "resolve_backend", "supcon_loss"]
-
-Queue = NegativeBuffer | tuple[Tensor, Tensor] | None
 
 
 def normface_loss(
@@ -87,7 +83,7 @@ def normface_loss(
     Source: Wang et al. 2017; arXiv 2605.20302, eq. 3.
     """
     rule = Rule(rows=False, cols=True, exclude_own=False)
-    return _prototype_loss(
+    return _dispatch.prototype_loss(
         reference.normface_loss, partial(_autograd.prototype_loss, rule=rule), features, prototypes, labels,
         temperature=temperature, weight=weight, ignore_index=ignore_index, reduction=reduction, normalize=normalize,
         group=group, class_means=class_means, backend=backend,
@@ -122,7 +118,7 @@ def ntce_loss(
     Source: arXiv 2605.20302, eq. 4.
     """
     rule = Rule(rows=True, cols=False, exclude_own=False)
-    return _prototype_loss(
+    return _dispatch.prototype_loss(
         reference.ntce_loss, partial(_autograd.prototype_loss, rule=rule), features, prototypes, labels,
         temperature=temperature, weight=weight, ignore_index=ignore_index, reduction=reduction, normalize=normalize,
         queue=queue, group=group, class_means=class_means, backend=backend,
@@ -169,114 +165,18 @@ def nonl_loss(
         if queue is not None and anchor == "sample":
             raise ValueError("queue must be None for anchor='sample': only prototypes are contrasted with past samples")
 
-    return _prototype_loss(
+    return _dispatch.prototype_loss(
         reference.nonl_loss, _nonl_loss, features, prototypes, labels, temperature=temperature, weight=weight,
         ignore_index=ignore_index, reduction=reduction, normalize=normalize, queue=queue, group=group,
         class_means=class_means, backend=backend, check=check, anchor=anchor, empty=empty,
     )  # fmt: skip
 
 
-def _nonl_loss(features: Tensor, prototypes: Tensor, labels: Tensor, options: Options, *, anchor: str, empty: str):
+def _nonl_loss(
+    features: Tensor, prototypes: Tensor, labels: Tensor, options: Options, *, anchor: str, empty: str
+) -> Tensor:
     rule = Rule(rows=anchor != "sample", cols=anchor != "prototype", exclude_own=True, empty=empty)
     return _autograd.prototype_loss(features, prototypes, labels, options, rule)
-
-
-def _prototype_loss(
-    specification: Callable[..., Tensor],
-    compute: Callable[..., Tensor],
-    features: Tensor,
-    prototypes: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float | Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    normalize: bool,
-    group: GroupLike,
-    backend: str,
-    queue: Queue = None,
-    class_means: ClassMeans | None = None,
-    check: Callable[[], None] = lambda: None,
-    **own: Any,
-) -> Tensor:
-    """Validate and dispatch: to the specification for backend="reference", else to what computes it from the primitive.
-
-    `own` are the arguments of this loss alone, which both take; `check` looks at them, once those of all losses are
-    known to be right.
-    """
-    process_group = resolve_group(group)
-
-    def checked() -> tuple[str, tuple[Tensor, Tensor] | None]:
-        _checks.check_prototype_inputs(
-            features, prototypes, labels, temperature, weight, ignore_index, reduction, normalize
-        )
-        check()
-        if class_means is not None and not isinstance(class_means, ClassMeans):
-            raise TypeError(f"class_means must be ClassMeans or None, got {type(class_means).__name__}")
-        if class_means is not None and class_means.sums.shape != prototypes.shape:
-            raise ValueError(
-                f"class_means must hold {list(prototypes.shape)} like prototypes, got {list(class_means.sums.shape)}"
-            )
-        if isinstance(queue, NegativeBuffer) and queue.group is not None and process_group is not None:
-            raise ValueError("queue must hold this rank's samples alone, got one of all ranks: make it with group=None")
-        past = _queued(queue, features)
-        if past is not None and _checks.can_be_read(past[1]):
-            ignored = torch.where(past[1] == ABSENT, ignore_index, past[1])
-            _checks.check_label_range(ignored, len(prototypes), ignore_index, name="queue labels")
-        return resolve_backend(backend, features), past
-
-    def check_values() -> None:
-        if features.device.type == "cpu":
-            _checks.check_label_range(labels, len(prototypes), ignore_index)
-        _check_values(temperature, features, prototypes=prototypes)
-
-    def described() -> str:
-        """What the collectives rest on, once nothing can fail halfway through them."""
-        chosen, _ = checked()
-        _check_group(process_group, chosen)
-        check_values()
-        bounded = blockwise.is_bounded(*_checks.split_temperature(temperature), normalize)
-        return (
-            f"{specification.__name__} of {features.dtype} features [n, {features.shape[1]}] and {prototypes.dtype}"
-            f" prototypes {list(prototypes.shape)}, {''.join(f'{k} {_told(v)}, ' for k, v in own.items())}"
-            f"temperature {_told(temperature)}, reduction {reduction}, backend {chosen}, normalize {normalize},"
-            f" ignore_index {ignore_index}, weight {_told(weight)},"
-            f" {'small' if bounded else 'large or unknown'} logits,"
-            f" {_gradient(features, prototypes, temperature)} gradient"
-        )
-
-    if process_group is not None:
-        agree(described, process_group, features)
-    chosen, past = checked()
-    temperature = _checks.as_scalar(temperature, features)
-    if chosen == "reference":
-        check_values()
-        past_samples = {} if past is None else {"queue": _present(past)}
-        with in_full_precision(features):
-            loss = specification(
-                features, prototypes, labels, temperature=temperature, weight=weight, ignore_index=ignore_index,
-                reduction=reduction, normalize=normalize, **past_samples, **own,
-            )  # fmt: skip
-        if class_means is not None:
-            class_means.update(features.detach(), labels, ignore_index=ignore_index)
-        return loss
-    options = Options(temperature, weight, ignore_index, reduction, normalize, past, process_group, class_means, chosen)
-    return compute(features, prototypes, labels, options, **own)
-
-
-def _told(option: Any) -> str:
-    """An option as ranks compare it: a number to nine digits, since it may have been computed; a tensor's size, and on
-    the CPU, where reading is free, its values.
-    """
-    if not isinstance(option, Tensor):
-        return f"{option:.9g}" if isinstance(option, (int, float)) else str(option)
-    if option.device.type != "cpu":
-        return f"tensor of {option.numel()}"
-    values = option.detach().double()
-    if values.numel() == 1:
-        return f"tensor of {values.item():.9g}"
-    return f"tensor {list(values.shape)} with checksum {zlib.crc32(values.numpy().tobytes()):08x}"
 
 
 @overload
@@ -387,19 +287,19 @@ def supcon_loss(
             raise ValueError("labels must be given with a queue: without, no past sample can be told from this one")
         if buffer is not None and process_group is not None:  # it carries the gather
             _check_carrier(buffer, process_group, normalize)
-        return resolve_backend(backend, features), _queued(queue, features)
+        return resolve_backend(backend, features), queued(queue, features)
 
     def described() -> str:
         """What the collectives rest on, once nothing can fail halfway through them."""
         chosen, _ = checked()
-        _check_group(process_group, chosen)
-        _check_values(temperature, features, ref_features=ref_features)
+        check_group(process_group, chosen)
+        check_values(temperature, features, ref_features=ref_features)
         return (
             f"supcon_loss of {features.dtype} features [n, {features.shape[-1]}]"
-            f" by {'views' if views_alone else 'labels'}, temperature {_told(temperature)},"
-            f" base_temperature {_told(base_temperature)}, variant {variant}, singletons {singletons},"
+            f" by {'views' if views_alone else 'labels'}, temperature {told(temperature)},"
+            f" base_temperature {told(base_temperature)}, variant {variant}, singletons {singletons},"
             f" reduction {reduction}, normalize {normalize}, backend {chosen}, references {ref_features is not None},"
-            f" gathered by {'a NegativeBuffer' if buffer else 'itself'}, {_gradient(features, temperature)} gradient"
+            f" gathered by {'a NegativeBuffer' if buffer else 'itself'}, {gradient(features, temperature)} gradient"
         )
 
     if process_group is not None:
@@ -415,8 +315,8 @@ def supcon_loss(
     if views_alone and process_group is not None:
         labels = labels + (dist.get_rank(process_group) << 40)  # every rank numbers its samples from zero
     if chosen == "reference":
-        _check_values(temperature, features, ref_features=ref_features)
-        past = None if past is None else _present(past)
+        check_values(temperature, features, ref_features=ref_features)
+        past = None if past is None else present(past)
         with in_full_precision(features):
             loss, alone = reference.supcon_loss(
                 features, labels, mask=mask, ref_features=ref_features, ref_labels=ref_labels, queue=past, **options
@@ -440,42 +340,3 @@ def _check_carrier(buffer: NegativeBuffer, group: dist.ProcessGroup, normalize: 
         raise ValueError(f"queue must be a NegativeBuffer over the loss's ranks {of_loss}, got one over {of_buffer}")
     if buffer.normalize and not normalize:
         raise ValueError("queue must be a NegativeBuffer with normalize=False for normalize=False, got normalize=True")
-
-
-def _queued(queue: Queue, features: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Past features [Q, D] and their labels [Q], ABSENT in places not yet used."""
-    if queue is None:
-        return None
-    past = queue.queued() if isinstance(queue, NegativeBuffer) else queue
-    if not isinstance(past, tuple) or len(past) != 2:
-        raise TypeError(f"queue must be a NegativeBuffer or a pair (features, labels), got {type(queue).__name__}")
-    _checks.check_queue(past, features)
-    if _checks.can_be_read(past[0]) and not isinstance(queue, NegativeBuffer):  # which has checked what it took
-        # Places not yet used too: kernels multiply by them, and NaN times zero is NaN.
-        _checks.check_finite_norms("queue", _checks.norms(past[0]))
-    return past
-
-
-def _present(past: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Without the places not yet used."""
-    used = past[1] != ABSENT
-    return past[0][used], past[1][used]
-
-
-def _gradient(*inputs: Any) -> str:
-    wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-    return "with" if wanted else "without"
-
-
-def _check_group(group: dist.ProcessGroup | None, backend: str) -> None:
-    if group is not None and backend == "reference":
-        raise ValueError("backend='reference' computes over one process, got a group of several: pass group=None")
-
-
-def _check_values(temperature: float | Tensor, features: Tensor, **others: Tensor | None) -> None:
-    """What operators check by themselves where there is one process, and reading is free."""
-    for name, x in {"features": features, **others}.items():
-        if x is not None and _checks.can_be_read(x):
-            _checks.check_finite_norms(name, _checks.norms(x).flatten())
-    if _checks.can_be_read(features):
-        _checks.check_temperature_value(temperature)

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hypercontrast import _checks, functional, related
-from hypercontrast.functional import GroupLike, Queue
+from hypercontrast._dispatch import Queue
+from hypercontrast.distributed import GroupLike
 from hypercontrast.prototypes import ClassMeans
 from hypercontrast.reference import unit_rows
 

@@ -17,11 +17,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypercontrast import _autograd, _checks, _ops, reference
+from hypercontrast import _autograd, _checks, _dispatch, _ops, reference
 from hypercontrast._agreement import agree
 from hypercontrast._autograd import Batch, Options, Rule, logaddexp, with_value
+from hypercontrast._dispatch import check_group, check_values, gradient, told
+from hypercontrast._ops import resolve_backend
 from hypercontrast.distributed import GatherWithGrad, GroupLike, global_lse, resolve_group, row_counts, world_size
-from hypercontrast.functional import _check_group, _check_values, _gradient, _prototype_loss, _told, resolve_backend
 
 __all__ = ["arcface_loss", "cosface_loss", "dcl_loss", "ldam_margins", "logit_adjusted_loss", "proxy_anchor_loss"]
 
@@ -53,7 +54,7 @@ def cosface_loss(
 
     Source: Wang et al. 2018 (arXiv 1801.09414); with a margin for every class Cao et al. 2019 (LDAM).
     """
-    return _prototype_loss(
+    return _dispatch.prototype_loss(
         reference.cosface_loss, _cosface_loss, features, prototypes, labels, temperature=temperature, weight=weight,
         ignore_index=ignore_index, reduction=reduction, normalize=normalize, group=group, backend=backend,
         check=lambda: _check_margin(margin, prototypes), margin=margin,
@@ -132,7 +133,7 @@ def arcface_loss(
 
     Source: Deng et al. 2019 (arXiv 1801.07698).
     """
-    return _prototype_loss(
+    return _dispatch.prototype_loss(
         reference.arcface_loss, _arcface_loss, features, prototypes, labels, temperature=temperature, weight=weight,
         ignore_index=ignore_index, reduction=reduction, normalize=True, group=group, backend=backend,
         check=lambda: _check_angle(margin), margin=margin,
@@ -182,7 +183,7 @@ def logit_adjusted_loss(
 
     Source: Menon et al. 2021 (arXiv 2007.07314); Ren et al. 2020 (arXiv 2007.10740).
     """
-    return _prototype_loss(
+    return _dispatch.prototype_loss(
         reference.logit_adjusted_loss, _logit_adjusted_loss, features, prototypes, labels, temperature=temperature,
         weight=weight, ignore_index=ignore_index, reduction=reduction, normalize=normalize, group=group,
         backend=backend, check=lambda: _check_bias(bias, prototypes), bias=bias,
@@ -192,7 +193,7 @@ def logit_adjusted_loss(
 def _logit_adjusted_loss(
     features: Tensor, prototypes: Tensor, labels: Tensor, options: Options, *, bias: Tensor
 ) -> Tensor:
-    _check_values(options.temperature, features, prototypes=prototypes)  # the operator sees unit vectors
+    check_values(options.temperature, features, prototypes=prototypes)  # the operator sees unit vectors
     wide = _checks.accumulator(features)
     features, prototypes = features.to(wide), prototypes.to(wide)
     if options.normalize:
@@ -232,7 +233,7 @@ def proxy_anchor_loss(
 
     Source: Kim et al. 2020 (arXiv 2003.13911); its α is 1/τ.
     """
-    return _prototype_loss(
+    return _dispatch.prototype_loss(
         reference.proxy_anchor_loss, _proxy_anchor_loss, features, prototypes, labels, temperature=temperature,
         weight=None, ignore_index=ignore_index, reduction="mean", normalize=normalize, group=group, backend=backend,
         check=lambda: _check_number(margin), margin=margin,
@@ -313,19 +314,19 @@ def dcl_loss(
 
     def described() -> str:
         chosen = checked()
-        _check_group(process_group, chosen)
-        _check_values(temperature, features)
+        check_group(process_group, chosen)
+        check_values(temperature, features)
         return (
             f"dcl_loss of {features.dtype} features [n, 2, {features.shape[-1]}],"
-            f" temperature {_told(temperature)}, reduction {reduction}, normalize {normalize},"
-            f" backend {chosen}, {_gradient(features)} gradient of features, {_gradient(temperature)} of temperature"
+            f" temperature {told(temperature)}, reduction {reduction}, normalize {normalize},"
+            f" backend {chosen}, {gradient(features)} gradient of features, {gradient(temperature)} of temperature"
         )
 
     if process_group is not None:
         agree(described, process_group, features)
     chosen, temperature = checked(), _checks.as_scalar(temperature, features)
     if chosen == "reference":
-        _check_values(temperature, features)
+        check_values(temperature, features)
         with _ops.in_full_precision(features):
             return reference.dcl_loss(features, temperature=temperature, reduction=reduction, normalize=normalize)
     columns, first = features, 0
