@@ -153,7 +153,7 @@ def statistics(
     weight, ignore_index, group, backend = options.weight, options.ignore_index, options.group, options.backend
     num_classes = len(prototypes)
     _checks.watch_labels(labels, num_classes, ignore_index)
-    in_range = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
+    in_range = _checks.in_range(labels, num_classes, ignore_index)
     class_of = torch.where(in_range, labels, 0)
     counts = labels.new_zeros(num_classes).index_add_(0, class_of, in_range.long())
     if rule.rows and group is not None:  # only a row's sum needs to know who else has its class

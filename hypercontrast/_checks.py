@@ -27,6 +27,31 @@ def check_option(name: str, value: str, options: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
 
 
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_number(name: str, value: float, what: str = "a number") -> None:
+    """A bool is an int to Python, and hardly ever meant as one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
+
+
+def check_integer(name: str, value: int, least: float = -math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_sizes(dim: int, num_classes: int) -> None:
+    if any(isinstance(size, bool) or not isinstance(size, int) for size in (dim, num_classes)):
+        raise TypeError(f"dim and num_classes must be integers, got {dim!r} and {num_classes!r}")
+    if dim < 1 or num_classes < 1:
+        raise ValueError(f"dim and num_classes must be at least 1, got {dim} and {num_classes}")
+
+
 def check_matrix(name: str, x: Tensor, shape: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -38,6 +63,13 @@ def check_matrix(name: str, x: Tensor, shape: str) -> None:
         raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
     if x.shape[1] == 0:
         raise ValueError(f"{name} must have at least one dimension, got {list(x.shape)}")
+
+
+def check_features(features: Tensor, dim: int) -> None:
+    """Of an object that was made for vectors of this dimension."""
+    check_matrix("features", features, "[N, D]")
+    if features.shape[1] != dim:
+        raise ValueError(f"features must have dimension {dim}, got {list(features.shape)}")
 
 
 def check_labels(labels: Tensor, num_samples: int, device: torch.device, name: str = "labels") -> None:
@@ -62,11 +94,11 @@ def check_temperature(temperature: float | Tensor, device: torch.device) -> None
             raise ValueError(f"temperature must be a number or a tensor of one float, got {got}")
         if temperature.device != device:
             raise ValueError(f"temperature must be on the features' device {device}, got {temperature.device}")
-    elif isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a number or a tensor of one float, got {type(temperature).__name__}")
-    elif not 0 < temperature < math.inf:
+        return
+    check_number("temperature", temperature, "a number or a tensor of one float")
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    elif temperature < LEAST_TEMPERATURE:
+    if temperature < LEAST_TEMPERATURE:
         raise ValueError(f"temperature must be at least {LEAST_TEMPERATURE:.1e}, got {temperature}")
 
 
@@ -109,8 +141,7 @@ def check_per_class(name: str, x: Tensor, num_classes: int, device: torch.device
 
 
 def check_ignore_index(ignore_index: int) -> None:
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an integer, got {type(ignore_index).__name__}")
+    check_integer("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit int64, got {ignore_index}")
 
@@ -147,8 +178,12 @@ def check_prototype_inputs(
     check_weight(weight, prototypes.shape[0], features.device)
     check_ignore_index(ignore_index)
     check_option("reduction", reduction, ("mean", "sum", "none"))
-    if not isinstance(normalize, bool):
-        raise TypeError(f"normalize must be True or False, got {normalize!r}")
+    check_flag("normalize", normalize)
+
+
+def check_pair_features(features: Tensor) -> None:
+    rows = features.flatten(0, 1) if isinstance(features, Tensor) and features.dim() == 3 else features
+    check_matrix("features", rows, "[N, D] or [B, V, D]")
 
 
 def check_supcon_inputs(
@@ -165,10 +200,7 @@ def check_supcon_inputs(
     normalize: bool,
 ) -> None:
     """Everything SupCon can check without reading a value from the device."""
-    if isinstance(features, Tensor) and features.dim() == 3:
-        check_matrix("features", features.flatten(0, 1), "[N, D] or [B, V, D]")
-    else:
-        check_matrix("features", features, "[N, D] or [B, V, D]")
+    check_pair_features(features)
     samples, device = features.shape[0], features.device
     if labels is not None and mask is not None:
         raise ValueError("labels and mask must not both be given: each says which pairs are positive")
@@ -205,15 +237,13 @@ def check_supcon_inputs(
         raise ValueError("labels and ref_labels, or mask, must be given with ref_features, got neither")
     check_temperature(temperature, device)
     if base_temperature is not None:
-        if isinstance(base_temperature, bool) or not isinstance(base_temperature, (int, float)):
-            raise TypeError(f"base_temperature must be a number or None, got {type(base_temperature).__name__}")
+        check_number("base_temperature", base_temperature, "a number or None")
         if not 0 < base_temperature < math.inf:
             raise ValueError(f"base_temperature must be positive and finite, got {base_temperature}")
     check_option("variant", variant, ("out", "in"))
     check_option("singletons", singletons, ("exclude", "zero", "error"))
     check_option("reduction", reduction, ("mean", "sum", "none"))
-    if not isinstance(normalize, bool):
-        raise TypeError(f"normalize must be True or False, got {normalize!r}")
+    check_flag("normalize", normalize)
 
 
 def check_queue(queue: tuple[Tensor, Tensor], features: Tensor) -> None:
@@ -234,6 +264,11 @@ def check_label_range(labels: Tensor, num_classes: int, ignore_index: int, name:
     bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if bad.any():
         raise ValueError(f"{name} must lie in [0, {num_classes}), got {labels[bad][0].item()}")
+
+
+def in_range(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Which samples count [N]: not those ignored, nor, where labels are not read, those of no class."""
+    return (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
 
 
 def can_be_read(x: Tensor) -> bool:

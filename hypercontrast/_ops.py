@@ -423,7 +423,7 @@ def segment_sum(values: Tensor, labels: Tensor, num_classes: int, ignore_index: 
     """Sum of values [N] within each class → [K], in an order that never changes; ignored samples are left out."""
     if backend == "triton":
         return _kernels().segment_sum(values, labels, num_classes, ignore_index)
-    in_range = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
+    in_range = _checks.in_range(labels, num_classes, ignore_index)
     sums = values.new_zeros(num_classes)
     return sums.index_add_(0, torch.where(in_range, labels, 0), torch.where(in_range, values, 0))
 

@@ -221,8 +221,7 @@ class NegativeBuffer:
                 f"state must hold features, labels and cursor, got {', '.join(map(str, state)) or 'nothing'}"
             )
         cursor, queued = state["cursor"], dict(zip(("features", "labels"), self.queued(), strict=True))
-        if isinstance(cursor, bool) or not isinstance(cursor, int):
-            raise TypeError(f"state's cursor must be an integer, got {type(cursor).__name__}")
+        _checks.check_integer("state's cursor", cursor)
         if not 0 <= cursor < max(self.queue, 1):
             raise ValueError(f"state's cursor must lie in [0, {self.queue}), got {cursor}")
         for name, own in queued.items():
@@ -404,15 +403,14 @@ def _check_headers(headers: list[int], expected: int) -> None:
 def _argument_error(
     dim: Any, batch: Any, queue: Any, dtype: Any, normalize: Any, device: Any, carriers: dict[str, str]
 ) -> Exception | None:
-    for name, value, least in (("dim", dim, 1), ("batch", batch, 1), ("queue", queue, 0)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            return TypeError(f"{name} must be an integer, got {type(value).__name__}")
-        if value < least:
-            return ValueError(f"{name} must be at least {least}, got {value}")
-    if dtype not in _checks.FLOATS:
-        return TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
-    if not isinstance(normalize, bool):
-        return TypeError(f"normalize must be True or False, got {normalize!r}")
+    try:
+        for name, value, least in (("dim", dim, 1), ("batch", batch, 1), ("queue", queue, 0)):
+            _checks.check_integer(name, value, least)
+        if dtype not in _checks.FLOATS:
+            raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+        _checks.check_flag("normalize", normalize)
+    except (TypeError, ValueError) as error:  # to be raised once the other ranks know
+        return error
     try:
         kind = torch.device(device).type
     except (RuntimeError, TypeError):

@@ -25,7 +25,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hypercontrast._checks import LONGEST_WAIT
+from hypercontrast._checks import LONGEST_WAIT, check_integer, check_number
 
 __all__ = ["DDPVerdict", "check_ddp"]
 
@@ -148,12 +148,8 @@ def check_ddp(
         RuntimeError: if a rank raises, dies or does not finish in time; it names the rank and carries its message.
     """
     for name, value, least in (("world_size", world_size, 2), ("dim", dim, 1), ("num_classes", num_classes, 1)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise TypeError(f"timeout must be a number of seconds, got {type(timeout).__name__}")
+        check_integer(name, value, least)
+    check_number("timeout", timeout, "a number of seconds")
     if not 0 < timeout < math.inf:
         raise ValueError(f"timeout must be positive and finite, got {timeout}")
     if timeout > LONGEST_WAIT:

@@ -29,8 +29,7 @@ from torch import Tensor
 
 from hypercontrast import _checks
 from hypercontrast._agreement import agree, connected
-from hypercontrast.distributed import resolve_group
-from hypercontrast.prototypes import check_sizes
+from hypercontrast.distributed import gather_rows, resolve_group, world_size
 from hypercontrast.reference import unit_rows
 
 # Squared length on the unit sphere that counts as none. Rounding features to float32 leaves about 1e-15.
@@ -168,10 +167,9 @@ class NeuralCollapse:
         memory_budget: int = 2**30,
         device: torch.device | str = "cpu",
     ) -> None:
-        check_sizes(dim, num_classes)
+        _checks.check_sizes(dim, num_classes)
         bytes_per_slot = num_classes * dim * torch.float32.itemsize
-        if isinstance(memory_budget, bool) or not isinstance(memory_budget, (int, float)):
-            raise TypeError(f"memory_budget must be a number of bytes, got {type(memory_budget).__name__}")
+        _checks.check_number("memory_budget", memory_budget, "a number of bytes")
         if not 2 * bytes_per_slot <= memory_budget < math.inf:
             raise ValueError(
                 f"memory_budget must be finite and hold two samples a class, {2 * bytes_per_slot} bytes,"
@@ -196,9 +194,7 @@ class NeuralCollapse:
         Raises TypeError for a wrong dtype, ValueError for a wrong shape, a label outside [0, K) or a NaN or
         infinite feature; the batch is then not counted.
         """
-        _checks.check_matrix("features", features, "[N, D]")
-        if features.shape[1] != self.dim:
-            raise ValueError(f"features must have dimension {self.dim}, got {list(features.shape)}")
+        _checks.check_features(features, self.dim)
         _checks.check_labels(labels, len(features), features.device)
         z, y = features.to(self.device, torch.float64), labels.to(self.device)
         _check_classes(y, self.num_classes)
@@ -227,7 +223,7 @@ class NeuralCollapse:
             return
         words = f"NeuralCollapse.all_reduce of [{self.num_classes}, {self.dim}], {self._quota} samples kept a class"
         agree(lambda: words, resolved, self._counts_K)
-        kept_RK = _gather(self._counts_K.clamp(max=self._quota), resolved)
+        kept_RK = gather_rows(self._counts_K.clamp(max=self._quota)[None], [1] * world_size(resolved), resolved)
         reduced = [statistic.clone() for statistic in (self._counts_K, self._sums_KD, self._moment_DD)]
         for statistic in reduced:
             dist.all_reduce(statistic, group=resolved)
@@ -385,13 +381,6 @@ def position_in_class(y: Tensor) -> Tensor:
     position = torch.empty_like(y)
     position[order] = torch.arange(len(y), device=y.device) - first_K[y[order]]
     return position
-
-
-def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x of every rank, stacked in rank order."""
-    out = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(out, x, group=group)
-    return torch.stack(out)
 
 
 def _exchange(u: Tensor, y: Tensor, sizes: list[int], group: dist.ProcessGroup) -> list[tuple[Tensor, Tensor]]:

@@ -18,25 +18,12 @@ from hypercontrast.distributed import resolve_group
 from hypercontrast.reference import MIN_NORM, unit_rows
 
 
-def check_sizes(dim: int, num_classes: int) -> None:
-    if any(isinstance(size, bool) or not isinstance(size, int) for size in (dim, num_classes)):
-        raise TypeError(f"dim and num_classes must be integers, got {dim!r} and {num_classes!r}")
-    if dim < 1 or num_classes < 1:
-        raise ValueError(f"dim and num_classes must be at least 1, got {dim} and {num_classes}")
-
-
-def _check_dimension(features: Tensor, dim: int) -> None:
-    _checks.check_matrix("features", features, "[N, D]")
-    if features.shape[1] != dim:
-        raise ValueError(f"features must have dimension {dim}, got {list(features.shape)}")
-
-
 def simplex_etf(num_classes: int, dim: int, *, generator: torch.Generator | None = None) -> Tensor:
     """K unit vectors [K, D] in float64 with pairwise cosine -1/(K-1), in a random orientation; needs D >= K - 1.
 
     K = 1 gives one random unit vector. Raises ValueError when dim < num_classes - 1.
     """
-    check_sizes(dim, num_classes)
+    _checks.check_sizes(dim, num_classes)
     if dim < num_classes - 1:
         raise ValueError(f"dim must be at least num_classes - 1 = {num_classes - 1} for a simplex ETF, got {dim}")
     if num_classes == 1:
@@ -66,7 +53,7 @@ class PrototypeHead(nn.Module):
 
     def __init__(self, dim: int, num_classes: int, neck: str | None = None, *, fixed_etf: bool = False) -> None:
         super().__init__()
-        check_sizes(dim, num_classes)
+        _checks.check_sizes(dim, num_classes)
         self.dim = dim
         if neck is None:
             self.neck: nn.Module = nn.Identity()
@@ -82,7 +69,7 @@ class PrototypeHead(nn.Module):
             self.prototypes = nn.Parameter(torch.randn(num_classes, dim) / dim**0.5)
 
     def embed(self, x: Tensor) -> Tensor:
-        _check_dimension(x, self.dim)
+        _checks.check_features(x, self.dim)
         return self.neck(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,10 +98,9 @@ class ClassMeans(nn.Module):
 
     def __init__(self, num_classes: int, dim: int, *, mode: str = "mean", momentum: float = 0.9) -> None:
         super().__init__()
-        check_sizes(dim, num_classes)
+        _checks.check_sizes(dim, num_classes)
         _checks.check_option("mode", mode, ("mean", "ema"))
-        if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
-            raise TypeError(f"momentum must be a number, got {type(momentum).__name__}")
+        _checks.check_number("momentum", momentum)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
         self.mode, self.momentum = mode, momentum
@@ -138,13 +124,13 @@ class ClassMeans(nn.Module):
         Raises ValueError on a wrong shape, label or norm, TypeError on a wrong type.
         """
         num_classes, dim = self.sums.shape
-        _check_dimension(features, dim)
+        _checks.check_features(features, dim)
         _checks.check_labels(labels, len(features), features.device)
         _checks.check_ignore_index(ignore_index)
         if not labels.is_cuda:
             _checks.check_label_range(labels, num_classes, ignore_index)
             _checks.check_finite_norms("features", _checks.norms(features))
-        in_range = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
+        in_range = _checks.in_range(labels, num_classes, ignore_index)
         y = torch.where(in_range, labels, 0)
         units = unit_rows(features.double()) * in_range[:, None]
         self.add(
@@ -229,7 +215,7 @@ class PrototypeClassifier(nn.Module):
             self.register_buffer("prototypes", prototypes)
 
     def forward(self, features: Tensor) -> Tensor:
-        _check_dimension(features, self.prototypes.shape[1])
+        _checks.check_features(features, self.prototypes.shape[1])
         return _cosines(features, self.prototypes)
 
     @torch.no_grad()

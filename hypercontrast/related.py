@@ -95,8 +95,7 @@ def ldam_margins(counts: Tensor, max_margin: float = 0.5) -> Tensor:
     if bad.any():
         c = int(bad.nonzero()[0])
         raise ValueError(f"counts must be positive and finite, got {counts[c].item()} for class {c}")
-    if isinstance(max_margin, bool) or not isinstance(max_margin, (int, float)):
-        raise TypeError(f"max_margin must be a number, got {type(max_margin).__name__}")
+    _checks.check_number("max_margin", max_margin)
     if not 0 < max_margin < math.inf:
         raise ValueError(f"max_margin must be positive and finite, got {max_margin}")
     return (max_margin * (wide.min() / wide) ** 0.25).to(counts.device, torch.float32)
@@ -307,9 +306,10 @@ def dcl_loss(
     def checked() -> str:
         if isinstance(features, Tensor) and (features.dim() != 3 or features.shape[1] != 2):
             raise ValueError(f"features must have shape [B, 2, D], got {list(features.shape)}")
-        _checks.check_supcon_inputs(
-            features, None, None, None, None, temperature, None, "out", "exclude", reduction, normalize
-        )
+        _checks.check_pair_features(features)
+        _checks.check_temperature(temperature, features.device)
+        _checks.check_option("reduction", reduction, ("mean", "sum", "none"))
+        _checks.check_flag("normalize", normalize)
         return resolve_backend(backend, features)
 
     def described() -> str:
@@ -380,8 +380,7 @@ def _check_margin(margin: float | Tensor, prototypes: Tensor) -> None:
 
 
 def _check_number(margin: float) -> None:
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
-        raise TypeError(f"margin must be a number, got {type(margin).__name__}")
+    _checks.check_number("margin", margin)
     if not 0 <= margin < math.inf:
         raise ValueError(f"margin must be finite and not negative, got {margin}")
 
