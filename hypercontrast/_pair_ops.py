@@ -148,7 +148,7 @@ def _label_classes_fake(labels, first_counted):
     return torch.empty_like(labels), torch.empty_like(labels, dtype=torch.int32)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _pair_lse_setup_context(ctx, inputs, output) -> None:
     anchors, columns, anchor_ids, column_ids, mask, temperature, *options = inputs
     lse, positives, inv_anchors, inv_columns = output
     ctx.mark_non_differentiable(inv_anchors, inv_columns)
@@ -159,9 +159,10 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.options = options
 
 
-def _autograd(ctx, grad_lse, grad_positives, *_unused):
-    anchors, columns, anchor_ids, column_ids, mask, temperature, lse, positives, *inv_norms = ctx.saved_tensors
-    inv_anchors, inv_columns = inv_norms
+def _pair_lse_autograd(ctx, grad_lse, grad_positives, *_unused):
+    (
+        anchors, columns, anchor_ids, column_ids, mask, temperature, lse, positives, inv_anchors, inv_columns
+    ) = ctx.saved_tensors  # fmt: skip
     offset, *options = ctx.options
     side = [
         lse,
@@ -189,7 +190,7 @@ def _autograd(ctx, grad_lse, grad_positives, *_unused):
     return grad_anchors, grad_columns, None, None, None, grad_temperature, *[None] * len(ctx.options)
 
 
-pair_lse.register_autograd(_autograd, setup_context=_setup_context)
+pair_lse.register_autograd(_pair_lse_autograd, setup_context=_pair_lse_setup_context)
 
 
 @operator("hypercontrast::pair_loss")

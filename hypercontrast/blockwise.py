@@ -131,6 +131,32 @@ def class_sums(x: Tensor, factors: Tensor | None, ids: Tensor, num_classes: int)
     return sums
 
 
+class Sums:
+    """Log-sum-exps that grow tile by tile: plain sums of exponentials where those are bounded, else in units of
+    exp(peak), the running maximum.
+    """
+
+    def __init__(self, like: Tensor, length: int, bounded: bool) -> None:
+        self.total = like.new_zeros(length, dtype=statistics_dtype(like.device))
+        self.peak = None if bounded else like.new_full((length,), -torch.inf)
+
+    def add(self, part: slice, x: Tensor) -> None:
+        """Entries [R, C] of some of them: exponentials where bounded, else logits."""
+        total = self.total[part]
+        if self.peak is None:
+            total += x.sum(1)
+            return
+        peak = self.peak[part]
+        new_peak = torch.maximum(peak, x.amax(1))
+        shift = torch.where(new_peak == -torch.inf, 0, new_peak)
+        total.mul_((peak - shift).exp()).add_((x - shift[:, None]).exp().sum(1))
+        peak.copy_(new_peak)
+
+    def lse(self) -> Tensor:
+        log = self.total.log()
+        return log if self.peak is None else self.peak + log
+
+
 class _Tiling:
     """What forward and backward share: the samples and classes that count, the walk over tiles, and a tile's logits.
 
@@ -144,7 +170,6 @@ class _Tiling:
         self.rows, self.cols, self.exclude_own = rows, cols, exclude_own
         self.bounded = is_bounded(temperature, inv_temperature, normalize)
         self.scale = inv_temperature if temperature is None else 1 / temperature.to(inv_features.dtype)
-        self.num_classes = len(prototypes)
 
         valid = labels != ignore_index
         self.samples = None if valid.all() else valid.nonzero()[:, 0]
@@ -215,9 +240,7 @@ def lse_forward(features, prototypes, labels, *, keep_bytes, **options):
     t = _Tiling(features, prototypes, labels, inv_features, inv_prototypes, **options)
 
     positives = inv_features.new_zeros(t.n)
-    wide = statistics_dtype(features.device)
-    row_sum, row_max = inv_features.new_zeros(t.k, dtype=wide), inv_features.new_full((t.k,), -torch.inf)
-    col_sum, col_max = inv_features.new_zeros(t.n, dtype=wide), inv_features.new_full((t.n,), -torch.inf)
+    row_sums, col_sums = (Sums(inv_features, length, t.bounded) for length in (t.k, t.n))
     kept = tiles.reusable(kept_elements(n_all, k_all, dtype, keep_bytes) if t.bounded else 0, like=inv_features)
     used, buffer = 0, t.buffer()
 
@@ -231,36 +254,27 @@ def lse_forward(features, prototypes, labels, *, keep_bytes, **options):
             tiles.product_(t.features[block].to(dtype), w_PD.T, s_BP)
             inv_B, positives_B = t.inv_features[block], positives[block]
             if t.bounded:
-                rows, cols = row_sum[panel] if t.rows else None, col_sum[block] if t.cols else None
+                rows = row_sums.total[panel] if t.rows else None
+                cols = col_sums.total[block] if t.cols else None
                 tiles.exponentiate_(s_BP, inv_B, own_B, positives_B, t.exclude_own, cols, rows)
                 continue
             s_BP.mul_(inv_B[:, None])
             tiles.take_positives_(s_BP, own_B, positives_B, -torch.inf if t.exclude_own else None)
             if t.rows:
-                accumulate(row_max[panel], row_sum[panel], s_BP.T)
+                row_sums.add(panel, s_BP.T)
             if t.cols:
-                accumulate(col_max[block], col_sum[block], s_BP)
+                col_sums.add(block, s_BP)
     kept[used:].zero_()
 
-    row_lse, col_lse = row_sum.log(), col_sum.log()
-    if not t.bounded:
-        row_lse, col_lse = row_max + row_lse, col_max + col_lse
+    wide = statistics_dtype(features.device)
     return (
-        spread(row_lse, t.classes, k_all, -torch.inf) if t.rows else row_lse.new_empty(0),
-        spread(col_lse, t.samples, n_all, -torch.inf) if t.cols else col_lse.new_empty(0),
+        spread(row_sums.lse(), t.classes, k_all, -torch.inf) if t.rows else positives.new_empty(0, dtype=wide),
+        spread(col_sums.lse(), t.samples, n_all, -torch.inf) if t.cols else positives.new_empty(0, dtype=wide),
         spread(positives.to(wide), t.samples, n_all, 0.0),
         inv_features,
         inv_prototypes,
         kept,
     )
-
-
-def accumulate(peak: Tensor, total: Tensor, s: Tensor) -> None:
-    """Online log-sum-exp along the last dimension of s: total counts in units of exp(peak); both updated in place."""
-    new_peak = torch.maximum(peak, s.amax(1))
-    shift = torch.where(new_peak == -torch.inf, 0, new_peak)
-    total.mul_((peak - shift).exp()).add_((s - shift[:, None]).exp().sum(1))
-    peak.copy_(new_peak)
 
 
 def spread(x: Tensor, index: Tensor | None, length: int, fill: float) -> Tensor:

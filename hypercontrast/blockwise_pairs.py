@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hypercontrast import _checks, tiles
 from hypercontrast.blockwise import (
-    accumulate,
+    Sums,
     class_sums,
     exponent,
     inverse_norms,
@@ -151,25 +151,6 @@ class _Pairs:
         return found
 
 
-class _Sums:
-    """Log-sum-exps that grow tile by tile: plain sums of exponentials where those are bounded, else with a maximum."""
-
-    def __init__(self, like: Tensor, length: int, bounded: bool) -> None:
-        self.total = like.new_zeros(length, dtype=statistics_dtype(like.device))
-        self.peak = None if bounded else like.new_full((length,), -torch.inf)
-
-    def add(self, anchors: slice, x: Tensor) -> None:
-        """Entries [R, C] of some anchors: exponentials where bounded, else logits."""
-        if self.peak is None:
-            self.total[anchors] += x.sum(1)
-        else:
-            accumulate(self.peak[anchors], self.total[anchors], x)
-
-    def lse(self) -> Tensor:
-        log = self.total.log()
-        return log if self.peak is None else self.peak + log
-
-
 def launch_fwd(anchors, columns, anchor_ids, column_ids, mask, **options):
     """See `hypercontrast._pair_ops.pair_lse`."""
     dtype, wide = _checks.accumulator(anchors), statistics_dtype(anchors.device)
@@ -178,7 +159,7 @@ def launch_fwd(anchors, columns, anchor_ids, column_ids, mask, **options):
     if columns is not None:
         inv_columns = inverse_norms("ref_features", columns, dtype, options["normalize"])
     p = _Pairs(anchors, columns, anchor_ids, column_ids, inv_anchors, inv_columns, **options)
-    denominators, numerators = (_Sums(inv_anchors, p.rows.n, p.bounded) for _ in range(2))
+    denominators, numerators = (Sums(inv_anchors, p.rows.n, p.bounded) for _ in range(2))
     sums_do = mask is None and not p.inside  # the positives are then known from the sums of the classes
     positives = _class_positives(p) if sums_do else inv_anchors.new_zeros(p.rows.n)
     nothing = 0.0 if p.bounded else -torch.inf
