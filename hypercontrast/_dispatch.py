@@ -21,6 +21,7 @@ from hypercontrast._ops import in_full_precision, resolve_backend
 from hypercontrast.buffer import NegativeBuffer
 from hypercontrast.distributed import ABSENT, GroupLike, resolve_group
 from hypercontrast.prototypes import ClassMeans
+from hypercontrast.reference import in_dtype_of
 
 Queue = NegativeBuffer | tuple[Tensor, Tensor] | None
 
@@ -64,7 +65,7 @@ def prototype_loss(
             )
         if isinstance(queue, NegativeBuffer) and queue.group is not None and process_group is not None:
             raise ValueError("queue must hold this rank's samples alone, got one of all ranks: make it with group=None")
-        past = queued(queue, features)
+        past = queued(queue, features, normalize)
         if past is not None and _checks.can_be_read(past[1]):
             ignored = torch.where(past[1] == ABSENT, ignore_index, past[1])
             _checks.check_label_range(ignored, len(prototypes), ignore_index, name="queue labels")
@@ -123,8 +124,8 @@ def told(option: Any) -> str:
     return f"tensor {list(values.shape)} with checksum {zlib.crc32(values.numpy().tobytes()):08x}"
 
 
-def queued(queue: Queue, features: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Past features [Q, D] and their labels [Q], ABSENT in places not yet used."""
+def queued(queue: Queue, features: Tensor, normalize: bool) -> tuple[Tensor, Tensor] | None:
+    """Past features [Q, D] as the loss multiplies by them, and their labels [Q], ABSENT in places not yet used."""
     if queue is None:
         return None
     past = queue.queued() if isinstance(queue, NegativeBuffer) else queue
@@ -134,7 +135,16 @@ def queued(queue: Queue, features: Tensor) -> tuple[Tensor, Tensor] | None:
     if _checks.can_be_read(past[0]) and not isinstance(queue, NegativeBuffer):  # which has checked what it took
         # Places not yet used too: kernels multiply by them, and NaN times zero is NaN.
         _checks.check_finite_norms("queue", _checks.norms(past[0]))
-    return past
+    return further_columns("queue", past[0], features, normalize), past[1]
+
+
+def further_columns(name: str, x: Tensor, features: Tensor, normalize: bool) -> Tensor:
+    """In the features' dtype, which may end before they do."""
+    columns = in_dtype_of(features, x, normalize)
+    if columns.dtype != x.dtype and _checks.can_be_read(columns):
+        _checks.check_finite_norms(name, _checks.norms(x))
+        _checks.check_finite_norms(f"{name} in {columns.dtype}", _checks.norms(columns))
+    return columns
 
 
 def present(past: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -153,6 +153,11 @@ QUEUED = [  # of ntce_loss and nonl_loss
         "queue must have finite norms, got nan in row 1",
     ),
     ((torch.randn(2, 5, device="meta"), torch.tensor([0, 1])), ValueError, "queue must be on the features' device cpu"),
+    (
+        (torch.full((2, 5), 1e100, dtype=torch.float64), torch.tensor([0, 1])),
+        ValueError,
+        "queue in torch.float32 must have finite norms, got inf in row 0",
+    ),
 ]
 SUPCON = [
     ({"features": torch.full((4, 5), NAN)}, ValueError, "features must have finite norms, got nan in row 0"),
@@ -172,6 +177,9 @@ SUPCON = [
     ({"ref_features": torch.randn(2, 5).double(), "ref_labels": torch.tensor([0, 1])}, TypeError, "ref_features must be float64 exactly when features are"),
     ({"queue": (torch.full((2, 5), NAN), torch.tensor([0, 1]))}, ValueError, "queue must have finite norms, got nan in row 0"),
     ({"queue": (torch.full((2, 5), NAN), torch.full((2,), hc.NegativeBuffer.ABSENT))}, ValueError, "queue must have finite norms, got nan in row 0"),
+    ({"queue": (torch.full((2, 5), 1e100, dtype=torch.float64), torch.tensor([0, 1]))}, ValueError, "queue in torch.float32 must have finite norms, got inf in row 0"),
+    ({"features": torch.randn(4, 5).half(), "ref_features": torch.full((2, 5), 1e6), "ref_labels": torch.tensor([0, 1]), "normalize": False}, ValueError, "ref_features in torch.float16 must have finite norms, got inf in row 0"),
+    ({"features": torch.randn(4, 5).half(), "ref_features": torch.full((2, 5), NAN), "ref_labels": torch.tensor([0, 1])}, ValueError, "ref_features must have finite norms, got nan in row 0"),
     ({"temperature": 0}, ValueError, "temperature must be positive and finite, got 0"),
     ({"base_temperature": -1}, ValueError, "base_temperature must be positive and finite, got -1"),
     ({"base_temperature": "1"}, TypeError, "base_temperature must be a number or None, got str"),
