@@ -165,7 +165,7 @@ def test_shift_gives_crops_of_the_padded_picture():
 # Distributions
 
 
-@pytest.mark.parametrize("size", [(32, 32), (30, 200), (150, 31)], ids=["square", "wide", "tall"])
+@pytest.mark.parametrize("size", [(32, 32), (30, 200), (152, 31)], ids=["square", "wide", "tall"])
 def test_boxes_are_distributed_as_torchvisions(size):
     """A very wide or tall picture has few boxes that fit, so that some are torchvision's fallback in the middle."""
     v2 = pytest.importorskip("torchvision.transforms.v2")
@@ -326,6 +326,24 @@ def test_views_keep_shape_and_scale(augment):
     assert views.dtype == torch.float32
     assert views.min() >= 0
     assert views.max() <= 255 + 1e-3  # weights of a crop and of a blur sum to 1 up to rounding
+
+
+def test_a_view_is_cut_then_mirrored_then_coloured_then_blurred():
+    images, steps = pictures(8, size=(24, 20)), draws(8)
+    views = random_flip(resized_crop(images, random_boxes(steps, (24, 20))), steps)
+    assert AUGMENTATIONS["crop_flip"](images, draws(8)).equal(views)
+    views = random_colour(views, steps)
+    assert AUGMENTATIONS["crop_flip_colour"](images, draws(8)).equal(views)
+    assert AUGMENTATIONS["crop_flip_colour_blur"](images, draws(8)).equal(random_blur(views, steps))
+
+
+def test_normalising_is_torchvisions():
+    F = pytest.importorskip("torchvision.transforms.v2.functional")
+    pixels = pictures(4, size=(9, 7)).to(torch.uint8)
+    mean, std = torch.tensor([120.0, 110.0, 100.0]), torch.tensor([60.0, 50.0, 70.0])
+    ours = data.normalize(pixels, mean, std)
+    torch.testing.assert_close(ours, F.normalize(pixels.float(), mean.tolist(), std.tolist()))
+    assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_crop_and_blur_keep_white_white():
