@@ -31,6 +31,12 @@ def test_fixed_etf_is_saved_and_not_learned():
     torch.testing.assert_close(cosines, torch.eye(3) * 1.5 - 0.5, atol=1e-6, rtol=0)
 
 
+def test_learned_prototypes_start_about_one_long():
+    """Of whatever dimension: how far a step turns a prototype goes with its length."""
+    lengths = hc.PrototypeHead(1024, 50).prototypes.norm(dim=1)
+    assert (lengths - 1).abs().max() < 0.15
+
+
 @pytest.mark.parametrize("fixed_etf", [False, True])
 def test_prototypes_have_the_default_dtype(fixed_etf):
     """As every layer beside the head has: the losses refuse float64 features with float32 prototypes."""
@@ -76,12 +82,22 @@ def test_sums_stay_wide_in_a_model_that_is_converted():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_means_are_as_exact_as_their_features(dtype):
+    """Unit vectors of half precision would have three digits."""
+    features, labels = torch.randn(20, 3).to(dtype), torch.arange(20) % 2
+    means, exact = hc.ClassMeans(2, 3), hc.ClassMeans(2, 3)
+    means.update(features, labels)
+    exact.update(features.double(), labels)
+    torch.testing.assert_close(means.sums, exact.sums, rtol=0, atol=1e-13)
+
+
 def test_ema_starts_at_the_first_mean_and_then_blends():
     means = hc.ClassMeans(2, 3, mode="ema", momentum=0.75)
     first, second = torch.tensor([[1.0, 0, 0]]), torch.tensor([[0, 1.0, 0]])
     means.update(first, torch.tensor([0]))
     torch.testing.assert_close(means.prototypes()[0], first[0])
-    means.update(second, torch.tensor([0]))
+    means.update(second.repeat(2, 1), torch.tensor([0, 0]))  # a batch weighs the same, whatever its size
     torch.testing.assert_close(means.prototypes()[0], torch.nn.functional.normalize(0.75 * first + 0.25 * second)[0])
     assert (means.prototypes()[1] == 0).all()
 
