@@ -222,6 +222,26 @@ def test_arcface_has_a_gradient_at_its_ends(m):
     assert torch.isfinite(grad).all()
 
 
+def test_arcface_leaves_out_a_direction_that_rounding_chose():
+    """A sample at its prototype: the margin's gradient has a length, sin m, and in float32 no direction."""
+    w = torch.randn(4, 16)
+    z, y = (3.7 * w).requires_grad_(), torch.arange(4)
+    (got,) = torch.autograd.grad(hc.arcface_loss(z, w, y, temperature=1.0), z)
+    wide = z.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(hc.arcface_loss(wide, w.double(), y, temperature=1.0), wide)
+    assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_temperature_of_half_precision_is_no_coarser(name):
+    """What is made of it, as m/τ is, is not rounded to its dtype."""
+    z, w, y = torch.randn(6, 4), torch.randn(3, 4), torch.arange(6) % 3
+    tau = torch.tensor(0.07, dtype=torch.bfloat16, requires_grad=True)
+    loss = call(name, z, w, y, temperature=tau)
+    assert torch.equal(loss, call(name, z, w, y, temperature=tau.detach().float()))
+    assert torch.autograd.grad(loss, tau)[0].dtype == torch.bfloat16
+
+
 def test_ldam_margins():
     got = hc.ldam_margins(torch.tensor([16, 1, 81, 1]), max_margin=0.6)
     assert torch.allclose(got, torch.tensor([0.3, 0.6, 0.2, 0.6]))
@@ -569,6 +589,7 @@ BAD = {
     "labels out of range": (ValueError, r"labels must lie in \[0, 2\), got 6", lambda: hc.cosface_loss(Z, W, Y + 6)),
     "NaN": (ValueError, "features must have finite norms", lambda: hc.arcface_loss(Z * math.nan, W, Y)),
     "NaN with a bias": (ValueError, "features must have finite norms", lambda: hc.logit_adjusted_loss(Z * math.inf, W, Y, torch.ones(2))),
+    "too long with a bias": (ValueError, "features must have finite norms, got inf in row 0", lambda: hc.logit_adjusted_loss(Z * 1e30, W, Y, torch.ones(2))),
     "temperature": (ValueError, "temperature must be positive", lambda: hc.proxy_anchor_loss(Z, W, Y, temperature=0)),
     "weights": (ValueError, "weight must be finite and not negative", lambda: hc.arcface_loss(Z, W, Y, weight=torch.tensor([1.0, -1.0]))),
     "counts of nothing": (ValueError, "counts must be positive and finite, got 0 for class 1", lambda: hc.ldam_margins(torch.tensor([3, 0]))),
@@ -581,6 +602,7 @@ BAD = {
     "views of integers": (TypeError, "features must be float32", lambda: hc.dcl_loss(V.long())),
     "no views": (TypeError, "features must be a tensor", lambda: hc.dcl_loss([1.0])),
     "NaN views": (ValueError, "must have finite norms", lambda: hc.dcl_loss(V * math.nan)),
+    "views too long": (ValueError, "features must have finite norms, got inf in row 0", lambda: hc.dcl_loss(V * 1e30, backend="reference")),
     "DCL's reduction": (ValueError, "reduction must be one of", lambda: hc.dcl_loss(V, reduction="avg")),
     "DCL's temperature": (ValueError, "temperature must be positive", lambda: hc.dcl_loss(V, temperature=-1.0)),
     "DCL's backend": (ValueError, "backend must be one of", lambda: hc.dcl_loss(V, backend="cuda")),
