@@ -1,5 +1,6 @@
 """The prototype losses against closed forms, float64 truth and the edge policy, through the public functions."""
 
+import inspect
 import math
 
 import pytest
@@ -174,6 +175,38 @@ def test_nothing_to_push_from(backend, empty, want, anchor, reduction, tau):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("anchor", ["prototype", "sample", "both"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_an_ignored_sample_needs_no_negative(backend, anchor, reduction):
+    features, prototypes, labels = torch.randn(4, 3), torch.randn(3, 3), torch.tensor([0, 1, -100, 2])
+    options = {"anchor": anchor, "reduction": reduction, "backend": backend}
+    want = hc.nonl_loss(features, prototypes, labels, **options)
+    torch.testing.assert_close(hc.nonl_loss(features, prototypes, labels, empty="error", **options), want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_class_means_leave_out_what_the_loss_ignores(backend, reduction):
+    features, prototypes, labels = torch.randn(5, 3), torch.randn(3, 3), torch.tensor([0, 1, 7, 2, 7])
+    means = hc.ClassMeans(3, 3)
+    hc.ntce_loss(features, prototypes, labels, ignore_index=7, reduction=reduction, class_means=means, backend=backend)
+    assert means.counts.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_mean_does_not_see_the_scale_of_the_weights(name, backend):
+    features, prototypes = (torch.randn(n, 4, dtype=torch.float64) for n in (9, 3))
+    labels = torch.arange(9) % 3
+    want = call(name, features, prototypes, labels, backend=backend)
+    for scale in (1e-3, 1e3):
+        got = call(
+            name, features, prototypes, labels, weight=torch.full((3,), scale, dtype=torch.float64), backend=backend
+        )
+        assert got.item() == pytest.approx(want.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_no_samples_and_all_ignored(name, backend, reduction):
@@ -308,8 +341,29 @@ def test_module_equals_function():
     assert learned.temperature.grad.abs() > 0
 
 
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        (hc.NormFaceLoss, hc.normface_loss),
+        (hc.NTCELoss, hc.ntce_loss),
+        (hc.NONLLoss, hc.nonl_loss),
+        (hc.SupConLoss, hc.supcon_loss),
+        (hc.CosFaceLoss, hc.cosface_loss),
+        (hc.ArcFaceLoss, hc.arcface_loss),
+        (hc.LogitAdjustedLoss, hc.logit_adjusted_loss),
+        (hc.ProxyAnchorLoss, hc.proxy_anchor_loss),
+        (hc.DCLLoss, hc.dcl_loss),
+    ],
+)
+def test_a_module_has_the_defaults_of_its_function(module, function):
+    ours, theirs = inspect.signature(module).parameters, inspect.signature(function).parameters
+    assert {name: p.default for name, p in ours.items()} == {name: theirs[name].default for name in ours}
+
+
 def test_driver_baselines():
     logits, labels = torch.randn(7, 3), torch.randint(0, 3, (7,))
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 3\), got -100"):  # none is ignored
+        hc.CELoss()(logits, torch.tensor([0, 1, 2, 0, 1, 2, -100]))
     assert torch.equal(hc.CELoss()(logits, labels), torch.nn.functional.cross_entropy(logits, labels))
     weighted = hc.CELoss(torch.tensor([0.5, 1.0, 2.0]))
     want = weighted(logits.bfloat16(), labels)
