@@ -336,10 +336,12 @@ def test_gradients_wanted_of_one_argument_only():
         assert (z.grad is not None, w.grad is not None) == needs
 
 
-def test_backward_twice_through_one_graph():
-    """Kept exponentials must survive the first backward."""
-    features, prototypes = torch.randn(9, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
-    loss = hc.nonl_loss(features, prototypes, torch.randint(0, 3, (9,)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("loss_of", [hc.ntce_loss, hc.nonl_loss])
+def test_backward_twice_through_one_graph(loss_of, dtype):
+    """Kept exponentials must survive the first backward, which writes positives among them."""
+    features, prototypes = (torch.randn(n, 4, dtype=dtype, requires_grad=True) for n in (9, 3))
+    loss = loss_of(features, prototypes, torch.arange(9) % 3)
     first = torch.autograd.grad(loss, (features, prototypes), retain_graph=True)
     second = torch.autograd.grad(loss, (features, prototypes))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -357,6 +359,16 @@ def test_memory_is_kept_only_within_the_budget(monkeypatch):
             hc.set_memory_budget(wrong)
 
 
+@pytest.mark.parametrize(("text", "budget"), [("0", 0), ("1.5", 3 << 19), ("many", None), ("-1", None), ("nan", None)])
+def test_the_environment_sets_the_first_budget(text, budget, monkeypatch):
+    monkeypatch.setenv("HYPERCONTRAST_MEMORY_BUDGET_MIB", text)
+    if budget is None:
+        with pytest.raises(ValueError, match=f"HYPERCONTRAST_MEMORY_BUDGET_MIB must be a number of MiB.* got '{text}'"):
+            _ops.blockwise._initial_budget()
+    else:
+        assert _ops.blockwise._initial_budget() == budget
+
+
 def test_nothing_is_kept_without_a_gradient(monkeypatch):
     seen = []
     original = _ops.blockwise.lse_forward
@@ -368,6 +380,14 @@ def test_nothing_is_kept_without_a_gradient(monkeypatch):
     with torch.no_grad():
         hc.ntce_loss(features, prototypes, labels, reduction="none")
     assert seen == [hc.memory_budget(), 0]
+
+
+def test_what_rounding_takes_from_a_shift_is_in_the_factor():
+    """A log-sum-exp of 100 in float32 is off by up to 4e-6, which the gradient near collapse would be too."""
+    lse = torch.linspace(70, 130, 601, dtype=torch.float64)
+    shift, factor = _ops.blockwise.exponent(lse, torch.ones_like(lse), torch.float32, bounded=False)
+    exact = factor.double() * (lse - shift.double()).exp()  # at s = lse
+    torch.testing.assert_close(exact, torch.ones_like(lse), rtol=0, atol=1e-7)
 
 
 def test_a_plain_call_and_one_through_the_dispatcher_are_the_same():

@@ -19,7 +19,7 @@ from oracle import (
 )
 
 import hypercontrast as hc
-from hypercontrast import blockwise_pairs
+from hypercontrast import _pair_ops, blockwise_pairs
 from hypercontrast.distributed import ABSENT
 
 FORMS = ("labels", "views", "mask", "refs", "refs-mask", "queue")
@@ -136,6 +136,20 @@ def test_tile_size_changes_nothing(edge, monkeypatch):
     got = loss_and_gradients(lambda z, b: hc.supcon_loss(z, y, backend=b), [z], "blockwise")
     for a, b in zip(got, want, strict=True):
         assert torch.allclose(a, b, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("edge", [1, 3, 64])
+@pytest.mark.parametrize("tau", [0.1, 0.01])
+def test_an_anchor_finds_itself_in_whatever_tile(edge, tau, monkeypatch):
+    """As over ranks, whose anchors are the columns from `offset` on of all that was gathered."""
+    columns, ids, mine = torch.randn(50, 7, dtype=torch.float64), torch.randint(0, 4, (50,)), slice(20, 35)
+
+    options = 1 / tau, True, False, "blockwise"
+    want = _pair_ops.pair_lse(columns, None, ids, ids, None, None, 0, *options)
+    monkeypatch.setattr(blockwise_pairs, "EDGE", edge)
+    got = _pair_ops.pair_lse(columns[mine], columns, ids[mine], ids, None, None, 20, *options)
+    for a, b in zip(got[:2], want[:2], strict=True):
+        torch.testing.assert_close(a, b[mine], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", ["reference", "blockwise"])
@@ -286,12 +300,17 @@ def test_compiles_whole():
     assert torch.allclose(got, want, atol=1e-7)
 
 
+@pytest.mark.parametrize("variant", ["out", "in"])
 @pytest.mark.parametrize("backend", ["reference", "blockwise"])
-def test_autocast_changes_nothing(backend):
-    z, y = torch.randn(20, 8), torch.randint(0, 3, (20,))
+def test_autocast_changes_nothing(backend, variant):
+    """Nor in a backward within, but for the reference, whose backward is torch's own and belongs outside."""
+    z, y = torch.randn(20, 8, requires_grad=True), torch.randint(0, 3, (20,))
+    loss = hc.supcon_loss(z, y, variant=variant, backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = hc.supcon_loss(z, y, backend=backend)
-    assert torch.equal(inside, hc.supcon_loss(z, y, backend=backend))
+        inside = hc.supcon_loss(z, y, variant=variant, backend=backend)
+        grad = torch.autograd.grad(inside, z) if backend == "blockwise" else None
+    assert torch.equal(inside, loss)
+    assert grad is None or torch.equal(*grad, *torch.autograd.grad(loss, z))
 
 
 def test_zero_rows_have_no_gradient():
@@ -350,6 +369,7 @@ BAD = {
     "temperature zero": (ValueError, "temperature must be positive", lambda: hc.supcon_loss(Z, Y, temperature=0)),
     "negative tensor temperature": (ValueError, "temperature must be positive", lambda: hc.supcon_loss(Z, Y, temperature=torch.tensor(-1.0))),
     "base temperature": (ValueError, "base_temperature must be positive", lambda: hc.supcon_loss(Z, Y, base_temperature=-1)),
+    "endless base temperature": (ValueError, "base_temperature must be positive and finite, got inf", lambda: hc.supcon_loss(Z, Y, base_temperature=float("inf"))),
     "variant": (ValueError, "variant must be one of 'out', 'in', got 'both'", lambda: hc.supcon_loss(Z, Y, variant="both")),
     "singletons": (ValueError, "singletons must be one of", lambda: hc.supcon_loss(Z, Y, singletons="drop")),
     "reduction": (ValueError, "reduction must be one of", lambda: hc.supcon_loss(Z, Y, reduction="avg")),
