@@ -85,7 +85,7 @@ def supcon_loss(
             features, labels, learned, inv_temperature, constant, normalize, variant == "in",
             singletons == "exclude", reduction == "mean", _autograd.keep_bytes(features, learned), backend,
         )  # fmt: skip
-        return (loss if factor is None else (loss * factor).to(loss.dtype)), single_count
+        return (loss if factor is None else loss * factor), single_count
     logits = _Logits(learned, inv_temperature, normalize, variant == "in", backend)
     if refs is not None:
         part = _against(features, *refs, labels, mask, logits)

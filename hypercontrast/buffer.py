@@ -351,8 +351,7 @@ class _Twin:
         """Write samples [n, D] with labels [n] into the first n rows; the others become absent."""
         n, row_labels = len(features), row_tails[:, 0]
         if normalize:
-            wide = features.to(_checks.accumulator(features))
-            torch.div(wide, row_lengths(wide), out=row_features[:n])
+            torch.div(features, row_lengths(features), out=row_features[:n])  # lengths, and so quotients, are float32
         else:
             row_features[:n].copy_(features)
         row_features[n:].zero_()
