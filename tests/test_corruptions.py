@@ -478,6 +478,18 @@ def test_a_damaged_record_is_not_built_on(run, inverting, content, capsys):
     assert "corruptions.json must be as hypercontrast.corruptions wrote it: delete it" in capsys.readouterr().err
 
 
+def test_a_record_may_hold_errors_of_none_and_of_all(run, inverting, capsys):
+    measured(run, errors={"fog": [0.0, 0.0, 1.0, 1.0, 1.0]})
+    assert main([str(run), "--corruptions", "snow", "--severities", "1"]) == 0
+    assert record_in(run)["errors"]["fog"] == [0.0, 0.0, 1.0, 1.0, 1.0]
+
+
+def test_errors_of_another_epoch_are_not_built_on(run, inverting, capsys):
+    measured(run, epoch=7, errors={"fog": [0.5] * 5})
+    assert main([str(run), "--corruptions", "snow", "--severities", "1"]) == 0
+    assert list(record_in(run)["errors"]) == ["snow"]
+
+
 def test_pictures_all_damaged_are_no_error_rate(wordnet, tmp_path, capsys):
     run = shutil.copytree(wordnet, tmp_path / "run")
     for file in imagenet_c(tmp_path, ["fog"], [1]).glob("imagenet-c/fog/1/*/*"):

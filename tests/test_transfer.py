@@ -244,6 +244,18 @@ def test_the_scale_of_the_features_does_not_matter(run):
     assert evaluated("cifar10", pictures, with_backbone(Deaf()))["value"] == pytest.approx(1 / 3)
 
 
+def test_the_value_is_that_of_a_probe_of_all_training_pictures(run, monkeypatch):
+    fits = []
+
+    def fit(probe, features, *arguments, ridge):
+        fits.append((len(features), ridge))
+        fit_features(probe, features, *arguments, ridge=ridge)
+
+    monkeypatch.setattr("hypercontrast.transfer.fit_features", fit)
+    result = evaluated("cifar10", FakeSet(stripes(90), stripes(60)), restored_network(str(run), ALONE.device))
+    assert fits == [*((72, strength) for strength in STRENGTHS), (90, result["l2"])]
+
+
 def test_damaged_pictures_are_left_out_with_their_targets(run):
     """Were targets and features out of step, the value would be that of chance."""
     frozen = restored_network(str(run), ALONE.device)
