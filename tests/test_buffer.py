@@ -546,3 +546,15 @@ def test_more_than_2_to_the_31_elements():
     want = unit_rows(features[rows].double()).to(torch.bfloat16)
     torch.testing.assert_close(got.features[rows], want, **tolerance(want.dtype, features.dtype))
     assert torch.equal(got.labels[rows], rows)
+
+
+@pytest.mark.parametrize("queue", [0, 3])
+def test_a_state_is_a_copy_and_comes_back(queue):
+    buffer, labels = hc.NegativeBuffer(4, 2, queue=queue, group=None), torch.arange(2)
+    buffer.push(torch.randn(2, 4), labels)
+    state = buffer.state_dict()
+    before = [x.clone() for x in (state["features"], state["labels"])]
+    buffer.push(torch.randn(2, 4), labels + 5)
+    assert all(map(torch.equal, before, (state["features"], state["labels"])))
+    buffer.load_state_dict(state)
+    assert all(map(torch.equal, before, buffer.queued()))

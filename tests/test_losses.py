@@ -365,6 +365,8 @@ def test_driver_baselines():
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 3\), got -100"):  # none is ignored
         hc.CELoss()(logits, torch.tensor([0, 1, 2, 0, 1, 2, -100]))
     assert torch.equal(hc.CELoss()(logits, labels), torch.nn.functional.cross_entropy(logits, labels))
+    half = logits.bfloat16()
+    assert torch.equal(hc.CELoss()(half, labels), torch.nn.functional.cross_entropy(half.float(), labels))
     weighted = hc.CELoss(torch.tensor([0.5, 1.0, 2.0]))
     want = weighted(logits.bfloat16(), labels)
     assert torch.equal(weighted.bfloat16()(logits.bfloat16(), labels), want)

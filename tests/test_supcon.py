@@ -138,6 +138,17 @@ def test_tile_size_changes_nothing(edge, monkeypatch):
         assert torch.allclose(a, b, rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.parametrize("n", [3, 7, 8])
+def test_pairs_are_kept_all_or_none(n, monkeypatch):
+    """The tiles on and above the diagonal, whole."""
+    monkeypatch.setattr(blockwise_pairs, "EDGE", 4)
+    sides = [min(4, n - start) for start in range(0, n, 4)]
+    entries = sum(a * b for i, a in enumerate(sides) for b in sides[i:])
+    for dtype in (torch.float32, torch.float64):
+        kept = [blockwise_pairs.kept_elements(n, dtype, entries * dtype.itemsize - less) for less in (0, 1)]
+        assert kept == [entries, 0]
+
+
 @pytest.mark.parametrize("edge", [1, 3, 64])
 @pytest.mark.parametrize("tau", [0.1, 0.01])
 def test_an_anchor_finds_itself_in_whatever_tile(edge, tau, monkeypatch):
