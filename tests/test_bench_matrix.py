@@ -351,7 +351,7 @@ def test_a_form_that_is_wrong_at_full_size_alone_is_told(op, dtype, monkeypatch)
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_gradient_that_is_wrong_at_full_size_alone_is_told(dtype, monkeypatch):
-    monkeypatch.setattr(forms, "ERROR_SAMPLES", (64, 64))
+    monkeypatch.setattr(verdict, "ERROR_SAMPLES", (64, 64))
     case, right = Case("ntce", 512, 40, 16, dtype), forms.ours("ntce")
 
     def late(z, w, y):

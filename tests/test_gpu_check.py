@@ -323,7 +323,7 @@ def test_shares_of_the_tests(statuses, passes, monkeypatch, tmp_path):
 def test_ours_must_be_right_and_repeat_in_the_matrix(form, status, repeats, passes, monkeypatch, tmp_path):
     found = matrix.row(record.Case("ntce", 8, 4, 2), form, "cpu", {"status": status, "repeats": repeats})
     monkeypatch.setattr(matrix, "measure_all", lambda *_, **__: matrix.Outcome([found], []))
-    monkeypatch.setattr(matrix, "draw", lambda path: [])
+    monkeypatch.setattr(gpu_check.plot, "draw_beside", lambda file: [])
     assert gpu_check.measured(tmp_path, rehearse=True) is passes
 
 
