@@ -2,7 +2,7 @@
 
     python -m hypercontrast.demo [--output DIR] [--epochs N] [--limit N] [--quiet]
 
-Two runs of the mnist5k recipes on the CPU or one GPU, about two minutes on two CPU cores. Nothing is downloaded.
+Two runs of the mnist5k recipes on the CPU or one GPU, about a minute on two CPU cores. Nothing is downloaded.
 """
 
 from __future__ import annotations
