@@ -75,13 +75,18 @@ class Kills:
         self.count = self.inside_saves = self.inside_epochs = self.lost = 0
 
     def until_finished(self, command, folder, most):
-        """Go on with a run until it is finished, killing it at most so many times; it is killed up to a second late."""
-        while not (folder / "embeddings.safetensors").exists():
+        """Go on with a run until it is finished, killing it at most so many times; it is killed up to a second late.
+
+        One that has its results is let end: killed there, it would count as finished and lack its report.
+        """
+        results = folder / "embeddings.safetensors"
+        while not results.exists():
             before = stamp(folder / "metrics.jsonl")
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ENVIRONMENT, start_new_session=True)
             wait_until(lambda before=before: stamp(folder / "metrics.jsonl") != before, process)
             if self.count < most:
                 time.sleep(self.draw.random())
+            if self.count < most and not results.exists():
                 promised = saved(folder)
                 os.killpg(process.pid, signal.SIGKILL)
                 if process.wait(LIMIT) == -signal.SIGKILL:
