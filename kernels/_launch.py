@@ -91,7 +91,7 @@ _FORWARD_KEEP: Wide = {(2, False): Config(256, 64, 64, 8, 3), (2, True): Config(
 FORWARD_KEEP_WIDE = {
     80: _FORWARD_KEEP,
     90: {**_FORWARD_KEEP, (2, False): Config(128, 256, 64, 8, 3)},
-    100: _FORWARD_KEEP,
+    100: {**_FORWARD_KEEP, (2, False): Config(256, 64, 64, 8, 3, max_registers=255)},
 }
 FORWARD_KEEP_WIDE_CROWDED = dict.fromkeys(ARCHITECTURES, _FORWARD_KEEP)
 BACKWARD_KEPT = Config(64, 128, 0, 8, 1)  # no product, hence no depth
