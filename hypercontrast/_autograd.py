@@ -22,7 +22,7 @@ from torch import Tensor
 from hypercontrast import _checks, _ops, blockwise, compiled
 from hypercontrast.distributed import ABSENT, all_sum, global_lse, world_size
 from hypercontrast.kernels import _launch  # needs no Triton
-from hypercontrast.reference import row_lengths
+from hypercontrast.reference import in_dtype_of, row_lengths
 
 if TYPE_CHECKING:
     from hypercontrast.prototypes import ClassMeans
@@ -37,7 +37,7 @@ class Options:
     ignore_index: int
     reduction: str
     normalize: bool
-    queue: tuple[Tensor, Tensor] | None  # past samples in the features' dtype
+    queue: tuple[Tensor, Tensor] | None
     group: dist.ProcessGroup | None
     class_means: ClassMeans | None
     backend: str
@@ -174,6 +174,7 @@ def statistics(
         past, past_labels = options.queue
         if backend == "triton" and len(past) < len(features):
             listed = None
+        past = in_dtype_of(features, past, options.normalize)
         past_lse, *_ = lse(past, torch.where(past_labels == ABSENT, ignore_index, past_labels), listed, False)
         row_lse = logaddexp(row_lse, past_lse)
     class_sums = None

@@ -125,7 +125,7 @@ def told(option: Any) -> str:
 
 
 def queued(queue: Queue, features: Tensor, normalize: bool) -> tuple[Tensor, Tensor] | None:
-    """Past features [Q, D] as the loss multiplies by them, and their labels [Q], ABSENT in places not yet used."""
+    """Past features [Q, D] and their labels [Q], ABSENT in places not yet used."""
     if queue is None:
         return None
     past = queue.queued() if isinstance(queue, NegativeBuffer) else queue
@@ -135,16 +135,18 @@ def queued(queue: Queue, features: Tensor, normalize: bool) -> tuple[Tensor, Ten
     if _checks.can_be_read(past[0]) and not isinstance(queue, NegativeBuffer):  # which has checked what it took
         # Places not yet used too: kernels multiply by them, and NaN times zero is NaN.
         _checks.check_finite_norms("queue", _checks.norms(past[0]))
-    return further_columns("queue", past[0], features, normalize), past[1]
+    check_range("queue", past[0], features, normalize)
+    return past
 
 
-def further_columns(name: str, x: Tensor, features: Tensor, normalize: bool) -> Tensor:
-    """In the features' dtype, which may end before they do."""
-    columns = in_dtype_of(features, x, normalize)
-    if columns.dtype != x.dtype and _checks.can_be_read(columns):
+def check_range(name: str, x: Tensor, features: Tensor, normalize: bool) -> None:
+    """Further columns are multiplied in the features' dtype, which may end before they do."""
+    if torch.finfo(features.dtype).max >= torch.finfo(x.dtype).max or not _checks.can_be_read(x):
+        return
+    lengths = _checks.norms(in_dtype_of(features, x, normalize))
+    if not lengths.isfinite().all():
         _checks.check_finite_norms(name, _checks.norms(x))
-        _checks.check_finite_norms(f"{name} in {columns.dtype}", _checks.norms(columns))
-    return columns
+        _checks.check_finite_norms(f"{name} in {features.dtype}", lengths)
 
 
 def present(past: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from hypercontrast import _autograd, _checks, _pair_ops, compiled
 from hypercontrast._agreement import agree
 from hypercontrast.distributed import ABSENT, gather_rows, row_counts
+from hypercontrast.reference import in_dtype_of
 
 if TYPE_CHECKING:
     from hypercontrast.buffer import NegativeBuffer
@@ -70,7 +71,7 @@ def supcon_loss(
     buffer: NegativeBuffer | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of features [N, D] and how many anchors had no positive; references and queue are in their dtype."""
+    """The loss of features [N, D] and how many anchors had no positive."""
     learned, inv_temperature = _checks.split_temperature(temperature)
     scale = 1.0 if base_temperature is None else temperature / base_temperature
     alone = refs is None and queue is None and group is None
@@ -132,6 +133,7 @@ def _against(
         ids, column_ids, count = _classes(labels, column_labels, logits.backend)
     else:
         count = mask.sum(1)
+    columns = in_dtype_of(features, columns, logits.normalize)
     lse, positives, *_ = _pair_ops.pair_lse(features, columns, ids, column_ids, mask, *logits.arguments(offset=None))
     return _Part(lse, positives, count)
 

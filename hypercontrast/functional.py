@@ -49,7 +49,7 @@ from torch import Tensor
 from hypercontrast import _autograd, _checks, _dispatch, _supcon, reference
 from hypercontrast._agreement import agree, ranks_of
 from hypercontrast._autograd import Options, Rule
-from hypercontrast._dispatch import Queue, check_group, check_values, further_columns, gradient, present, queued, told
+from hypercontrast._dispatch import Queue, check_group, check_range, check_values, gradient, present, queued, told
 from hypercontrast._ops import in_full_precision, resolve_backend
 from hypercontrast.buffer import NegativeBuffer
 from hypercontrast.distributed import GroupLike, all_sum, resolve_group
@@ -276,7 +276,7 @@ def supcon_loss(
     buffer = queue if isinstance(queue, NegativeBuffer) and queue.group is not None else None
     views_alone = labels is None and mask is None
 
-    def checked() -> tuple[str, tuple[Tensor, Tensor] | None, Tensor | None]:
+    def checked() -> tuple[str, tuple[Tensor, Tensor] | None]:
         _checks.check_supcon_inputs(
             features, labels, mask, ref_features, ref_labels, temperature, base_temperature, variant, singletons,
             reduction, normalize,
@@ -287,12 +287,13 @@ def supcon_loss(
             raise ValueError("labels must be given with a queue: without, no past sample can be told from this one")
         if buffer is not None and process_group is not None:  # it carries the gather
             _check_carrier(buffer, process_group, normalize)
-        refs = None if ref_features is None else further_columns("ref_features", ref_features, features, normalize)
-        return resolve_backend(backend, features), queued(queue, features, normalize), refs
+        if ref_features is not None:
+            check_range("ref_features", ref_features, features, normalize)
+        return resolve_backend(backend, features), queued(queue, features, normalize)
 
     def described() -> str:
         """What the collectives rest on, once nothing can fail halfway through them."""
-        chosen, *_ = checked()
+        chosen, _ = checked()
         check_group(process_group, chosen)
         check_values(temperature, features, ref_features=ref_features)
         return (
@@ -305,7 +306,7 @@ def supcon_loss(
 
     if process_group is not None:
         agree(described, process_group, features)
-    chosen, past, columns = checked()
+    chosen, past = checked()
     options: dict[str, Any] = {
         "temperature": _checks.as_scalar(temperature, features), "base_temperature": base_temperature,
         "variant": variant, "singletons": singletons,
@@ -320,10 +321,10 @@ def supcon_loss(
         past = None if past is None else present(past)
         with in_full_precision(features):
             loss, alone = reference.supcon_loss(
-                features, labels, mask=mask, ref_features=columns, ref_labels=ref_labels, queue=past, **options
+                features, labels, mask=mask, ref_features=ref_features, ref_labels=ref_labels, queue=past, **options
             )
     else:
-        refs = None if columns is None else (columns, ref_labels)
+        refs = None if ref_features is None else (ref_features, ref_labels)
         loss, alone = _supcon.supcon_loss(
             features, labels, mask, refs, past, **options, group=process_group, buffer=buffer, backend=chosen
         )
