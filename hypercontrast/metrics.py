@@ -38,6 +38,12 @@ NEGLIGIBLE = 1e-12
 # What the paper's public code adds to each normalised singular value before taking the entropy.
 COMPAT_EPS = 1e-7
 
+# MIR alone needs the eigenvalues of a K x K matrix: 8 GiB for so many classes, and time that grows with K³.
+MAX_MIR_CLASSES = 32_768
+
+# Rows of a block of cosines: no matrix of all classes, or of all samples, with all classes is held.
+BLOCK = 256
+
 
 class Description(NamedTuple):
     title: str
@@ -151,8 +157,8 @@ class NeuralCollapse:
             1 GiB, keeps all of CIFAR-100 at D = 512 and 131 samples a class of ImageNet at D = 2048.
         device: where the statistics live (it must know float64); batches are moved there.
 
-    What is held is K x D and D x D numbers and the kept samples. `compute` takes several times K x K numbers more and,
-    for the eigenvalues of one such matrix, time that grows with K³: 1.1 GiB at 6,000 classes.
+    What is held is K x D and D x D numbers and the kept samples. `compute` goes over the K x K cosines block by block;
+    only MIR needs a K x K matrix whole, and its eigenvalues, in time that grows with K³.
 
     Raises ValueError when the sizes are not positive or the budget is below two samples a class or not finite,
     TypeError when the sizes are no integers or the budget is no number.
@@ -242,7 +248,7 @@ class NeuralCollapse:
         """The metrics of all samples so far, keyed and explained by `DESCRIPTIONS`; every value is finite.
 
         prototypes: [K, D], raw, of any float type. None takes the class means in their place and leaves out what
-        then says nothing: weight_*, nc2_weight_*, hdr, nc3 and nc4.
+        then says nothing: weight_*, nc2_weight_*, hdr, nc3 and nc4. With more than 32,768 classes seen mir is left out.
 
         Conventions where a definition is 0/0: an effective rank is 0 when the covariance has no trace (a point has
         no directions); nc1 is 0 when the class means coincide (the pseudo-inverse of nothing); hdr and mir are 0
@@ -268,32 +274,34 @@ class NeuralCollapse:
             information_W, information_M = w_KD, unit_rows(units_KD - unit_rows(mean_of_samples))
         else:
             information_W, information_M = unit_rows(w_KD - w_KD.mean(0)), unit_rows(centred_KD)
-        hdr, mir = _information_ratios(information_W, information_M)
-        cosines_KK = units_KD @ units_KD.T
+        h_W, h_M = (_matrix_entropy(_gram(rows_KD)) for rows_KD in (information_W, information_M))
+        pairs = _Pairs.of(units_KD)
 
         result: dict[str, Tensor | float] = {
             "inter_erank": self._effective_rank(means_KD),
             "instance_alignment": (square_lengths - 2 * own_cosine).clamp(min=0),
-            "mir": mir,
             "nc1": _nc1(scatter_DD, centred_KD),
             **_nc2("nc2", centred_KD),
-            "cos_mean": _off_diagonal_mean(cosines_KK),
-            "cos_std": _off_diagonal_std(cosines_KK),
-            "distance_etf": _distance(cosines_KK, cosine=-1 / max(len(units_KD) - 1, 1)),
-            "distance_frame": _distance(cosines_KK, cosine=0.0),
+            "cos_mean": pairs.mean,
+            "cos_std": pairs.std,
+            "distance_etf": pairs.distance_etf,
+            "distance_frame": pairs.distance_frame,
             "classes_seen": len(units_KD),
             "samples": total,
             **self._sample_metrics(units_KD, seen_K, w_all_KD),
         }
+        if len(units_KD) <= MAX_MIR_CLASSES:
+            joint_KK = (information_W @ information_W.T).mul_(information_M @ information_M.T)  # of any rank up to K
+            result["mir"] = _ratio(h_W + h_M - _matrix_entropy(joint_KK), torch.minimum(h_W, h_M))
         if w_all_KD is not None:
             centred_w_KD = w_KD - w_KD.mean(0)
             result |= {
                 "weight_erank": self._effective_rank(w_KD),
                 "weight_alignment": (w_KD - units_KD).square().sum(1).mean(),
-                "hdr": hdr,
+                "hdr": _ratio((h_W - h_M).abs(), torch.maximum(h_W, h_M)),
                 **_nc2("nc2_weight", centred_w_KD),
                 "nc3": (unit_rows(centred_w_KD.flatten()) - unit_rows(centred_KD.flatten())).norm(),
-                "weight_distance_etf": _distance(w_KD @ w_KD.T, cosine=-1 / max(len(w_KD) - 1, 1)),
+                "weight_distance_etf": _Pairs.of(w_KD).distance_etf,
             }
         return {key: float(result[key]) for key in DESCRIPTIONS if key in result}
 
@@ -325,24 +333,24 @@ class NeuralCollapse:
         return float(_entropy(variances).exp())
 
     def _sample_metrics(self, units_KD: Tensor, seen_K: Tensor, w_all_KD: Tensor | None) -> dict[str, float]:
-        """What needs the samples themselves, class by class so that no N x K matrix is held."""
+        """What needs the samples themselves."""
         u, y = self._kept_samples()
         classes = seen_K.nonzero().flatten()
         sizes = torch.bincount(y, minlength=self.num_classes)[classes].tolist()
-        effective_ranks, correct, disagreeing = 0.0, 0, 0
-        for c, members in zip(classes, y.argsort(stable=True).split(sizes), strict=True):
-            rows = u[members].double()
-            effective_ranks += self._effective_rank(rows)
-            nearest_mean = classes[(rows @ units_KD.T).argmax(1)]
-            correct += int((nearest_mean == c).sum())
+        members = y.argsort(stable=True).split(sizes)
+        correct, disagreeing = torch.zeros(2, dtype=torch.int64, device=self.device)
+        for u_ND, y_N in zip(u.split(BLOCK), y.split(BLOCK), strict=True):
+            u_ND = u_ND.double()
+            nearest_N = classes[(u_ND @ units_KD.T).argmax(1)]
+            correct += (nearest_N == y_N).sum()
             if w_all_KD is not None:
-                disagreeing += int((nearest_mean != (rows @ w_all_KD.T).argmax(1)).sum())
+                disagreeing += (nearest_N != (u_ND @ w_all_KD.T).argmax(1)).sum()
         metrics = {
-            "intra_erank": effective_ranks / len(classes),
-            "nearest_mean_accuracy": correct / len(y),
+            "intra_erank": sum(self._effective_rank(u[rows].double()) for rows in members) / len(classes),
+            "nearest_mean_accuracy": float(correct) / len(y),
             "samples_kept": len(y),
         }
-        return metrics if w_all_KD is None else metrics | {"nc4": disagreeing / len(y)}
+        return metrics if w_all_KD is None else metrics | {"nc4": float(disagreeing) / len(y)}
 
 
 def neural_collapse(
@@ -417,16 +425,6 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(zero, 0, numerator / torch.where(zero, 1, denominator))
 
 
-def _information_ratios(a_KD: Tensor, b_KD: Tensor) -> tuple[Tensor, Tensor]:
-    """HDR = |H1 − H2|/max(H1, H2) and MIR = (H1 + H2 − H(G1∘G2))/min(H1, H2) of two sets of unit rows."""
-    joint_KK = (a_KD @ a_KD.T) * (b_KD @ b_KD.T)  # its rank is as high as K, whatever D is
-    h_a, h_b, h_joint = (_matrix_entropy(gram) for gram in (_gram(a_KD), _gram(b_KD), joint_KK))
-    return (
-        _ratio((h_a - h_b).abs(), torch.maximum(h_a, h_b)),
-        _ratio(h_a + h_b - h_joint, torch.minimum(h_a, h_b)),
-    )
-
-
 def _nc1(scatter_DD: Tensor, centred_KD: Tensor) -> Tensor:
     """tr(Σ_W Σ_B⁺)/K with Σ_W the scatter of the samples about their means and Σ_B = CᵀC/K.
 
@@ -441,28 +439,46 @@ def _nc1(scatter_DD: Tensor, centred_KD: Tensor) -> Tensor:
 def _nc2(prefix: str, centred_KD: Tensor) -> dict[str, Tensor]:
     """Equal lengths and equal, widest angles of centred rows."""
     lengths = torch.linalg.vector_norm(centred_KD, dim=1)
-    units = unit_rows(centred_KD)
-    cosines_KK = units @ units.T
+    pairs = _Pairs.of(unit_rows(centred_KD))
     return {
         f"{prefix}_norm_cv": _ratio(lengths.std(correction=0), lengths.mean()),
-        f"{prefix}_angle_std": _off_diagonal_std(cosines_KK),
-        f"{prefix}_angle_mean": _off_diagonal_mean((cosines_KK + 1 / max(len(cosines_KK) - 1, 1)).abs()),
+        f"{prefix}_angle_std": pairs.std,
+        f"{prefix}_angle_mean": pairs.simplex_gap,
     }
 
 
-def _off_diagonal_mean(x_KK: Tensor) -> Tensor:
-    """Mean over pairs of different classes, zero when there are none."""
-    return x_KK.clone().fill_diagonal_(0).sum() / max(len(x_KK) * (len(x_KK) - 1), 1)
+class _Pairs(NamedTuple):
+    """The cosines between different rows of unit length, zero where there are no two, and how far off they are.
 
-
-def _off_diagonal_std(x_KK: Tensor) -> Tensor:
-    return _off_diagonal_mean((x_KK - _off_diagonal_mean(x_KK)).square()).sqrt()
-
-
-def _distance(cosines_KK: Tensor, cosine: float) -> Tensor:
-    """|G − G*|/|G*| (Frobenius) to the Gram matrix of unit vectors which all meet at one cosine.
-
-    Uncentred: centring would turn the orthogonal frame into a simplex ETF and make the two indistinguishable.
+    Distances are |G − G*|/|G*| (Frobenius) to the Gram matrix of unit vectors that all meet at one cosine. Uncentred:
+    centring would turn the orthogonal frame into a simplex ETF and make the two indistinguishable.
     """
-    ideal_KK = torch.full_like(cosines_KK, cosine).fill_diagonal_(1)
-    return (cosines_KK - ideal_KK).norm() / ideal_KK.norm()
+
+    mean: Tensor
+    std: Tensor
+    simplex_gap: Tensor  # the mean of |cosine + 1/(K−1)|
+    distance_etf: Tensor
+    distance_frame: Tensor
+
+    @classmethod
+    def of(cls, units_KD: Tensor) -> _Pairs:
+        num_rows = len(units_KD)
+        pairs = num_rows * (num_rows - 1)
+        simplex = -1 / max(num_rows - 1, 1)
+        squares_K = units_KD.square().sum(1)  # 1, or 0 for a row without a direction
+        mean = (units_KD.sum(0).square().sum() - squares_K.sum()) / max(pairs, 1)
+        variance, simplex_gap, square_gap, square_cosine = sums = units_KD.new_zeros(4)
+        measures = (variance, mean, 2), (simplex_gap, simplex, 1), (square_gap, simplex, 2), (square_cosine, 0.0, 2)
+        blocks = units_KD.split(BLOCK)
+        for i, rows_BD in enumerate(blocks):
+            for j, columns_BD in enumerate(blocks[: i + 1]):
+                cosines_BB = rows_BD @ columns_BD.T
+                for total, centre, power in measures:
+                    if i == j:
+                        cosines_BB.fill_diagonal_(float(centre))
+                    tile = torch.linalg.vector_norm(cosines_BB - centre, power) ** power
+                    total += tile if i == j else 2 * tile  # and the one on the other side of the diagonal
+        sums[:2] /= max(pairs, 1)
+        sums[2:] += (1 - squares_K).square().sum()  # a Gram matrix of unit vectors has ones on its diagonal
+        sums[2:] /= num_rows + pairs * units_KD.new_tensor([simplex, 0.0]).square()
+        return cls(mean, variance.sqrt(), simplex_gap, square_gap.sqrt(), square_cosine.sqrt())

@@ -9,7 +9,9 @@ import ranks
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hypercontrast import metrics as measures
 from hypercontrast._agreement import LostRankError
 from hypercontrast.metrics import DESCRIPTIONS, NeuralCollapse, neural_collapse
 
@@ -294,6 +296,38 @@ def test_past_the_memory_budget_only_what_needs_samples_is_estimated():
     assert result["intra_erank"] != close(full["intra_erank"])
     for key in DESCRIPTIONS.keys() - estimated:
         assert result[key] == close(full[key]), key
+
+
+@pytest.mark.parametrize("block", [1, 2, 7])
+def test_blocks_of_cosines_change_nothing(block, monkeypatch):
+    features, labels, prototypes = sample(num_classes=7, size=90)
+    whole = neural_collapse(features, labels, prototypes)
+    monkeypatch.setattr(measures, "BLOCK", block)
+    assert_same(neural_collapse(features, labels, prototypes), whole)
+
+
+def test_without_mir_nothing_grows_with_the_square_of_the_classes(monkeypatch):
+    """Past so many classes mir is left out, and all else is there."""
+    num_classes, dim, largest = 1500, 3, 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            results = func(*args, **(kwargs or {}))
+            for result in results if isinstance(results, tuple) else (results,):
+                if isinstance(result, torch.Tensor):
+                    largest = max(largest, result.numel())
+            return results
+
+    labels = torch.arange(2 * num_classes) % num_classes
+    features, prototypes = torch.randn(2 * num_classes, dim), torch.randn(num_classes, dim)
+    whole = neural_collapse(features, labels, prototypes)
+    monkeypatch.setattr(measures, "MAX_MIR_CLASSES", num_classes - 1)
+    with Largest():
+        found = neural_collapse(features, labels, prototypes)
+    assert largest == measures.BLOCK * num_classes
+    assert whole.keys() - found.keys() == {"mir"}
+    assert_same(found, {key: whole[key] for key in found})
 
 
 def test_unseen_classes_are_left_out_with_their_prototypes():
