@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -190,17 +191,44 @@ def start_ranks(count: int, run: Callable[[T], object], argument: T) -> None:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
+        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",  # which it passes on; the ranks' end for SIGINT is SIGTERM as well
     )
     # The launcher would log the failing rank's traceback line by line; RankError carries it.
     logging.disable(logging.ERROR)
     try:
-        elastic_launch(settings, run)(argument)
+        with stop_signals(interrupt), _sigint_held_back_in_children():
+            elastic_launch(settings, _run_rank)(run, argument)
     except SignalException as stop:
         raise Interrupted(stop.sigval) from None
     except ChildFailedError as error:
         raise _rank_error(*error.get_first_failure()) from None
     finally:
         logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def _sigint_held_back_in_children() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal: one that is still importing would answer with a traceback.
+
+    A process inherits what the thread that starts it blocks. This one hears SIGINT all the same, through a thread that
+    does not block it.
+    """
+    resource_tracker.ensure_running()  # first, for it unblocks SIGINT once it has started
+    over = threading.Event()
+    listener = threading.Thread(target=over.wait, daemon=True)
+    listener.start()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        over.set()
+        listener.join()
+
+
+def _run_rank(run: Callable[[T], object], argument: T) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # torch's launcher ends it quietly from here on
+    run(argument)
 
 
 def fail_for(error: RankError, codes: Mapping[str, int]) -> int:

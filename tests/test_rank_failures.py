@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from runs import as_from_a_prompt
 from torch import nn
 
 import hypercontrast as hc
@@ -365,7 +367,7 @@ def test_an_error_of_another_kind_stays_itself():
 # ---- the driver
 
 
-def start_driver(folder, *flags):
+def start_driver(folder, *flags, **options):
     command = [sys.executable, "-m", "hypercontrast.train", "--limit", "200", "--batch-size", "50", "--cpu-ranks", "2"]
     # A session of its own: a rank that was left alone wakes the whole process group.
     return subprocess.Popen(
@@ -373,6 +375,7 @@ def start_driver(folder, *flags):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        **options,
     )
 
 
@@ -387,8 +390,12 @@ def wait_for_epochs(folder, count):
 
 
 def ranks_of(process):
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    ranks = []
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        with suppress(OSError):  # another child, which has ended meanwhile
+            if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
+                ranks.append(int(pid))
+    return ranks
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
@@ -412,6 +419,23 @@ def test_a_lost_rank_ends_the_run_with_one_line(how, tmp_path, figure):
         assert re.match(rf"error: rank \d: {where}: rank \d of 2 had no answer from another rank", err)
     assert seconds <= timeout + GRACE
     figure("R7", f"driver, a rank of two {how.name}: one line, ended {seconds:.1f} s later (timeout {timeout} s)")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_ctrl_c_while_ranks_import_ends_them_with_one_line(seconds, tmp_path):
+    """It reaches every process of a terminal; torch alone takes longer than that to import."""
+    process = start_driver(tmp_path / "run", "--epochs", "500", preexec_fn=as_from_a_prompt)
+    deadline = time.monotonic() + 120
+    while len(begun := ranks_of(process)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "error: interrupted before anything was saved\n"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in begun)
 
 
 def outcome(folder):
