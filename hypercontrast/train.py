@@ -197,6 +197,8 @@ def _placed(config: Config) -> Config:
     if config.resume != "auto" and not holds(folder, "config.yaml"):
         raise UsageError(f"resume must be auto, none or the folder of a run, got {config.resume}")
     if holds(folder, "embeddings.safetensors"):
+        if not holds(folder, "report.html"):
+            raise UsageError(f"{folder} holds a finished run; for its report: {_report_command(folder)}")
         raise UsageError(f"{folder} holds a finished run: name another --run-dir, or delete it to start again")
     if holds(folder, "config.yaml"):
         _check_same_run(config, read_config(folder / "config.yaml"), folder)
@@ -544,9 +546,13 @@ def _interrupted(folder: str) -> str:
     if not holds(folder, "config.yaml"):
         return "interrupted before anything was saved"
     if holds(folder, "embeddings.safetensors"):  # the report alone is left to be written
-        return f"interrupted; {folder} holds a finished run; for its report: {command('report')} {shlex.quote(folder)}"
+        return f"interrupted; {folder} holds a finished run; for its report: {_report_command(folder)}"
     resume = f"{command('train')} --resume {shlex.quote(folder)}"
     return f"interrupted; {checkpoint.last_good(Path(folder))}; to continue: {resume}"
+
+
+def _report_command(folder: Path | str) -> str:
+    return f"{command('report')} {shlex.quote(str(folder))}"
 
 
 def _result(folder: Path) -> dict[str, Any]:

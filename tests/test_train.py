@@ -412,6 +412,15 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(finished, capsys):
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
+def test_a_finished_run_without_its_report_says_what_writes_it(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "a run")
+    (folder / "report.html").unlink()
+    assert main(["--resume", str(folder)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {folder} holds a finished run; for its report: ")
+    assert message.endswith(f"report '{folder}'\n")
+
+
 def test_quiet_prints_the_final_line_only(tmp_path, capsys):
     flags = [*SMALL_FLAGS, "--epochs", "1", "--loss", "ce"]
     assert main([*flags, "--run-dir", str(tmp_path / "a"), "--quiet"]) == 0
