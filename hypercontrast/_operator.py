@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # what torch.autograd.grad makes for is_grads_batched
 
 
 class Operator:
@@ -97,5 +98,7 @@ def is_traced(*args: Any) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta or x.is_neg()) for x in args)
+        or any(
+            isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta or x.is_neg() or _is_batched(x)) for x in args
+        )
     )

@@ -101,8 +101,14 @@ def pair_lse_backward(
     column_ids: Tensor | None,
     inv_rows: Tensor,
     inv_columns: Tensor,
-    row_side: list[Tensor],
-    column_side: list[Tensor],
+    row_lse: Tensor | None,
+    grad_row_lse: Tensor | None,
+    row_positives: Tensor | None,
+    grad_row_positives: Tensor | None,
+    column_lse: Tensor | None,
+    grad_column_lse: Tensor | None,
+    column_positives: Tensor | None,
+    grad_column_positives: Tensor | None,
     row_mask: Tensor | None,
     column_mask: Tensor | None,
     temperature: Tensor | None,
@@ -114,13 +120,15 @@ def pair_lse_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the rows as anchors, as columns of other anchors, or as both, and Σ G∘s over the same pairs.
 
-    `row_side` and `column_side` hold (lse, grad_lse, positives, grad_positives) of the anchors on that side, and are
-    empty where that side holds none. Masks stand as [row, column], whichever of the two the anchor is.
+    Log-sum-exps, positives and their gradients are those of the anchors on each side, None where that side holds none:
+    one by one, for torch batches no lists. Masks stand as [row, column], whichever of the two the anchor is.
     """
     with in_full_precision(rows):
         options = _options(temperature, offset, inv_temperature, normalize, inside)
         implementation = _kernels() if backend == "triton" else blockwise_pairs
-        sides = [implementation.Side(*side) if side else None for side in (row_side, column_side)]
+        row_side = (row_lse, grad_row_lse, row_positives, grad_row_positives)
+        column_side = (column_lse, grad_column_lse, column_positives, grad_column_positives)
+        sides = [None if side[0] is None else implementation.Side(*side) for side in (row_side, column_side)]
         inv_columns = inv_rows if columns is None else inv_columns
         return implementation.launch_bwd(
             rows, columns, row_ids, column_ids, inv_rows, inv_columns, *sides, row_mask, column_mask, **options
@@ -170,17 +178,18 @@ def _pair_lse_autograd(ctx, grad_lse, grad_positives, *_unused):
         positives,
         torch.zeros_like(positives) if grad_positives is None else grad_positives,
     ]
+    no_anchors = [None] * len(side)
     transposed = None if mask is None else mask.T
     itself = columns is None
     grad_anchors, logit_grad_sum = pair_lse_backward(
-        anchors, columns, anchor_ids, column_ids, inv_anchors, inv_columns, side, side if itself else [], mask,
-        transposed, temperature, offset, *options,
+        anchors, columns, anchor_ids, column_ids, inv_anchors, inv_columns, *side,
+        *(side if itself else no_anchors), mask, transposed, temperature, offset, *options,
     )  # fmt: skip
     grad_columns = None
     if ctx.needs_input_grad[1]:
         grad_columns, _ = pair_lse_backward(
-            columns, anchors, column_ids, anchor_ids, inv_columns, inv_anchors, [], side, None, transposed, temperature,
-            None if offset is None else -offset, *options,
+            columns, anchors, column_ids, anchor_ids, inv_columns, inv_anchors, *no_anchors, *side, None, transposed,
+            temperature, None if offset is None else -offset, *options,
         )  # fmt: skip
     grad_temperature = None
     if temperature is not None:

@@ -176,7 +176,7 @@ class _GlobalPairs(torch.autograd.Function):
         agree(lambda: "backward of supcon_loss", ctx.group, features)
         column_side = gather_rows(torch.stack(side, 1), ctx.rows, ctx.group).unbind(1)
         grad, logit_grad_sum = _pair_ops.pair_lse_backward(
-            features, columns, ids, column_ids, inv_features, inv_columns, side, list(column_side), None, None,
+            features, columns, ids, column_ids, inv_features, inv_columns, *side, *column_side, None, None,
             *ctx.logits.arguments(ctx.offset),
         )  # fmt: skip
         grad_learned = None

@@ -107,6 +107,21 @@ def test_threads_that_walk_one_graph(regime, name):
     assert all(torch.equal(a, b) for grads in together for a, b in zip(grads, alone, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", CALLS)
+def test_many_upstream_gradients_at_once(regime, name, reduction):
+    """As for a Jacobian: torch hands a batch of them to one backward."""
+    z, w, y = problem()
+    leaves = z.requires_grad_(), w.requires_grad_(), torch.tensor(0.2, requires_grad=True)
+    loss = CALLS[name](*leaves[:2], y, temperature=leaves[2], reduction=reduction)
+    many = torch.randn(3, *loss.shape)
+    batched = gradients(loss, *leaves, grad_outputs=many, is_grads_batched=True, retain_graph=True)
+    alone = [gradients(loss, *leaves, grad_outputs=one, retain_graph=True) for one in many]
+    for got, want in zip(batched, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(got.expand(3, *want[0].shape), torch.stack(want), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_a_tiny_upstream_gradient(name):
     """Scales the gradient and nothing else: in the weights of exponentials of up to e^64 it would underflow."""

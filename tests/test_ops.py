@@ -144,7 +144,8 @@ def pair_lse_backward(backend):
         lse, positives, inv_z, inv_ref = _pair_ops.pair_lse(z, ref, y, column_y, mask, tau, *options)
         side = [lse, torch.randn_like(lse), positives, torch.randn_like(lse)]
         masks = (mask, None if mask is None else mask.T)
-        calls.append((z, ref, y, column_y, inv_z, inv_ref, side, side if ref is None else [], *masks, tau, *options))
+        others = side if ref is None else [None] * 4
+        calls.append((z, ref, y, column_y, inv_z, inv_ref, *side, *others, *masks, tau, *options))
     return calls
 
 
