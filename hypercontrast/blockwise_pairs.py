@@ -278,7 +278,8 @@ def _weighted_exponentials(s: Tensor, terms: dict[int, tuple[Tensor, Tensor]], b
         return tiles.weigh(s, None, False, row_weights, column_weights, out=out)
     out.zero_()
     for dim, (shift, factor) in terms.items():
-        out += (s - shift.unsqueeze(1 - dim)).exp_().mul_(factor.unsqueeze(1 - dim))
+        # No logit is above a log-sum-exp that it is part of, but by rounding: of logits of 1e9 by enough for infinity.
+        out += (s - shift.unsqueeze(1 - dim)).clamp_(max=0).exp_().mul_(factor.unsqueeze(1 - dim))
     return out
 
 
