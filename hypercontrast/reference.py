@@ -177,7 +177,8 @@ def dcl_loss(features, *, temperature=0.1, reduction="mean", normalize=True):
     own = sample[:, None] == sample
     nothing = own.all(1)
     lse = torch.where(nothing, 0, s.masked_fill(own & ~nothing[:, None], -torch.inf).logsumexp(1))
-    loss = lse - s[torch.arange(2 * samples), torch.arange(2 * samples) ^ 1]  # the other view
+    row = torch.arange(2 * samples, device=features.device)
+    loss = lse - s[row, row ^ 1]  # the other view
     if reduction == "none":
         return loss.view(samples, 2)
     return loss.sum() / max(len(loss), 1) if reduction == "mean" else loss.sum()

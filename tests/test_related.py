@@ -367,6 +367,14 @@ def test_dcl_edges(backend):
     assert torch.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+def test_dcl_stays_on_the_features_device(backend):
+    z = torch.randn(6, 2, 3)
+    want = hc.dcl_loss(z, backend=backend)
+    with torch.device("meta"):  # where tensors go of which nobody says where
+        assert torch.allclose(hc.dcl_loss(z, backend=backend), want)
+
+
 def test_dcl_gradcheck():
     tau = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z, tau: hc.dcl_loss(z, temperature=tau), (leaf(5, 2, 3), tau))
