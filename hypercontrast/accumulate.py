@@ -168,11 +168,12 @@ def _ddp_modules(encoder: Callable) -> list[DistributedDataParallel]:
     return [module for module in modules if isinstance(module, DistributedDataParallel)]
 
 
-def _random_state() -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    """Of the CPU and of every GPU: an encoder need not be on the current one."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
-def _set_random_state(state: tuple[Tensor, Tensor | None]) -> None:
+def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
     torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])

@@ -130,6 +130,26 @@ def test_random_numbers_of_the_loss_are_drawn_once(middle):
     assert drawn_by(hc.accumulate_exact) == plain
 
 
+def test_dropout_on_a_gpu_that_is_not_the_current_one(monkeypatch):
+    gpus = [torch.Generator(), torch.Generator()]
+    stand_ins = {
+        "is_initialized": lambda: True,
+        "get_rng_state": lambda: gpus[0].get_state(),
+        "set_rng_state": gpus[0].set_state,
+        "get_rng_state_all": lambda: [gpu.get_state() for gpu in gpus],
+        "set_rng_state_all": lambda states: [gpu.set_state(x) for gpu, x in zip(gpus, states, strict=True)],
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    encoder, x, y = make()
+
+    def dropping(part):
+        return encoder(part * torch.bernoulli(torch.full_like(part, 0.5), generator=gpus[1]))
+
+    loss = hc.accumulate_exact(dropping, lambda z: LOSSES["ntce"](z, encoder.prototypes, y), x.split(7))
+    assert torch.isfinite(loss)
+
+
 def test_running_statistics_see_each_chunk_once():
     (encoder, x, y), (twin, _, _) = make(nn.BatchNorm1d(16)), make(nn.BatchNorm1d(16))
     LOSSES["ntce"](torch.cat([twin(part) for part in x.split(10)]), twin.prototypes, y).backward()
