@@ -211,7 +211,7 @@ def check_supcon_inputs(
     others = samples
     if ref_features is not None:
         check_matrix("ref_features", ref_features, "[R, D]")
-        others = len(ref_features)
+        others = ref_features.shape[0]
         if ref_features.shape[1] != features.shape[-1]:
             raise ValueError(
                 f"ref_features must have the features' dimension {features.shape[-1]}, got {list(ref_features.shape)}"
@@ -256,7 +256,7 @@ def check_queue(queue: tuple[Tensor, Tensor], features: Tensor) -> None:
         raise ValueError(f"queue must be on the features' device {features.device}, got {past.device}")
     if past.requires_grad:
         raise ValueError("queue must not require a gradient: past features are constants of the loss")
-    check_labels(labels, len(past), past.device, name="queue labels")
+    check_labels(labels, past.shape[0], past.device, name="queue labels")
 
 
 def check_label_range(labels: Tensor, num_classes: int, ignore_index: int, name: str = "labels") -> None:

@@ -190,14 +190,14 @@ def _classes(labels: Any, column_labels: Tensor | None, backend: str) -> tuple[T
     of each row's class, none for rows that are not there.
     """
     joint = labels if column_labels is None else torch.cat([labels, column_labels])
-    first_column = 0 if column_labels is None else len(labels)
+    first_column = 0 if column_labels is None else labels.shape[0]
     if backend == "triton":
         ids, counts = _pair_ops.label_classes(joint, first_column)
     else:
         ids = _class_ids(joint)
         counted = ids[first_column:]
-        counts = ids.new_zeros(len(ids)).index_add_(0, counted.clamp(min=0), (counted >= 0).long())
-    row_ids = ids[: len(labels)]
+        counts = ids.new_zeros(ids.shape[0]).index_add_(0, counted.clamp(min=0), (counted >= 0).long())
+    row_ids = ids[: labels.shape[0]]
     count = torch.where(row_ids < 0, 0, counts[row_ids.clamp(min=0)]).long()
     return row_ids, ids[first_column:], count
 

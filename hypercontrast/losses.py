@@ -259,7 +259,7 @@ class DCLLoss(_Loss):
 
 def _check_all_labels(labels: Tensor, x: Tensor, num_classes: int) -> None:
     """Of the rows of x: none is ignored."""
-    _checks.check_labels(labels, len(x), x.device)
+    _checks.check_labels(labels, x.shape[0], x.device)
     if _checks.can_be_read(labels):
         _checks.check_label_range(labels, num_classes, ignore_index=0)
 
@@ -283,7 +283,7 @@ class CELoss(nn.Module):
         _checks.check_weight(self.weight, logits.shape[1], logits.device)
         logits = logits.to(_checks.accumulator(logits))
         weight = None if self.weight is None else self.weight.to(logits.dtype)  # which `.half()` and the like change
-        return F.cross_entropy(logits, labels, weight, reduction="sum") / max(len(labels), 1)
+        return F.cross_entropy(logits, labels, weight, reduction="sum") / max(labels.shape[0], 1)
 
 
 class ETFDRLoss(nn.Module):
@@ -295,4 +295,4 @@ class ETFDRLoss(nn.Module):
         _check_all_labels(labels, features, len(prototypes))
         dtype = _checks.accumulator(features)
         cosines = (unit_rows(features.to(dtype)) * unit_rows(prototypes.to(dtype))[labels]).sum(dim=1)
-        return 0.5 * (cosines - 1).square().sum() / max(len(labels), 1)
+        return 0.5 * (cosines - 1).square().sum() / max(labels.shape[0], 1)

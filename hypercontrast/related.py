@@ -198,7 +198,7 @@ def _logit_adjusted_loss(
     if options.normalize:
         features, prototypes = reference.unit_rows(features), reference.unit_rows(prototypes)
     scaled = bias.to(wide) * options.temperature
-    features = torch.cat([features, features.new_ones(len(features), 4)], 1)
+    features = torch.cat([features, features.new_ones(features.shape[0], 4)], 1)
     prototypes = torch.cat([prototypes, F.pad(scaled[:, None], (0, 3))], 1)
     rule = Rule(rows=False, cols=True, exclude_own=False)
     return _autograd.prototype_loss(features, prototypes, labels, replace(options, normalize=False), rule)
@@ -333,7 +333,7 @@ def dcl_loss(
     if process_group is not None:
         rows = row_counts(features, process_group)
         columns, first = GatherWithGrad.apply(features, rows, process_group), sum(rows[: dist.get_rank(process_group)])
-    samples = torch.arange(first, first + len(features), device=features.device).repeat_interleave(2)
+    samples = torch.arange(first, first + features.shape[0], device=features.device).repeat_interleave(2)
     learned, inv_temperature = _checks.split_temperature(temperature)
     keep_bytes = _autograd.keep_bytes(features, temperature) // 2
     (lse_0, to_0), (lse_1, to_1) = (

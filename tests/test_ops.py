@@ -322,6 +322,38 @@ def test_one_graph_serves_every_batch_size(loss):
         torch.testing.assert_close(*(torch.autograd.grad(x, features)[0] for x in (actual, want)))
 
 
+class _Exported(torch.nn.Module):
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, *args):
+        return self.loss(*args)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, w, y: hc.nonl_loss(z, w, y, anchor="both", reduction="none"),
+        lambda z, w, y: hc.logit_adjusted_loss(z, w, y, w[:, 0]),
+        lambda z, w, y: hc.proxy_anchor_loss(z, w, y),
+        lambda z, w, y: hc.supcon_loss(z, y, variant="in"),
+        lambda z, w, y: hc.supcon_loss(z, y, ref_features=w, ref_labels=torch.arange(5)),
+        lambda z, w, y: hc.dcl_loss(z.view(-1, 2, 3)),
+        lambda z, w, y: hc.CELoss()(z @ w.T, y),
+        lambda z, w, y: hc.ETFDRLoss()(z, w, y),
+    ],
+    ids=["statistics", "logit adjustment", "proxy anchor", "pair statistics", "references", "dcl", "ce", "etf-dr"],
+)
+def test_one_export_serves_every_batch_size(loss):
+    prototypes, samples = torch.randn(5, 6), torch.export.Dim("samples", min=3)
+    example, sizes = (torch.randn(9, 6), prototypes, torch.arange(9) % 5), ({0: samples}, None, {0: samples})
+    exported = torch.export.export(_Exported(loss), example, dynamic_shapes=(sizes,)).module()
+    for n in (4, 17):
+        arguments = torch.randn(n, 6), prototypes, torch.arange(n) % 5
+        torch.testing.assert_close(exported(*arguments), loss(*arguments))
+
+
 def test_values_are_still_checked_when_compiled():
     torch._dynamo.reset()
     compiled = torch.compile(hc.ntce_loss, fullgraph=True, backend="aot_eager")
