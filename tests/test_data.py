@@ -71,6 +71,24 @@ def test_classes_are_drawn_as_asked(sampling, chances):
         assert abs(statistic - freedom) < 4.5 * math.sqrt(2 * freedom)
 
 
+@pytest.mark.parametrize("sampling", CLASS_POWERS)
+def test_draws_are_those_of_multinomial(sampling):
+    labels = (20 * torch.rand(5000, generator=generator()) ** 3).long()
+    (share,) = data.epoch_batches(labels, len(labels), seed=3, epoch=1, sampling=sampling)
+    chances = torch.bincount(labels).double()[labels] ** (CLASS_POWERS[sampling] - 1)
+    seeded = generator(data.derived_seed(3, 1, "batches"))
+    assert share.indices.equal(torch.multinomial(chances, len(labels), replacement=True, generator=seeded))
+
+
+@pytest.mark.slow
+def test_a_class_is_drawn_from_more_pictures_than_multinomial_takes():
+    labels = torch.zeros(2**24 + 1, dtype=torch.int64)
+    labels[-1] = 1
+    (share,) = data.epoch_batches(labels, len(labels), seed=0, epoch=1, sampling="balanced")
+    drawn = labels[share.indices].sum()
+    assert abs(drawn - len(labels) / 2) < 4.5 * math.sqrt(len(labels) / 4)
+
+
 def test_batches_depend_on_seed_and_epoch_alone():
     def order(**options):
         labels = torch.zeros(100, dtype=torch.int64)

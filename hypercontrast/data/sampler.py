@@ -55,7 +55,10 @@ def epoch_batches(
     else:
         counts = torch.bincount(labels).double()
         chances = counts[labels] ** (CLASS_POWERS[sampling] - 1)
-        order = torch.multinomial(chances.cpu(), len(labels), replacement=True, generator=generator)
+        # As torch.multinomial draws, but that one takes at most 2**24 pictures.
+        reached = chances.cpu().cumsum(0)
+        thrown = torch.rand(len(labels), dtype=torch.float64, generator=generator)
+        order = torch.searchsorted(reached / reached[-1], thrown)
     # To the device at once: a copy at every step would make a GPU wait.
     order = order.to(labels.device)
     places = torch.arange(len(labels), device=labels.device)
