@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hypercontrast._checks import norms
 from hypercontrast.accumulate import accumulate_exact
 from hypercontrast.config import Config
 from hypercontrast.launch import Ranks
@@ -49,13 +50,13 @@ class Step:
     def __call__(self, images: Tensor, labels: Tensor, share: float, lr: float) -> Tensor:
         """Minimise the loss of images [N, C, H, W] and labels [N] by one step.
 
-        share: as of `Objective`. Returns the global batch's loss, or what else is not finite: off a GPU the features,
-        which the losses would refuse, and the norm of the gradient.
+        share: as of `Objective`. Returns the global batch's loss, or what else is not finite: off a GPU the lengths of
+        features and prototypes, which the losses would refuse, and the norm of the gradient.
         """
 
         def loss_of(features: Tensor) -> Tensor:
             if features.device.type == "cpu":
-                self._check(features)
+                self._check(features, self.objective.network.head.prototypes)
             return self.objective(features, labels, share)
 
         for group in self.optimizer.param_groups:
@@ -74,9 +75,10 @@ class Step:
         self.objective.remember()
         return seen
 
-    def _check(self, features: Tensor) -> None:
-        """Raise on every rank if some rank's features are not finite."""
-        if self.ranks.sum((~features.detach().isfinite()).any().float()) > 0:
+    def _check(self, features: Tensor, prototypes: Tensor) -> None:
+        """Raise on every rank if the length of some rank's features, or of a prototype, is not finite."""
+        lengths = torch.cat([norms(features), norms(prototypes)])
+        if self.ranks.sum((~lengths.isfinite()).any().float()) > 0:
             self.failed.fill_(1)
             raise _NotFiniteError
 
@@ -94,7 +96,7 @@ class Step:
 
 
 class _NotFiniteError(ArithmeticError):
-    """Some rank's features are not finite."""
+    """The length of some rank's features, or of a prototype, is not finite."""
 
 
 def compiles(config: Config, device: torch.device) -> bool:

@@ -492,9 +492,18 @@ def test_a_plan_times_batches_not_a_few_pictures(a_pass, a_picture, passes, monk
     assert seconds == pytest.approx(a_pass / passes[-1] + a_picture)
 
 
-@pytest.mark.parametrize("loss", ["ce", "nonl", "scl"])
-def test_a_loss_that_blows_up_stops_the_run(loss, tmp_path, capsys):
-    flags = ["--loss", loss, *SMALL_FLAGS, "--lr", "1e30", "--run-dir", str(tmp_path / "run")]
+@pytest.mark.parametrize(
+    ("loss", "flags"),
+    [
+        *((loss, ["--lr", "1e30"]) for loss in ("ce", "nonl", "scl")),
+        # Weights stay finite, but not the lengths of the prototypes, or of the features.
+        ("nonl", ["--weight-decay", "1e30"]),
+        ("nonl", ["--weight-decay", "1e25", "--warmup-epochs", "0", "--neck", "linear"]),
+        ("scl", ["--weight-decay", "1e25", "--warmup-epochs", "0", "--head", "linear"]),
+    ],
+)
+def test_a_loss_that_blows_up_stops_the_run(loss, flags, tmp_path, capsys):
+    flags = ["--loss", loss, *SMALL_FLAGS, *flags, "--run-dir", str(tmp_path / "run")]
     assert main(flags) == 1
     err = capsys.readouterr().err
     assert "epoch 1, step " in err
