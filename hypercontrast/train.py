@@ -83,6 +83,8 @@ from hypercontrast.workspace import Workspace, check_batches, check_runnable, lo
 
 EMBEDDINGS_LIMIT = 1000
 THUMBNAIL = 48  # pixels a side that pictures are reduced to, for the report
+# What a run writes after its config.yaml; another one in its folder would take it for its own.
+LATER = ("checkpoints", "embeddings.safetensors", "evaluation.json", "transfer.json", "corruptions.json")
 # Exit codes of errors that need no traceback.
 FORESEEN = {"UsageError": 2, "TrainingError": 1, "CheckpointError": 1, "LostRankError": 1}
 
@@ -188,6 +190,7 @@ def _placed(config: Config) -> Config:
                 f"run_dir must not hold a run yet, got {folder}: continue it with --resume {shlex.quote(str(folder))},"
                 " or name another"
             )
+        _check_nothing_left(folder)
         return dataclasses.replace(config, run_dir=str(folder))
     if not resume_folder(config):
         raise UsageError("resume auto needs run_dir, the folder of the run to continue")
@@ -202,7 +205,15 @@ def _placed(config: Config) -> Config:
         raise UsageError(f"{folder} holds a finished run: name another --run-dir, or delete it to start again")
     if holds(folder, "config.yaml"):
         _check_same_run(config, read_config(folder / "config.yaml"), folder)
+    else:
+        _check_nothing_left(folder)
     return dataclasses.replace(config, run_dir=str(folder), resume="auto")
+
+
+def _check_nothing_left(folder: Path) -> None:
+    """Raise UsageError for a folder where a run has lost its config.yaml, and with it what its files are of."""
+    if left := [name for name in LATER if (folder / name).exists()]:
+        raise UsageError(f"run_dir must hold no {left[0]} of a run without its config.yaml, got {folder}: name another")
 
 
 def _check_same_run(config: Config, started: Config, folder: Path) -> None:

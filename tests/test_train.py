@@ -421,6 +421,21 @@ def test_a_finished_run_without_its_report_says_what_writes_it(finished, tmp_pat
     assert message.endswith(f"report '{folder}'\n")
 
 
+@pytest.mark.parametrize("resume", ["none", "auto"])
+@pytest.mark.parametrize("left", ["checkpoints", "evaluation.json"])
+def test_nothing_that_another_run_left_becomes_part_of_a_run(left, resume, finished, tmp_path, capsys):
+    """A run of another seed took the checkpoints for its own, and ended with their accuracy."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished / "checkpoints", folder / "checkpoints")
+    if left != "checkpoints":
+        (folder / "checkpoints").rename(tmp_path / "elsewhere")
+        (folder / left).touch()
+    assert main([*SMALL_FLAGS, "--seed", "7", "--resume", resume, "--run-dir", str(folder)]) == 2
+    says = f"error: run_dir must hold no {left} of a run without its config.yaml, got {folder}: name another\n"
+    assert capsys.readouterr().err == says
+    assert [path.name for path in folder.iterdir()] == [left]
+
+
 def test_quiet_prints_the_final_line_only(tmp_path, capsys):
     flags = [*SMALL_FLAGS, "--epochs", "1", "--loss", "ce"]
     assert main([*flags, "--run-dir", str(tmp_path / "a"), "--quiet"]) == 0
