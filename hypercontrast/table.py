@@ -72,10 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser().parse_args(argv)
         names, paths = _split(args.words)
+        if names == [FIGURE] and args.markdown:
+            raise UsageError(f"markdown must be left out with {FIGURE}, which is a picture")
+        if names != [FIGURE] and args.output is not None:
+            raise UsageError(f"output must be left out with tables, which are printed, got {args.output}")
         groups = read_groups(paths)
         if names == [FIGURE]:
-            checkpoint.write_atomic(Path(args.output), figure2(groups).encode())
-            say(to_json({"figure": args.output}) if args.json else args.output)
+            output = f"{FIGURE}.svg" if args.output is None else args.output
+            checkpoint.write_atomic(Path(output), figure2(groups).encode())
+            say(to_json({"figure": output}) if args.json else output)
         elif args.json:
             say(to_json(as_records(names, groups, args.data_root)))
         else:
@@ -96,7 +101,7 @@ def parser() -> Parser:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="Markdown, for a file")
     form.add_argument("--json", action="store_true", help=f"one object a value, in a list; of {FIGURE} its file")
-    parser.add_argument("--output", default=f"{FIGURE}.svg", metavar="FILE", help=f"what {FIGURE} writes")
+    parser.add_argument("--output", metavar="FILE", help=f"what {FIGURE} writes, by default {FIGURE}.svg")
     return parser
 
 

@@ -560,6 +560,11 @@ def test_command_line(tmp_path, root, capsys):
         (["figure2"], "with a measured epoch"),
         (["figure2", "{tmp}/unmeasured", "{tmp}/digits"], "on one data set, got cifar10, mnist5k"),
         (["figure2", "{tmp}/unmeasured", "{tmp}/warm"], "seed alone, got"),
+        (["figure2", "{tmp}/digits", "--markdown"], "markdown must be left out with figure2, which is a picture"),
+        (
+            ["3", "{tmp}/digits", "--output", "{tmp}/3.md"],
+            "output must be left out with tables, which are printed, got",
+        ),
     ],
 )
 def test_one_line_and_exit_code_2(tmp_path, capsys, words, message):
