@@ -153,7 +153,7 @@ def measure(options: Options) -> dict[str, Any]:
         "reference": options.reference or ("AlexNet" if kind == "imagenet-c" else None),
     }
     reference = _reference(record, other)
-    errors, damaged = _earlier(Path(options.run), record)
+    errors, _ = _earlier(Path(options.run), record)
     steps = len(options.severities) * -(-source.pictures // BATCH)
     with source.pool, Progress(steps=steps, silent=options.quiet) as progress:
         progress.start("no corruption")
@@ -162,10 +162,11 @@ def measure(options: Options) -> dict[str, Any]:
         for corruption in CORRUPTIONS:
             if corruption in options.corruptions:
                 progress.start(corruption)
+                found = {s: _error(source.batches(corruption, s), workspace, progress) for s in options.severities}
+                errors, damaged = _earlier(Path(options.run), record)  # another call may have written in the meantime
                 by_severity = errors.setdefault(corruption, [None] * len(SEVERITIES))
-                for severity in options.severities:
-                    batches = source.batches(corruption, severity)
-                    by_severity[severity - 1], lost = _error(batches, workspace, progress)
+                for severity, (error, lost) in found.items():
+                    by_severity[severity - 1] = error
                     cell = f"{corruption}/{severity}/"
                     damaged = [name for name in damaged if not name.startswith(cell)] + lost
                 ce = corruption_errors(errors, reference)

@@ -132,7 +132,8 @@ def evaluate(options: Options) -> dict[str, Any]:
     TrainingError if a probe diverges, RankError if a rank fails.
     """
     config = runnable_config(options.run, options.data_root, options.gpus, options.cpu_ranks)
-    methods, earlier = _methods(options, config), read_record(Path(options.run, RESULT), _by_method)
+    methods = _methods(options, config)
+    read_record(Path(options.run, RESULT), _by_method)  # before hours go into what could not be added to it
     if config.ranks > 1 and not is_rank():
         start_ranks(config.ranks, _evaluate_rank, options)
         record = json.loads(Path(options.run, RESULT).read_text(encoding="utf-8"))
@@ -143,7 +144,8 @@ def evaluate(options: Options) -> dict[str, Any]:
         with working(f"reading {config.dataset}", silent=options.quiet or not is_main()):
             workspace, epoch = restored(options.run, config, ranks)
         record = _evaluated(methods, options, config, workspace, epoch)
-        if ranks.rank == 0:
+        if ranks.rank == 0:  # another call may have written in the meantime
+            earlier = read_record(Path(options.run, RESULT), _by_method)
             write_record(Path(options.run, RESULT), _merged(earlier, record))
         return record
 

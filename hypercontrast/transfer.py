@@ -114,9 +114,7 @@ def transfer(options: Options) -> dict[str, Any]:
     config = run_config(options.run)
     loaders, missing = _located(options, options.data_root or config.data_root)
     frozen = restored_network(options.run, device_of(dataclasses.replace(config, gpus=0, cpu_ranks=0)))
-    epoch, results = read_record(Path(options.run, RESULT), _parsed) or (frozen.epoch, {})
-    results = results if epoch == frozen.epoch else {}
-    record = {"epoch": frozen.epoch, "results": results}
+    record: dict[str, Any] = {"epoch": frozen.epoch, "results": _earlier(options.run, frozen.epoch)}
     shape = {"size": frozen.image_size, "channels": frozen.channels}
     with Progress(silent=options.quiet) as progress:
         for name, reason in missing.items():
@@ -124,7 +122,9 @@ def transfer(options: Options) -> dict[str, Any]:
         progress.say(_row(COLUMNS))
         for name, load in loaders.items():
             progress.begin(name)
-            result = results[name] = evaluated(name, load(options.limit, **shape, workers=options.workers), frozen)
+            result = evaluated(name, load(options.limit, **shape, workers=options.workers), frozen)
+            # Another call may have written in the meantime.
+            record["results"] = _earlier(options.run, frozen.epoch) | {name: result}
             write_record(Path(options.run, RESULT), record)
             progress.say(_result_row(name, result))
     return record
@@ -272,6 +272,12 @@ def _embedded(name: str, pictures: Pictures, targets: Tensor, frozen: FrozenRun)
 
 def _alone(features: Tensor) -> Ranks:
     return Ranks(0, 1, features.device)
+
+
+def _earlier(run: str, epoch: int) -> dict[str, Any]:
+    """Results that the run's file holds of this epoch."""
+    found, results = read_record(Path(run, RESULT), _parsed) or (epoch, {})
+    return results if found == epoch else {}
 
 
 def _parsed(record: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import hypercontrast.corruptions
 from hypercontrast.config import UsageError, configure
 from hypercontrast.corruptions import (
     ALEXNET,
@@ -250,6 +251,23 @@ def error_of(run, pixels, labels):
 
 def record_in(run):
     return json.loads((run / "corruptions.json").read_text())
+
+
+def test_results_of_a_call_at_the_same_time_are_kept(run, inverting, monkeypatch):
+    fog = measure(Options(str(run), limit=30, corruptions=("fog",)))
+    (run / "corruptions.json").rename(run / "meanwhile")
+    error = hypercontrast.corruptions._error
+
+    def error_while_another_call_ends(*args):
+        if (run / "meanwhile").exists():
+            (run / "meanwhile").rename(run / "corruptions.json")
+        return error(*args)
+
+    monkeypatch.setattr(hypercontrast.corruptions, "_error", error_while_another_call_ends)
+    both = measure(Options(str(run), limit=30, corruptions=("snow",)))
+    assert both == record_in(run)
+    assert both["errors"].keys() == {"fog", "snow"}
+    assert both["errors"]["fog"] == fog["errors"]["fog"]
 
 
 def test_a_run_on_generated_pictures(run, inverting, capsys):

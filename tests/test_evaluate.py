@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import hypercontrast.evaluate
 from hypercontrast import ClassMeans, neural_collapse
 from hypercontrast.checkpoint import load_checkpoint
 from hypercontrast.config import UsageError, configure, read_config
@@ -255,6 +256,24 @@ def test_earlier_results_of_the_checkpoint_are_kept(runs, tmp_path, capsys):
         file.write_text(json.dumps(record | {"results": results}))
         assert main([folder, "--prototypes"]) == 2
         assert "evaluation.json must hold results of this command: delete it" in capsys.readouterr().err
+
+
+def test_results_of_a_call_at_the_same_time_are_kept(runs, tmp_path, monkeypatch):
+    copied(runs["ce"], tmp_path)
+    folder, file = str(tmp_path / "run"), tmp_path / "run" / "evaluation.json"
+    (head,) = evaluate(Options(folder, methods=("head",), **ONE_RANK))["results"]
+    written = file.read_text()
+    file.unlink()
+
+    def make_while_another_call_ends(*args):
+        file.write_text(written)
+        return make(*args)
+
+    make = hypercontrast.evaluate._make
+    monkeypatch.setattr(hypercontrast.evaluate, "_make", make_while_another_call_ends)
+    evaluate(Options(folder, methods=("prototypes",), **ONE_RANK))
+    assert by_method(json.loads(file.read_text()))["head"] == head
+    assert len(json.loads(file.read_text())["results"]) == 2
 
 
 def test_an_unfinished_run_is_evaluated_at_its_checkpoint(runs, tmp_path):

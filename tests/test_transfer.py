@@ -299,6 +299,24 @@ def test_results_are_kept_while_the_epoch_is_the_same(run, there, tmp_path):
     assert transfer(Options(str(folder), datasets=("cifar10",))) == first
 
 
+def test_results_of_a_call_at_the_same_time_are_kept(run, there, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    first = transfer(Options(str(folder), datasets=("cifar10",)))
+    written = (folder / "transfer.json").read_text()
+    (folder / "transfer.json").unlink()
+
+    def evaluated_while_another_call_ends(*args):
+        (folder / "transfer.json").write_text(written)
+        return evaluated(*args)
+
+    monkeypatch.setattr("hypercontrast.transfer.evaluated", evaluated_while_another_call_ends)
+    both = transfer(Options(str(folder), datasets=("voc2007",)))
+    assert both["results"].keys() == {"cifar10", "voc2007"}
+    assert both["results"]["cifar10"] == first["results"]["cifar10"]
+    assert json.loads((folder / "transfer.json").read_text()) == both
+
+
 def without_statistics(folder):
     saved = load_checkpoint(folder)
     tensors = {name: x for name, x in saved.tensors.items() if name not in ("mean", "std", "image_size")}
