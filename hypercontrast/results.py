@@ -57,7 +57,8 @@ class Run:
     @property
     def classes(self) -> int | None:
         """Classes with training pictures, None before the first measured epoch."""
-        return int(self.last["classes_seen"]) if "classes_seen" in self.last else None
+        seen = self.last.get("classes_seen", math.nan)
+        return int(seen) if math.isfinite(seen) else None
 
     @cached_property
     def _tree(self) -> dict[str, Any]:

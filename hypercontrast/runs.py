@@ -140,21 +140,23 @@ def _load_run(path: Path, name: str) -> Run:
 
 
 def read_epochs(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl, numbers only. Raises ValueError naming a line that is none."""
+    """The lines of a metrics.jsonl, numbers only, epochs rising. Raises ValueError naming a line that is none."""
     with access(path, "read"):
         text = path.read_text(encoding="utf-8", errors="replace")  # what is no text is no JSON: its line is named
     # A run in progress may be in the middle of its last line.
     whole = text[: text.rfind("\n") + 1]
-    epochs = []
+    epochs: list[dict[str, float]] = []
     for row_number, line in enumerate(whole.splitlines(), start=1):
         try:
             row = json.loads(line)
             numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
-            intact = 0 < numbers["epoch"] < LARGEST and not any(LARGEST < abs(x) < math.inf for x in numbers.values())
+            before = epochs[-1]["epoch"] if epochs else 0
+            follows, too_large = before < numbers["epoch"], any(LARGEST < abs(x) < math.inf for x in numbers.values())
+            intact = follows and not too_large and math.isfinite(numbers["epoch"])
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             intact = False
         if not intact:
-            raise ValueError(f"{path}, line {row_number} is not a JSON object of an epoch's numbers: {line[:80]}")
+            raise ValueError(f"{path}, line {row_number} is not a JSON object of a later epoch's numbers: {line[:80]}")
         epochs.append(numbers)
     return epochs
 

@@ -83,7 +83,7 @@ def newest_checkpoint(run: str) -> Checkpoint:
     """
     saved = checkpoint.load_checkpoint(Path(run), whole_epochs=True)
     if saved is None:
-        raise UsageError(f"{run} must hold a checkpoint: the run has not finished an epoch yet")
+        raise UsageError(f"{run} must hold a checkpoint of a whole epoch, got none: not saved yet, or deleted")
     return saved
 
 

@@ -319,7 +319,7 @@ def empty(folder, tmp_path):
     ("prepare", "flags", "says"),
     [
         (empty, [], "RUN must be the folder of a run, with a config.yaml, got "),
-        (without_checkpoint, [], "must hold a checkpoint: the run has not finished an epoch yet"),
+        (without_checkpoint, [], "must hold a checkpoint of a whole epoch, got none"),
         (damaged, [], "must hold an intact checkpoint, got 2 damaged"),
         (of_another_network, [], "checkpoint must hold the network that config.yaml describes"),
         (of_other_data, ["--data-root", "/nowhere"], "data_root must hold cifar10: expected /nowhere/cifar10"),

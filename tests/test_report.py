@@ -447,6 +447,8 @@ def test_epochs_that_were_not_measured(tmp_path):
         (lambda run: (run / "metrics.jsonl").write_text(""), "no finished epoch"),
         (lambda run: (run / "metrics.jsonl").write_text("{}\n"), "line 1 is not"),
         (lambda run: (run / "metrics.jsonl").write_text('{"epoch": 1}\n[1]\n'), "line 2 is not"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 1}\n'), "line 2 is not"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"epoch": 2}\n{"epoch": 1}\n'), "line 2 is not"),
         (lambda run: (run / "config.yaml").write_text("a: [\n"), "must be readable YAML"),
         (lambda run: (run / "embeddings.safetensors").write_bytes(b"\1\2\3"), "damaged"),
         (lambda run: (run / "metrics.jsonl").write_bytes(b'{"epoch": 1}\n\xff\n'), "metrics.jsonl, line 2 is not"),

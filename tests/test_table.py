@@ -445,6 +445,12 @@ def test_accuracy_that_is_not_finite_is_not_measured(tmp_path, root):
         assert str(run / "metrics.jsonl") in line.note
 
 
+@pytest.mark.parametrize("classes", [math.nan, math.inf])
+def test_classes_that_are_not_finite_are_not_counted(classes, tmp_path, root):
+    run = make_run(tmp_path / "digits", "mnist5k-nonl", classes=classes)
+    assert stand_ins("1", [run], root) == []
+
+
 # The course of neural collapse.
 
 

@@ -354,7 +354,7 @@ def diverged(folder):
     ("prepare", "flags", "code", "says"),
     [
         (without_config, [], 2, "RUN must be the folder of a run, with a config.yaml, got "),
-        (without_checkpoint, [], 2, "must hold a checkpoint: the run has not finished an epoch yet"),
+        (without_checkpoint, [], 2, "must hold a checkpoint of a whole epoch, got none"),
         (
             without_statistics,
             [],
