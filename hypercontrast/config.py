@@ -12,6 +12,7 @@ import io
 import math
 import os
 import re
+import shutil
 import stat
 import sys
 from collections.abc import Iterator, Sequence
@@ -363,7 +364,7 @@ def _parse_flags(argv: Sequence[str], default: Config, prog: str) -> Config:
     coloured = on_terminal() and not os.environ.get("NO_COLOR")
     page.isatty = lambda: coloured  # type: ignore[method-assign]
     try:
-        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(page):
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(page), _wide_enough():
             return tyro.cli(type(default), prog=prog, description=Config.__doc__, args=list(argv), default=default)
     except SystemExit as stop:
         if stop.code:
@@ -372,6 +373,19 @@ def _parse_flags(argv: Sequence[str], default: Config, prog: str) -> Config:
         if text := page.read().rstrip():
             say(text)
         raise
+
+
+@contextlib.contextmanager
+def _wide_enough() -> Iterator[None]:
+    """A terminal as it is, or of 40 columns: below, tyro sets a letter a line, and below five it never ends."""
+    before, columns = os.environ.get("COLUMNS"), max(shutil.get_terminal_size().columns, 40)
+    os.environ["COLUMNS"] = str(columns)
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def _one_line(box: str) -> str:

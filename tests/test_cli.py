@@ -341,6 +341,18 @@ def test_a_mistake_on_a_terminal_is_one_plain_line():
     assert re.fullmatch(r"error: [^\x1b\r\n]*invalid choice 'hinge'[^\x1b\r\n]*\r\n", shown)
 
 
+def test_help_on_a_narrow_terminal_is_that_of_40_columns(monkeypatch, capsys):
+    """In fewer than five the help of training never ended."""
+    pages = []
+    for columns in ("40", "20"):
+        monkeypatch.setenv("COLUMNS", columns)
+        with pytest.raises(SystemExit):
+            cli.main(["train", "--help"])
+        assert os.environ["COLUMNS"] == columns
+        pages.append(capsys.readouterr().out)
+    assert pages[0] == pages[1]
+
+
 def test_help_has_colours_on_a_terminal_that_wants_them(monkeypatch, capsys):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
