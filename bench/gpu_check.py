@@ -4,7 +4,8 @@ correctness   120 s  the tests of kernels and losses with their quick fuzz: ever
                      bfloat16 and float16, odd shapes, near collapse, no host sync, CUDA graphs, a hundred steps
 extension      80 s  the negative buffer's extension is built and tested: its kernel, streams, NCCL, ranks that share a
                      GPU
-indices        50 s  loss and gradients of inputs, and of exponentials kept, past 2^31 elements, against float64
+indices        50 s  loss and gradients of inputs, one or both, and of exponentials kept, past 2^31 elements, against
+                     float64
 matrix        110 s  the standard cases of `python -m bench` with all peers there are, what matters most first; what
                      would begin late is named and left out
 determinism    65 s  1,000 repeats of forward and backward of every loss, on each way through the kernels: the same bits
@@ -79,7 +80,20 @@ INDEXED = (("ntce", 64, 128), ("ntce", 64, 4096), ("ntce", 4096, 512), ("supcon"
 # A row of zeros, or of another's values, puts a block off by 1.1e-2 or more; rounding to bfloat16 by some 5e-3, eight
 # times what float16 has in the interpreter.
 INDEXED_BLOCK, INDEXED_ERROR = 8192, 1e-2
-BEYOND = 1000  # samples past 2^31
+BEYOND = 1000  # rows past 2^31
+# Loss, samples, classes and width where rows are copies: both sides of a product pass 2^31 elements, in wide kernels,
+# which takes 1e15 FLOP (in narrow ones it would take 1e17), and the classes alone in narrow kernels.
+BOTH, MANY = 2**31 // 32768 + BEYOND, 2**31 // 128 + BEYOND
+COPIED = (
+    ("normface", BOTH, BOTH, 32768),
+    ("supcon", BOTH, BOTH, 32768),
+    ("normface", 2 * BEYOND, MANY, 128),
+)
+# How many vectors the samples but the last, and the classes that have none, are copies of: primes, so that rows some
+# power of two apart are of different ones.
+COPIES_OF, ABSENT_COPIES_OF = 61, 59
+# At once: the first of `COPIED` takes 25 GiB, a third of it the classes' gradient in float32, each of the others 9.
+INDEXED_AT_ONCE = 4
 # What a rehearsal measures in the place of the standard cases.
 SMALL = [
     *(Entry(Case(op, 64, 20, 48)) for op in forms.PROTOTYPE_LOSSES),
@@ -234,16 +248,20 @@ def every_kernel() -> Iterator[Callable[[], Any]]:
 
 
 def index_range(folder: Path, rehearse: bool) -> bool:
-    """All at once, which takes some 50 GB of the GPU's memory."""
-    return side_by_side("indices", rehearse, len(INDEXED))
+    """As many at once as 60 GiB of the GPU's memory hold."""
+    return side_by_side("indices", rehearse, INDEXED_AT_ONCE)
 
 
 def indexed(rehearse: bool) -> Iterator[Callable[[], bool]]:
+    dtype = torch.float16 if rehearse else torch.bfloat16
     for op, k, d in INDEXED:
-        if rehearse:
-            yield partial(equals_float64, op, 1000, min(k, 16), min(d, 264), torch.float16)
-        else:
-            yield partial(equals_float64, op, 2**31 // max(k, d) + BEYOND, k, d, torch.bfloat16)
+        n = 2**31 // max(k, d) + BEYOND
+        yield partial(equals_float64, op, *((1000, min(k, 16), min(d, 264)) if rehearse else (n, k, d)), dtype)
+    for op, n, k, d in COPIED:
+        torch.cuda.empty_cache()  # of a call before
+        yield partial(
+            copies_equal_float64, op, *((150, 150 + 100 * (k > n), min(d, 264)) if rehearse else (n, k, d)), dtype
+        )
 
 
 def equals_float64(op: str, n: int, k: int, d: int, dtype: torch.dtype) -> bool:
@@ -253,7 +271,8 @@ def equals_float64(op: str, n: int, k: int, d: int, dtype: torch.dtype) -> bool:
     the one where they lie.
 
     Both losses are Σ_c v_c (log Σ_j exp(s_cj) - mean of s_cj over class c). NTCE's anchors are the prototypes, v_c the
-    classes' shares of the samples; SupCon's are one sample a class with n references, all v_c the same.
+    classes' shares of the samples, where one class weighs nothing; SupCon's are one sample a class with n references,
+    all v_c the same.
     """
     g = torch.Generator(this_device()).manual_seed(0)
     z, w = (torch.randn(rows, d, generator=g, device=this_device(), dtype=dtype) for rows in (n, k))
@@ -262,7 +281,9 @@ def equals_float64(op: str, n: int, k: int, d: int, dtype: torch.dtype) -> bool:
     z += w.roll(1, 0)[y]  # at another class's anchor, so that no gradient is little more than noise
     counts = torch.bincount(y, minlength=k).double()
     if op == "ntce":
-        v, loss = counts / n, forms.ours(op, "triton")
+        weight = torch.ones(k, device=w.device)
+        weight[1] = 0
+        v, loss = weight * counts / weight[y].sum(), partial(forms.ours(op, "triton"), weight=weight)
     else:
         v, supcon = torch.full_like(counts, 1 / k), forms.ours(op, "triton")
         loss = lambda z, w, y: supcon(w, torch.arange(k, device=w.device), ref_features=z, ref_labels=y)  # noqa: E731
@@ -271,9 +292,6 @@ def equals_float64(op: str, n: int, k: int, d: int, dtype: torch.dtype) -> bool:
 
     def logits(block: Tensor) -> Tensor:
         return reference.unit_rows(anchors) @ reference.unit_rows(block).T / TAU
-
-    def error(got: Tensor, want: Tensor, dim: int | None = None) -> Tensor:
-        return ((got.double() - want).norm(dim=dim) / want.norm(dim=dim)).max()
 
     anchors = w.detach().double().requires_grad_()
     blocks = [x.detach().split(INDEXED_BLOCK) for x in (z, grad_z, y)]
@@ -286,12 +304,70 @@ def equals_float64(op: str, n: int, k: int, d: int, dtype: torch.dtype) -> bool:
         positives = ((v / counts)[own] * s.T.gather(1, own[:, None])[:, 0]).sum()
         (((v / sums) @ s.exp()).sum() - positives).backward()  # the gradient of v log Σ exp(s) is that of v/Σ exp(s)
         want -= positives.detach()
-        errors.append(error(grad, samples.grad))
-    found = torch.stack([error(value, want), torch.stack(errors).max(), error(grad_w, anchors.grad, 1)]).tolist()
-    names = ("loss", "samples", "anchors")
-    told = ", ".join(f"{name} off by {x:.1e}" for name, x in zip(names, found, strict=True))
-    print(f"    {op} {n} x {k} x {d}, {n * max(k, d) / 2**31:.4f} x 2^31: {told}", flush=True)
-    return found[0] < 1e-3 and all(x < INDEXED_ERROR for x in found)
+        errors.append(relative(grad, samples.grad))
+    found = {
+        "loss": relative(value, want),
+        "samples": torch.stack(errors).max(),
+        "anchors": relative(grad_w, anchors.grad, 1),
+    }
+    return within(f"{op} {n} x {k} x {d}, {n * max(k, d) / 2**31:.4f} x 2^31", found)
+
+
+def copies_equal_float64(op: str, n: int, k: int, d: int, dtype: torch.dtype) -> bool:
+    """The same of n samples of a class each, the last n of k (supcon: of n samples against themselves), row by row.
+
+    Float64 cannot do n x k logits, but here the rows are copies of few vectors: it does one of each, with the number of
+    its copies, and a copy's gradient is its share of the vector's. The last rows of either side are copies of one, the
+    neighbour of another vector on the other side, whose log-sum-exp is mostly theirs.
+    """
+    g = torch.Generator(this_device()).manual_seed(0)
+    last = max(1, min(BEYOND, n // 200))
+    own = torch.arange(n, device=this_device()) % COPIES_OF
+    own[-last:] = COPIES_OF
+    w_kind = torch.cat([COPIES_OF + 1 + torch.arange(k - n, device=own.device) % ABSENT_COPIES_OF, own])
+    z, w = (
+        torch.randn(rows, d, generator=g, device=this_device(), dtype=dtype) / 16  # or float16's gradients would vanish
+        for rows in (COPIES_OF + 1, int(w_kind.max()) + 1)
+    )
+    z += (z if op == "supcon" else w[: len(z)]).roll(1, 0)
+    several_z, several_w = (torch.bincount(kind).double() for kind in (own, w_kind))
+    y = own // 2 if op == "supcon" else torch.arange(k - n, k, device=own.device)
+    kinds, vectors = ((own,), (z,)) if op == "supcon" else ((own, w_kind), (z, w))
+    hc.set_memory_budget(0)
+    leaves = [x[kind].requires_grad_() for x, kind in zip(vectors, kinds, strict=True)]
+    value, *gradients = forms.step(forms.ours(op, "triton"), leaves, y)
+
+    wide = [x.double().requires_grad_() for x in vectors]
+    s = reference.unit_rows(wide[-1]) @ reference.unit_rows(wide[0]).T / TAU
+    own_logits = s.diagonal()
+    if op == "supcon":
+        group = torch.arange(len(s), device=s.device) // 2
+        same = (group[:, None] == group).double()
+        lse = (s.exp() @ several_z - own_logits.exp()).log()
+        positives = ((same * s) @ several_z - own_logits) / (same @ several_z - 1)
+    else:
+        lse, positives = (several_w @ s.exp()).log(), own_logits
+    want = (lse - positives) @ several_z / n
+    want.backward()
+    found = {"loss": relative(value, want.detach())}
+    for name, x, kind, grad in zip(("samples", "classes"), wide, kinds, gradients, strict=False):
+        of_copy = x.grad / torch.bincount(kind).double()[:, None]
+        blocks = zip(grad.split(2**25 // d), kind.split(2**25 // d), strict=True)
+        found[name] = torch.stack([relative(block, of_copy[part], 1) for block, part in blocks]).max()
+    return within(f"{op} {n} x {k} x {d} of copies, {max(n, k) * d / 2**31:.4f} x 2^31", found)
+
+
+def relative(got: Tensor, want: Tensor, dim: int | None = None) -> Tensor:
+    """The largest relative error; of what must be zero, zero or infinite."""
+    distance, size = (x.norm(dim=dim) for x in (got.double() - want, want))
+    return torch.where((distance == 0) & (size == 0), 0.0, distance / size).max()
+
+
+def within(what: str, found: dict[str, Tensor]) -> bool:
+    """Whether the loss and all gradients are, after telling how far off they are."""
+    off = {name: x.item() for name, x in found.items()}
+    print(f"    {what}: " + ", ".join(f"{name} off by {x:.1e}" for name, x in off.items()), flush=True)
+    return off["loss"] < 1e-3 and all(x < INDEXED_ERROR for x in off.values())
 
 
 def measured(folder: Path, rehearse: bool) -> bool:

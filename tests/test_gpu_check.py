@@ -206,7 +206,7 @@ def test_a_wrong_row_is_told_from_rounding(op, monkeypatch):
 @pytest.mark.usefixtures("memory_budget")
 def test_the_anchor_of_few_samples_counts_by_itself(monkeypatch):
     """Its gradient is less than a hundredth of all of them together."""
-    run, size = forms.step, ("ntce", 200, 2, 24, torch.float16)
+    run, size = forms.step, ("ntce", 200, 3, 24, torch.float16)
     outputs = []
     monkeypatch.setattr(forms, "step", lambda *args: outputs or outputs.extend(run(*args)) or outputs)
     assert gpu_check.equals_float64(*size)
@@ -232,6 +232,63 @@ def test_a_sum_over_wrong_samples_is_told_from_rounding(op, monkeypatch):
     assert not gpu_check.equals_float64(*size)
 
 
+@pytest.mark.usefixtures("memory_budget")
+def test_a_class_that_weighs_nothing_where_exponentials_are_kept(monkeypatch):
+    """Its gradient is zero, and nothing else is right."""
+    monkeypatch.setattr(_launch, "is_narrow", lambda tables, x: False)
+    monkeypatch.setattr(_launch, "KEEP_WIDTH", 1)
+    monkeypatch.setattr(_launch, "KEEP_FLOP", 0)
+    run, size = forms.step, ("ntce", 200, 24, 16, torch.float16)
+    with record_launches(monkeypatch) as launched:  # which runs none
+        gpu_check.equals_float64(*size)
+    assert [dict(options)["KEPT"] for name, options in launched if name == "_lse_bwd_tile_kernel"] == [True]
+    outputs = []
+    monkeypatch.setattr(forms, "step", lambda *args: outputs or outputs.extend(run(*args)) or outputs)
+    assert gpu_check.equals_float64(*size)
+    assert not outputs[2][1].any()
+    outputs[2][1, 3] = 1e-6
+    assert not gpu_check.equals_float64(*size)
+
+
+@pytest.mark.usefixtures("memory_budget")
+@pytest.mark.parametrize("case", [("normface", 40, 40), ("normface", 40, 60), ("supcon", 40, 40)])
+def test_a_wrong_row_of_copies_is_told(case, monkeypatch):
+    """The last one of either gradient, or of either side as the other's sums read it."""
+    monkeypatch.setattr(gpu_check, "COPIES_OF", 11)
+    monkeypatch.setattr(gpu_check, "ABSENT_COPIES_OF", 7)
+    run, size = forms.step, (*case, 24, torch.float16)
+    assert gpu_check.copies_equal_float64(*size)
+    outputs = []
+    monkeypatch.setattr(forms, "step", lambda *args: outputs or outputs.extend(run(*args)) or outputs)
+    assert gpu_check.copies_equal_float64(*size)
+    for gradient in outputs[1:]:
+        for wrong in (torch.zeros(24), torch.full((24,), torch.nan), gradient[-20].clone()):
+            right = gradient[-1].clone()
+            gradient[-1] = wrong
+            assert not gpu_check.copies_equal_float64(*size)
+            gradient[-1] = right
+    assert gpu_check.copies_equal_float64(*size)
+    for side in range(len(outputs) - 1):
+
+        def wrapped(loss, leaves, y, side=side):
+            """The last rows read as the first ones."""
+            read = [x.detach().clone() for x in leaves]
+            read[side][-1:] = read[side][:1]
+            return run(loss, [x.requires_grad_() for x in read], y)
+
+        def of_the_other(loss, leaves, y, side=side, wrapped=wrapped):
+            right, wrong = run(loss, leaves, y), wrapped(loss, leaves, y)
+            return [right[0], *(right[i] if i == 1 + side else wrong[i] for i in range(1, len(right)))]
+
+        monkeypatch.setattr(forms, "step", wrapped if case[0] == "supcon" else of_the_other)
+        assert not gpu_check.copies_equal_float64(*size)
+
+
+def test_copies_differ_from_rows_some_power_of_two_away():
+    for prime in (gpu_check.COPIES_OF, gpu_check.ABSENT_COPIES_OF):
+        assert all(2**shift % prime for shift in range(32))
+
+
 def test_a_row_shows_in_a_block_of_bfloat16():
     assert gpu_check.INDEXED_BLOCK**-0.5 > gpu_check.INDEXED_ERROR > torch.finfo(torch.bfloat16).eps
 
@@ -250,18 +307,29 @@ def test_indices_meet_every_kernel_of_both_passes(monkeypatch):
 
 
 def test_indices_pass_two_to_the_31(monkeypatch):
+    """Of the samples, in narrow and wide kernels; of kept exponentials; of both sides of a product; of the classes."""
     monkeypatch.setattr(_launch, "kernel_dtype", lambda x: x.dtype)
-    keeping = 0
+    past = set()
     for call in gpu_check.indexed(rehearse=False):
-        _, n, k, d, dtype = call.args
-        z, w = (torch.empty(rows, d, dtype=dtype, device="meta") for rows in (n, k))
+        op, n, *k, d, dtype = call.args
+        z, w = (torch.empty(rows, d, dtype=dtype, device="meta") for rows in (n, *k))
+        narrow = _launch.is_narrow(_launch.BACKWARD_NARROW, z)
         kept, width = _launch.kept_shape(
             z, w, counts=None, temperature=None, inv_temperature=1 / gpu_check.TAU, rows=True, cols=False,
-            normalize=True, keep_bytes=2 * k * (n + 64),
+            normalize=True, keep_bytes=2 * len(w) * (n + 64) if call.func is gpu_check.equals_float64 and len(w) > d else 0,
         )  # fmt: skip
-        keeping += k > d
-        assert (kept * width if k > d else n * d) > 2**31
-    assert keeping == 1
+        sizes = {"samples": n * d, "classes": len(w) * d, "kept": kept * width}
+        past.add((op, narrow, *(name for name, size in sizes.items() if size > 2**31)))
+    assert past == {
+        ("ntce", True, "samples"),
+        ("ntce", False, "samples"),
+        ("ntce", False, "kept"),
+        ("supcon", True, "samples"),
+        ("supcon", False, "samples"),
+        ("normface", False, "samples", "classes"),
+        ("supcon", False, "samples", "classes"),
+        ("normface", True, "classes"),
+    }
 
 
 def test_failures_are_told_when_they_happen(tmp_path):
