@@ -4,9 +4,10 @@ Without options: the standard cases of this machine, a GPU's or a CPU's. --quick
 cores; on a slow machine those that would begin too late are named and left out. --op alone selects among them; --shape,
 --dtype, --labels, --temperature and --features make cases of their own.
 
-A row is judged by its error and its tangential error against float64, of 4,096 samples at most, and at full size by its
-distance to the yardstick, the eager form that does the least work, where that fits into memory. A peer past a bound is
-a finding, one of ours past it, or failing, ends the run with exit code 1. What does not fit into memory is a result.
+A form is judged by the error and the tangential error of its loss, its gradients and their rows: against float64 of
+4,096 samples at most, and at full size beside the yardstick, the eager form that does the least work, where that fits
+into memory. A peer past a bound is a finding, one of ours past it, or failing, ends the run with exit code 1. What does
+not fit into memory is a result.
 """
 
 from __future__ import annotations

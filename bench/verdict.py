@@ -1,7 +1,8 @@
 """Whether a form is right: its errors against float64, and the bound past which it is wrong.
 
 Float64 cannot do a large case, so `judge` looks at the case of `reduced`: fewer samples, the same classes, width and
-temperature. `differs` looks at the case itself, beside the eager form that does the least work.
+temperature. `differs` looks at the case itself, beside the eager form that does the least work. Compared are the loss,
+each gradient and its tangential part as a whole, and both row by row: of thousands of rows a wrong one is little.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from bench.record import Case
 
 EPS = 2**-23  # of float32
 TF32_EPS = 2**-10
+TINY = 2**-126  # float32's smallest normal number
 ERROR_LOGITS = 1 << 22  # that a float64 truth is computed of
 ERROR_SAMPLES = (1024, 4096)  # of a prototype loss, whose specification may be N x N: at least, at most
 
@@ -53,8 +55,8 @@ def _relative(distance: float, size: float) -> float:
 class Judged(NamedTuple):
     """Errors of a step against float64, as in `record.Row`, and why it is wrong, if it is.
 
-    apart: how far it may be from the yardstick's step, for each part and in units of `_rounding`: its own limit, and
-    how far the yardstick is from float64.
+    apart: how far it may be from the yardstick's step, for each of `_parts` and in units of `_rounding`: its own limit,
+    and how far the yardstick is from float64.
     """
 
     error: float
@@ -70,22 +72,24 @@ def judge(case: Case, leaves: Sequence[Tensor], y: Tensor, steps: Mapping[str, S
     wide = [x.detach().double().requires_grad_() for x in leaves]
     want = _parts(forms.step(forms.truth(case.op, case.temperature), wide, y), leaves)
     got = {name: _parts(outputs, leaves) for name, outputs in steps.items()}
-    eager = [got[name] for name in forms.EAGER[case.op] if name in got]
     floors = _rounding(case, leaves, y, want)
-    limits = [
-        max(2 * min((d for of in eager if math.isfinite(d := _distance(of[i], want[i]))), default=0.0), floor)
-        for i, floor in enumerate(floors)
+    off = {
+        name: [_times(a, b, floor) for a, b, floor in zip(mine, want, floors, strict=True)]
+        for name, mine in got.items()
+    }
+    eager = [
+        [x for name in forms.EAGER[case.op] if name in got and math.isfinite(x := off[name][i])]
+        for i in range(len(floors))
     ]
-    nearest = got.get(forms.yardstick(case.op), want)
-    apart = tuple(
-        (limit + _distance(a, b)) / floor if floor else math.inf
-        for limit, floor, a, b in zip(limits, floors, nearest, want, strict=True)
-    )
-    first = 1 + len(leaves)
+    times = [max(1.0, 2 * min(found, default=0.0)) for found in eager]
+    nearest = off.get(forms.yardstick(case.op), [0.0] * len(floors))
+    limits = [most * floor for most, floor in zip(times, floors, strict=True)]
+    apart = tuple(most + yardstick for most, yardstick in zip(times, nearest, strict=True))
+    first, rows = 1 + len(leaves), 1 + 2 * len(leaves)
     return {
         name: Judged(
             deviation(mine[:first], want[:first]),
-            deviation(mine[first:], want[first:]),
+            deviation(mine[first:rows], want[first:rows]),
             "" if name in forms.EAGER[case.op] else _excess(mine, want, limits),
             apart,
         )
@@ -124,50 +128,66 @@ def differs(
 
 
 def _parts(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
-    """In float64: the loss, the gradients, and the gradients' tangential parts."""
+    """In float64: the loss, the gradients and their tangential parts; the last two again, to be judged row by row."""
     loss, *gradients = (x.double() for x in outputs)
-    return [loss, *gradients, *(tangential(g, x.detach().double()) for g, x in zip(gradients, leaves, strict=True))]
+    gradients += [tangential(g, x.detach().double()) for g, x in zip(gradients, leaves, strict=True)]
+    return [loss, *gradients, *gradients]
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
-    return (a - b).norm().item()
+def _size(x: Tensor, like: Tensor) -> Tensor:
+    """The norm of a part, or those of its rows."""
+    return x.norm(dim=1) if like.ndim else x.norm()
 
 
-def _units(case: Case, leaves: Sequence[Tensor], y: Tensor) -> list[float]:
-    """How large what cancels in each of the parts is: a logit, or the positives' share of a gradient."""
-    scale = 1 / case.temperature
+def _times(a: Tensor, b: Tensor, floor: Tensor) -> float:
+    """How many times its floor the part, or the worst row of those that have one, is off."""
+    return torch.where(floor > 0, _size(a - b, floor) / floor, 0.0).max().item()
+
+
+def _units(case: Case, leaves: Sequence[Tensor], y: Tensor) -> list[Tensor]:
+    """How large what cancels in each of the parts is: a logit, or the positives' share of a gradient or of its rows."""
+    scale = torch.tensor(1 / case.temperature, dtype=torch.float64)
     lengths = [x.detach().double().norm(dim=1) for x in leaves]
     shares = [torch.full_like(lengths[0], 2 if case.op == "supcon" else 1), torch.bincount(y, minlength=case.k)]
-    positive = [(share / length).norm().item() * scale / case.n for share, length in zip(shares, lengths, strict=False)]
-    return [scale, *positive, *positive]
+    rows = [share / length * scale / case.n for share, length in zip(shares, lengths, strict=False)]
+    positive = [x.norm() for x in rows]
+    return [scale, *positive, *positive, *rows, *rows]
 
 
-def _rounding(case: Case, leaves: Sequence[Tensor], y: Tensor, want: Sequence[Tensor]) -> list[float]:
+def _rounding(case: Case, leaves: Sequence[Tensor], y: Tensor, want: Sequence[Tensor]) -> list[Tensor]:
     """How far rounding alone may take each of the parts from float64's.
 
     A logit of size 1/τ is rounded in float32, hence so are the loss and every exponential: by a unit in the last place,
     five times what all forms do on random features. A probability near 1 less its positive's 1 leaves roundings of one
     positive's gradient, up to 8, which is all that counts near collapse. Results are rounded to their dtype and to its
-    smallest numbers.
+    smallest numbers. Of thousands of rows the worst one's logit may be off by two units, and a row may be made of
+    exponentials too small for float32.
     """
     info = torch.finfo(forms.DTYPES[case.dtype])
     found = []
     for i, (part, unit) in enumerate(zip(want, _units(case, leaves, y), strict=True)):
-        size = part.norm().item()
-        floor = EPS * (size * (1 + 1 / case.temperature) + (8 if i else 1) * unit)
+        size, units, numbers = _size(part, unit), 2 if unit.ndim else 1, part.shape[1] if unit.ndim else part.numel()
+        floor = EPS * (size * (1 + units / case.temperature) + (8 if i else 1) * unit)
         if case.dtype == "tf32":
             floor += TF32_EPS * (size + unit)
         elif i:
-            floor += info.eps * (size + info.smallest_normal * math.sqrt(part.numel()))
+            floor += info.eps * (size + info.smallest_normal * math.sqrt(numbers))
+        if unit.ndim:
+            floor += TINY / case.temperature / leaves[(i - 1) % len(leaves)].detach().double().norm(dim=1)
         found.append(floor)
     return found
 
 
-def _excess(got: Sequence[Tensor], want: Sequence[Tensor], limits: Sequence[float]) -> str:
-    names = ["loss", *(f"{kind} {i}" for kind in ("gradient", "tangential gradient") for i in range(len(want) // 2))]
-    for name, a, b, limit in zip(names, got, want, limits, strict=True):
-        if not _distance(a, b) <= limit:  # so that NaN is wrong too
-            return f"{name} is off by {_distance(a, b):.1e} of {b.norm().item():.1e}, {limit:.1e} allowed"
+def _excess(got: Sequence[Tensor], want: Sequence[Tensor], limits: Sequence[Tensor]) -> str:
+    kinds, leaves = ("gradient", "tangential gradient"), len(want) // 4
+    names = ["loss", *[f"{kind} {i}" for kind in kinds for i in range(leaves)] * 2]
+    for name, a, b, limit in zip(names, got, want, limits, strict=False):
+        off, size = _size(a - b, limit), _size(b, limit)
+        if not (off <= limit).all():  # so that NaN is wrong too
+            if limit.ndim:
+                row = int((~(off <= limit)).nonzero()[0, 0])
+                name, off, size, limit = f"row {row} of {name}", off[row], size[row], limit[row]
+            return f"{name} is off by {off:.1e} of {size:.1e}, {limit:.1e} allowed"
     return ""
 
 

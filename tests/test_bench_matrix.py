@@ -199,6 +199,44 @@ def test_a_gradient_ten_times_less_exact_is_wrong(op):
     assert judged["less exact"].reason.startswith("gradient 0 is off")
 
 
+def row_off(gradients, i, by):
+    """The gradients, with the last row of one too long."""
+    wrong = [g.clone() for g in gradients]
+    wrong[i][-1] *= 1 + by
+    return wrong
+
+
+@pytest.mark.parametrize(("dtype", "by"), [("float32", 3e-5), ("tf32", 0.03), ("bfloat16", 0.2), ("float16", 0.03)])
+@pytest.mark.parametrize("op", forms.EAGER)
+def test_one_wrong_row_among_many_is_told(op, dtype, by):
+    """Of which the whole gradient does not tell: it is judged first, and would be named."""
+    case = Case(op, 1024, 200, 16, dtype)
+    leaves, y = forms.of_case(case, "cpu")
+    loss, *gradients = forms.step(forms.ours(op), leaves, y)
+    eager = forms.EAGER[op][forms.yardstick(op)]
+    steps = {forms.yardstick(op): forms.step(eager, leaves, y), OURS: [loss, *gradients]}
+    steps["a row"] = [loss, *row_off(gradients, 0, by)]
+    steps["not a number"] = [loss, *row_off(gradients, 0, math.nan)]
+    judged = verdict.judge(case, leaves, y, steps)
+    assert not judged[OURS].reason
+    assert judged["a row"].reason.startswith("row 1023 of gradient 0 is off by ")
+    assert judged["not a number"].reason.startswith("gradient 0 is off by nan")
+
+
+def test_one_wrong_row_of_the_tangential_part_is_told():
+    """Hidden in its gradient by a larger part along its vector, as rounding leaves it."""
+    case = Case("ntce", 1024, 200, 16)
+    leaves, y = forms.of_case(case, "cpu")
+    loss, *gradients = forms.step(forms.ours("ntce"), leaves, y)
+    along, rounding = leaves[0].detach() / leaves[0].norm(dim=1, keepdim=True).detach(), 1.0
+    eager = [loss, gradients[0] + rounding * along * gradients[0].norm(dim=1, keepdim=True), gradients[1]]
+    steps = {"eager K x M": eager, "a row": [loss, *row_off(gradients, 0, 0.5)]}
+    steps |= {OURS: [loss, *row_off(gradients, 0, 1e-6)]}
+    judged = verdict.judge(case, leaves, y, steps)
+    assert judged["a row"].reason.startswith("tangential gradient 0")
+    assert not judged[OURS].reason
+
+
 @pytest.mark.parametrize("features", ["random", "collapsed"])
 @pytest.mark.parametrize("op", forms.EAGER)
 def test_eager_forms_are_the_specification(op, features):
@@ -363,6 +401,23 @@ def test_a_gradient_that_is_wrong_at_full_size_alone_is_told(dtype, off, monkeyp
     rows = rows_of(case, {**peers.candidates(case, "cpu", []), OURS: late})
     assert rows[OURS].status == "wrong"
     assert rows[OURS].reason.startswith("at full size, beside eager K x M, gradient 0 is off by")
+
+
+@pytest.mark.parametrize(("dtype", "off"), [("float32", 3e-4), ("bfloat16", 1.0)])
+def test_a_row_that_is_wrong_at_full_size_alone_is_told(dtype, off, monkeypatch):
+    monkeypatch.setattr(verdict, "ERROR_SAMPLES", (256, 256))
+    case, right = Case("ntce", 4096, 40, 16, dtype), forms.ours("ntce")
+
+    def late(z, w, y):
+        """The right value; of many samples the gradient of the last one is too long by a share."""
+        if len(z) > 256:
+            z = torch.cat([z[:-1], z[-1:] + off * (z[-1:] - z[-1:].detach())])
+        return right(z, w, y)
+
+    rows = rows_of(case, {**peers.candidates(case, "cpu", []), OURS: late, "right": right})
+    assert rows["right"].status == "ok"
+    assert rows[OURS].status == "wrong"
+    assert rows[OURS].reason.startswith("at full size, beside eager K x M, row 4095 of gradient 0 is off by")
 
 
 def test_a_wrong_form_fails_the_run(monkeypatch, tmp_path, capsys):
