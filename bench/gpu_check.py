@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import importlib.metadata
 import importlib.util
 import itertools
@@ -440,14 +439,12 @@ def training(folder: Path, rehearse: bool) -> bool | str:
         return missing
     pictures, steps, options = (64, 2, {"batch_size": 32, "width": 8}) if rehearse else (50_000, 200, {})
     runs = [("nonl", "off")] if rehearse else [("nonl", "off"), ("nonl", "on"), ("scl", "on")]
-    with (folder / "training.csv").open("w", newline="", buffering=1) as file:  # a row is there as soon as measured
-        for loss, mode in runs:
-            row = step.measure(f"cifar10-{loss}", pictures, steps, compile=mode, **options).flat()
-            print("    " + "  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-            writer = csv.DictWriter(file, row)
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+    table = folder / "training.csv"
+    table.unlink(missing_ok=True)
+    for loss, mode in runs:
+        row = step.measure(f"cifar10-{loss}", pictures, steps, compile=mode, **options).flat()
+        print("    " + "  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        record.append(table, row)
     return True
 
 

@@ -11,7 +11,7 @@ import functools
 import platform
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -191,19 +191,27 @@ def _version(package: str) -> str:
         return ""
 
 
+def append(path: Path, line: Mapping[str, Any]) -> None:
+    """Add a line to a CSV file; its names too, where the file is new or empty."""
+    with access(path, "written"), path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, line)
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(line)
+
+
 class Writer:
     """A CSV file that has every row as soon as it was measured."""
 
     def __init__(self, path: Path, kind: type = Row) -> None:
-        self.path, self.columns = path, columns(kind)
+        self.path = path
         with access(path, "written"):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w", newline="") as file:
-                csv.writer(file).writerow(self.columns)
+                csv.writer(file).writerow(columns(kind))
 
     def add(self, row: Any) -> None:
-        with access(self.path, "written"), self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(dataclasses.asdict(row))
+        append(self.path, dataclasses.asdict(row))
 
 
 def read(path: Path, kind: type[Record] = Row) -> list[Record]:

@@ -25,7 +25,6 @@ in turns.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import importlib.util
 import itertools
@@ -375,23 +374,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _on_rank(order: _Order) -> None:
     with joined(configure(recipe=order.recipes[0], **order.options)) as ranks:
-        found = []
-        for recipe in order.recipes:
-            found.append(measure(recipe, order.pictures, order.steps, ranks, **order.options).flat())
-            if ranks.rank == 0:
-                _show(found)
         if ranks.rank == 0 and order.output is not None:
-            with order.output.open("w", newline="") as file:
-                writer = csv.DictWriter(file, found[0])
-                writer.writeheader()
-                writer.writerows(found)
+            order.output.write_text("")
+        for place, recipe in enumerate(order.recipes):
+            found = measure(recipe, order.pictures, order.steps, ranks, **order.options).flat()
+            if ranks.rank == 0:
+                _show(found, first=place == 0)
+                if order.output is not None:
+                    record.append(order.output, found)
 
 
-def _show(found: Sequence[dict[str, Any]]) -> None:
-    """The last line of a table, under its head if it is the first."""
-    last = found[-1]
+def _show(last: dict[str, Any], first: bool) -> None:
+    """A line of a table, under its head if it is the first."""
     shares = (*PARTS, "communication", "rest")
-    if len(found) == 1:
+    if first:
         print(f"# {last['device']}, {last['ranks']} ranks, torch {torch.__version__}, commit {record.commit()}")
         head = ("recipe", "n", "K", "D", "step ms", *shares, "pictures/s", "s an epoch")
         print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")

@@ -14,7 +14,6 @@ tests/test_compile.py compile it with all flags. Evidence ranks and does not pre
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
 import os
 import statistics
@@ -35,7 +34,7 @@ from bench import forms, verdict
 from bench.arguments import at_least, new_folder, non_negative, writable
 from bench.candidates import DTYPES, KERNELS, Cell, Evidence, cells, examine
 from bench.measure import clock, interleaved, ratio, reason_of
-from bench.record import environment
+from bench.record import append, environment
 from hypercontrast.config import UsageError
 from hypercontrast.kernels import _launch
 from hypercontrast.kernels._launch import Config
@@ -94,12 +93,7 @@ class Table:
         self.path, self.environment = path, environment(device) | where
 
     def add(self, line: dict[str, Any]) -> None:
-        line = {**line, **self.environment}
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, line)
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(line)
+        append(self.path, line | self.environment)
 
 
 # Evidence
