@@ -279,8 +279,12 @@ def measure(recipe: str, pictures: int | None, steps: int, ranks: Ranks | None =
         recipe, config.loss, ranks.world, str(record.environment(ranks.device.type)["device"]),
         compiles(config, ranks.device), n, k, d, measured, round(warm_up, 2), round(whole, 3), parts,
         communication=whole - alone, rest=alone - sum(parts.values()),
-        pictures_per_s=round(pictures_per_s, 1), epoch_s=round(training.facts.train / pictures_per_s, 3),
+        pictures_per_s=_four_digits(pictures_per_s), epoch_s=_four_digits(training.facts.train / pictures_per_s),
     )  # fmt: skip
+
+
+def _four_digits(x: float) -> float:
+    return float(f"{x:.4g}")
 
 
 def missing() -> str:

@@ -127,6 +127,14 @@ def test_shares_add_up_to_the_whole_step(loss):
     assert sum(flat[name] for name in (*PARTS, "communication", "rest")) == pytest.approx(1, abs=1e-3)
 
 
+def test_a_slow_machine_keeps_its_digits(monkeypatch):
+    """29.96 pictures a second are not 30."""
+    monkeypatch.setattr(Training, "whole", lambda self, steps, *, exchange=True: [534.0] * steps)
+    shares = measure("cifar10-nonl", 50, 4, **SMALL)
+    assert shares.pictures_per_s == 29.96
+    assert shares.epoch_s == 1669
+
+
 def test_rows_compare_our_loss_with_the_eager_one():
     found = list(rows("cpu", quick=True))
     assert [row.form for row in found] == ["eager", "ours"] * 2
