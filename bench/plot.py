@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import math
 import re
 import textwrap
@@ -296,7 +297,8 @@ def _draw_lines(axes: Axes, panel: Sequence[Row], quantity: Quantity, style: dic
     axes.set_xscale("log", base=2)
     if quantity.is_time:
         axes.set_yscale("log")
-        low, high = min(measured, default=1), max(measured, default=1)  # of a panel of crosses alone
+        drawn = [*measured, *itertools.chain(*(quantity.band(row) or () for row in panel if quantity.value(row)))]
+        low, high = min(drawn, default=1), max(drawn, default=1)  # of a panel of crosses alone
         axes.set_ylim(low / 1.6, high * 1.6)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
     else:  # nothing at all is a result, and has no logarithm

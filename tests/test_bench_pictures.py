@@ -113,6 +113,14 @@ def test_growth(pixels):
     assert axes.get_ylabel() == "ms"
 
 
+def test_a_wide_band_is_whole(pixels):
+    """That of a noisy machine, whose ends lie far from the medians."""
+    rows = [replace(row("ours", n, 2.0), fwd_bwd_p20=0.5, fwd_bwd_p80=40.0) for n in SIZES]
+    (axes,) = plot.figures_of(rows, [])["time-float32"].axes
+    low, high = axes.get_ylim()
+    assert low < 0.5 < 40 < high
+
+
 @pytest.mark.parametrize("quantity", ["time", "memory"])
 def test_out_of_memory_is_a_cross_above_all_values(pixels, quantity):
     (axes,) = plot.figures_of(GROWTH, [])[f"{quantity}-float32"].axes
