@@ -387,7 +387,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         if importlib.util.find_spec("matplotlib") is None:
             raise UsageError("--output needs matplotlib: pip install 'hypercontrast[bench]'")
-        writable(args.output / "measured.csv")
+        writer = record.Writer(writable(args.output / "measured.csv"), Measured)
     measured = []
     print(f"# Measured over Gloo, {record.cpu_name()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
     print(_header(MEASURED_COLUMNS), flush=True)
@@ -396,6 +396,8 @@ def run(args: argparse.Namespace) -> int:
             for shape in shapes:
                 measured.append(measure(way, Case(ranks, *shape)))
                 print(_line(measured[-1], MEASURED_COLUMNS), flush=True)
+                if args.output is not None:
+                    writer.add(measured[-1])
     modelled = model()
     print("\n# A model of H100 nodes, see bench/network.py: not measured\n")
     print(_header(MODEL_COLUMNS))
@@ -403,10 +405,9 @@ def run(args: argparse.Namespace) -> int:
         if row.gpus in SHOWN_GPUS:
             print(_line(row, MODEL_COLUMNS))
     if args.output is not None:
-        for name, rows in (("measured", measured), ("model", modelled)):
-            writer = record.Writer(args.output / f"{name}.csv", type(rows[0]))
-            for row in rows:
-                writer.add(row)
+        writer = record.Writer(args.output / "model.csv", Modelled)
+        for row in modelled:
+            writer.add(row)
         draw(modelled, args.output / "communication.png")
     if wrong := [row for row in measured if not row.agrees]:
         print(f"computed and measured bytes must be equal, got {wrong[0]}", file=sys.stderr)

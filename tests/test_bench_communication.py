@@ -106,6 +106,16 @@ def test_the_command_measures_and_models(tmp_path, monkeypatch, capsys):
     assert row["payload"] == row["payload_computed"] == "580"
 
 
+def test_what_was_measured_is_there_when_the_next_fails(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    rows = iter([Measured("nonl", 2, 8, 5, 4, "float32", 3, 96, 96, ring_bytes=88, socket_bytes=None, loss_ms=1.0)])
+    monkeypatch.setattr(communication, "measure", lambda way, case: next(rows))
+    with pytest.raises(StopIteration):
+        command("--ranks", "2", "--output", str(tmp_path))
+    with (tmp_path / "measured.csv").open() as file:
+        assert [row["payload"] for row in csv.DictReader(file)] == ["96"]
+
+
 def test_a_mismatch_fails_the_command(monkeypatch, capsys):
     row = Measured(
         "nonl", 2, 8, 5, 4, "float32", 3, payload=96, payload_computed=88, ring_bytes=88, socket_bytes=None, loss_ms=1.0
