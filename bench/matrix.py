@@ -193,7 +193,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--dtype", nargs="+", choices=forms.DTYPES, metavar="DTYPE", help=", ".join(forms.DTYPES))
     parser.add_argument("--labels", nargs="+", choices=forms.LABELS, metavar="LABELS", help=", ".join(forms.LABELS))
-    parser.add_argument("--temperature", nargs="+", type=float, metavar="T")
+    parser.add_argument("--temperature", nargs="+", type=float, metavar="T", help="τ (default: 0.1)")
     parser.add_argument(
         "--features", nargs="+", choices=("random", "collapsed"), metavar="FEATURES", help="random, collapsed"
     )
@@ -202,7 +202,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vs", nargs="*", choices=everyone, metavar="PEER",
         help=f"of {', '.join(everyone)} (default: what a case calls for; none: the cheapest eager form alone)",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=non_negative, metavar="S", help="of rounds a case (default: 5, quick: 1)")
+    parser.add_argument(
+        "--seconds", type=non_negative, metavar="S", help="of rounds a case but of op step (default: 5, quick: 1)"
+    )
     parser.add_argument("--threads", type=at_least(1), metavar="T", help="of the CPU (default: torch's choice)")
     add_output(parser)
 
