@@ -132,8 +132,11 @@ def _encoded(words: str) -> Tensor:
 
 
 def _compare(told: Tensor) -> None:
-    """Raise ValueError for the first rank that refused, else for the first that differs from rank 0."""
-    if torch.equal(told, told[:1].expand_as(told)) and told[0, 0] != ord(REFUSED):
+    """Raise ValueError for the first rank that refused, else for the first that differs from rank 0.
+
+    Ranks that all refuse do not come here: each has raised its own error.
+    """
+    if torch.equal(told, told[:1].expand_as(told)):
         return
     words = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in told]
     for rank, said in enumerate(words):
