@@ -96,7 +96,10 @@ def accumulate_exact(
             torch.autograd.backward([root for root, _ in roots], [g for _, g in roots])
         if len(first):
             again, first = again.detach().to(drift.dtype), first.to(drift.dtype)  # half precision takes 1e-30 for 0
-            drift = torch.maximum(drift, (again - first).abs().amax() / first.abs().amax().clamp(min=1e-30))
+            # What is not finite both times is the same: a training that diverges shows it in its loss.
+            lost = ~(again.isfinite() | first.isfinite())
+            change, largest = (again - first).masked_fill(lost, 0).abs().amax(), first.nan_to_num(0, 0, 0).abs().amax()
+            drift = torch.maximum(drift, change / largest.clamp(min=1e-30))
     _set_random_state(after_loss)  # else the next step would draw what loss_fn has drawn in this one
     if not drift <= torch.finfo(everything.dtype).eps ** 0.5:  # more than kernels differ that add in another order
         raise ValueError(f"encoder must give the same features twice, got a difference of {drift.item():.3g}")

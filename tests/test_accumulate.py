@@ -1,5 +1,7 @@
 """A step over chunks equals one big batch: loss, every gradient, buffers; alone and under DDP."""
 
+import math
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -279,6 +281,66 @@ def test_parameters_that_would_get_no_gradient(given, message):
         hc.accumulate_exact(encoder, lambda z: hc.ntce_loss(z, head.prototypes, y), x.split(2), given(head))
     hc.accumulate_exact(encoder, lambda z: hc.ntce_loss(z, head.prototypes, y), x.split(2), head.parameters())
     assert head.prototypes.grad is not None
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+@pytest.mark.parametrize(("change", "rounding"), [(1e-12, True), (1e-6, False), (math.nan, False)])
+def test_a_change_in_any_chunk_is_noticed(chunk, change, rounding):
+    """But for what kernels differ by that add in another order."""
+    encoder, x, _ = make(n=21)
+    calls = iter(range(6))
+
+    def drifting(part):
+        features = encoder(part)
+        return features * (1 + change) if next(calls) == 3 + chunk else features
+
+    expected = nullcontext() if rounding else pytest.raises(ValueError, match="the same features twice")
+    with expected:
+        hc.accumulate_exact(drifting, lambda z: z.square().sum(), x.split(7))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("first", [math.nan, math.inf])
+def test_features_that_are_not_finite_reach_the_loss(first, bad):
+    """That training has diverged is not the encoder's fault, whatever kernels make of it with a graph and without."""
+    encoder, x, _ = make()
+    x[3] = bad
+
+    def diverged(part):
+        features = encoder(part)
+        return features if torch.is_grad_enabled() else torch.where(features.isfinite(), features, first)
+
+    loss = hc.accumulate_exact(diverged, lambda z: z.square().sum(), x.split(7))
+    assert not loss.isfinite()
+    assert not encoder.layers[0].weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("first", "again"), [(1.0, math.inf), (math.nan, 1.0)])
+def test_features_that_are_finite_once_are_not_the_same(first, again):
+    encoder, x, _ = make()
+
+    def drifting(part):
+        return encoder(part) * (again if torch.is_grad_enabled() else first)
+
+    with pytest.raises(ValueError, match="the same features twice"):
+        hc.accumulate_exact(drifting, lambda z: z.square().sum(), x.split(7))
+
+
+def test_a_chunk_without_rows_adds_nothing():
+    encoder, x, _ = make(n=2)
+    encoder(x).square().sum().backward()
+    want = gradients(encoder.layers)
+    hc.accumulate_exact(encoder, lambda z: z.square().sum(), x.tensor_split(3))
+    assert_same(gradients(encoder.layers), want)
+
+
+def test_a_frozen_parameter_stays_without_a_gradient():
+    """As fixed prototypes among a head's parameters."""
+    encoder, x, y = make()
+    encoder.prototypes.requires_grad_(False)
+    hc.accumulate_exact(encoder, lambda z: LOSSES["ntce"](z, encoder.prototypes, y), x.split(10), [encoder.prototypes])
+    assert encoder.prototypes.grad is None
+    assert encoder.layers[0].weight.grad is not None
 
 
 def test_features_of_zero_in_half_precision():
