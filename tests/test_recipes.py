@@ -12,7 +12,7 @@ from hypercontrast.config import configure, read_recipe, recipe_names
 from hypercontrast.data import FACTS
 from hypercontrast.launch import Ranks
 from hypercontrast.objective import VIEWS, Objective
-from hypercontrast.plan import plan
+from hypercontrast.plan import _published_extent, plan
 from hypercontrast.step import Step
 from hypercontrast.workspace import build_network
 
@@ -154,3 +154,5 @@ def test_a_plan_of_missing_pictures_says_what_is_missing():
     assert "12406 training" in text
     assert "missing" in text
     assert str(data.steps_per_epoch(12406, 512)) + " an epoch" in text
+    limited = _published_extent(configure(recipe="cifar10-nonl", limit=20_000), "")
+    assert (limited.train, limited.validation) == (20_000, 10_000)

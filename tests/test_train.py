@@ -1,6 +1,7 @@
 """The training driver: settings, errors, runs, resuming, ranks."""
 
 import builtins
+import copy
 import dataclasses
 import itertools
 import json
@@ -13,22 +14,26 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import ranks
 import torch
 from runs import CLOCK, assert_same_run, records, timeless
 
-from hypercontrast import data
+from hypercontrast import NegativeBuffer, data, ntce_loss
 from hypercontrast.checkpoint import load_checkpoint
 from hypercontrast.config import Config, UsageError, configure, parse, read_config, read_recipe, to_yaml
+from hypercontrast.evaluate import Options, evaluate
 from hypercontrast.launch import Ranks
 from hypercontrast.losses import CELoss
 from hypercontrast.metrics import DESCRIPTIONS
-from hypercontrast.objective import inverse_weights
-from hypercontrast.plan import _seconds_per_picture
+from hypercontrast.objective import Objective, inverse_weights
+from hypercontrast.plan import _activation_bytes, _duration, _seconds_per_picture
 from hypercontrast.runs import load_runs
+from hypercontrast.step import Step
 from hypercontrast.train import (
     LossRecord,
     NotFinite,
@@ -40,11 +45,13 @@ from hypercontrast.train import (
     prepare,
     train,
 )
+from hypercontrast.workspace import build_network
 
 for extra in ("mlxtend", "safetensors", "tyro", "yaml"):
     pytest.importorskip(extra)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+ALONE = Ranks(0, 1, torch.device("cpu"))
 SMALL = {"limit": 200, "batch_size": 50, "cpu_ranks": 1}
 SMALL_FLAGS = ["--limit", "200", "--batch-size", "50", "--cpu-ranks", "1"]
 
@@ -225,8 +232,6 @@ def test_scl_classifies_by_its_class_means(head, dim, tmp_path):
 
 
 def test_scl_sees_two_different_views_of_every_picture(tmp_path, monkeypatch):
-    from hypercontrast.objective import Objective
-
     seen = []
 
     def spy(self, features, labels, share):
@@ -507,6 +512,47 @@ def test_a_plan_times_batches_not_a_few_pictures(a_pass, a_picture, passes, monk
     assert seconds == pytest.approx(a_pass / passes[-1] + a_picture)
 
 
+def planned(**options):
+    """The plan of a run on 100 pictures whose activations take 8 MiB each and whose pass takes 0.25 s."""
+    shared = {"limit": 100, "batch_size": 50, "epochs": 4, "cpu_ranks": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hypercontrast.plan._activation_bytes", lambda *_: 2**23)
+        patch.setattr("hypercontrast.plan._seconds_per_picture", lambda *_: 0.25)
+        return plan(configure(**(shared | options)))
+
+
+@pytest.mark.parametrize(
+    ("options", "pictures", "seconds"),
+    [
+        ({}, 50, "100"),
+        ({"epochs": 1}, 50, "25"),
+        ({"loss": "scl", "epochs": 1}, 100, "50"),
+        ({"cpu_ranks": 2}, 25, "50"),
+        ({"accumulate": 5, "epochs": 3}, 10, "100"),
+        ({"accumulate": 2, "cpu_ranks": 2, "loss": "scl", "epochs": 3}, 25, "100"),
+        ({"batch_size": 60}, 50, "100"),  # two equal batches
+    ],
+)
+def test_a_plan_adds_up(options, pictures, seconds):
+    """Memory: activations of a rank's chunk, all its views; beside them megabytes. Time: of a rank, all its views, and
+    a third more where everything is encoded twice.
+    """
+    text = planned(**options)
+    assert int(re.search(r"about (\d+) MiB", text)[1]) == pytest.approx(8 * pictures, abs=5)
+    assert f"about {seconds} seconds if cpu" in text
+
+
+def test_durations_are_in_a_unit_that_suits():
+    assert [_duration(s) for s in (0.4, 119, 120, 7199, 7200, 71.9 * 3600, 72 * 3600)] == [
+        "0 seconds", "119 seconds", "2 minutes", "120 minutes", "2 hours", "72 hours", "3 days",
+    ]  # fmt: skip
+
+
+def test_activations_are_what_all_layers_of_a_picture_give():
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Sequential(torch.nn.Linear(12, 5), torch.nn.ReLU()))
+    assert _activation_bytes(network, torch.zeros(2, 3, 2, 2)) == 4 * (12 + 5 + 5)
+
+
 @pytest.mark.parametrize(
     ("loss", "flags"),
     [
@@ -529,15 +575,10 @@ def test_a_loss_that_blows_up_stops_the_run(loss, flags, tmp_path, capsys):
 @pytest.mark.parametrize("bad", ["loss", "gradient", "features"])
 def test_nothing_is_updated_from_a_bad_step_on(bad):
     """Not by later steps either: on a GPU the host hears of it only then."""
-    from hypercontrast.objective import Objective
-    from hypercontrast.step import Step
-    from hypercontrast.workspace import build_network
-
-    cpu = Ranks(0, 1, torch.device("cpu"))
     config = configure(cpu_ranks=1, loss="ce")
     network = build_network(config, 1, 28, 10)
-    objective = Objective(network, config, cpu, 20, torch.full((10,), 2))
-    step = Step(objective, config, cpu)
+    objective = Objective(network, config, ALONE, 20, torch.full((10,), 2))
+    step = Step(objective, config, ALONE)
     images, labels = torch.randn(20, 1, 28, 28), torch.arange(20) % 10
     assert step(images, labels, 1.0, 0.1).isfinite()
     before = [
@@ -555,6 +596,79 @@ def test_nothing_is_updated_from_a_bad_step_on(bad):
     assert all(a.equal(b) for a, b in zip(after, before, strict=True))
 
 
+def test_a_step_is_sgd_at_the_rate_that_it_is_given():
+    """With momentum 0.9, gradients of this step alone, and weight decay for all but the temperature."""
+    config = configure(cpu_ranks=1, loss="ntce", temperature_rule="learned", weight_decay=0.1)
+    torch.manual_seed(0)
+    network = build_network(config, 1, 28, 10)
+    twin = copy.deepcopy(network)
+    step = Step(Objective(network, config, ALONE, 20, torch.full((10,), 2)), config, ALONE)
+    expected = dict(twin.named_parameters())
+    momenta = dict.fromkeys(expected, 0.0)
+    for lr in (0.1, 0.03):
+        images, labels = torch.randn(20, 1, 28, 28), torch.randint(0, 10, (20,))
+        loss = ntce_loss(twin(images), twin.head.prototypes, labels, temperature=twin.log_temperature.exp())
+        gradients = torch.autograd.grad(loss, list(expected.values()))
+        assert step(images, labels, 1.0, lr) == pytest.approx(loss.item(), rel=1e-5)
+        with torch.no_grad():
+            for (name, x), gradient in zip(expected.items(), gradients, strict=True):
+                decay = 0.0 if name == "log_temperature" else 0.1
+                momenta[name] = 0.9 * momenta[name] + gradient + decay * x
+                x -= lr * momenta[name]
+        for name, x in network.named_parameters():
+            torch.testing.assert_close(x, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_features_that_nobody_looks_at_fail_the_step_too(accumulate, monkeypatch):
+    """As on a GPU, where the host would wait for them."""
+    monkeypatch.setattr(Step, "_check", lambda *_: None)
+    config = configure(cpu_ranks=1, loss="ce", accumulate=accumulate)
+    network = build_network(config, 1, 28, 10)
+    step = Step(Objective(network, config, ALONE, 20, torch.full((10,), 2)), config, ALONE)
+    before = [x.clone() for x in network.parameters()]
+    images = torch.randn(20, 1, 28, 28)
+    images[3] = torch.inf
+    assert not step(images, torch.arange(20) % 10, 1.0, 0.1).isfinite()
+    assert all(x.equal(y) for x, y in zip(before, network.parameters(), strict=True))
+
+
+class WithAnother:
+    """A rank of two, to whose sums the other adds `theirs`."""
+
+    world, theirs = 2, 0.0
+
+    def sum(self, x):
+        return x.add_(self.theirs)
+
+
+@pytest.mark.parametrize(("loss", "bad"), [(3.0, False), (math.nan, False), (1.0, True)])
+def test_a_step_hears_of_the_other_ranks(loss, bad):
+    """It returns the mean of the ranks' losses, and changes nothing where another's loss or features are not finite."""
+    config = configure(cpu_ranks=1, loss="ce")
+    network = build_network(config, 1, 28, 10)
+    objective = Objective(network, config, ALONE, 20, torch.full((10,), 2))
+    step = Step(objective, config, ALONE)
+    step.ranks = WithAnother()
+    step.ranks.theirs = float(bad)  # first it is asked whether its features are bad
+    own, before = [], [x.clone() for x in network.parameters()]
+
+    def forward(*inputs):
+        own.append(CELoss()(*inputs))
+        step.ranks.theirs = loss
+        return own[0]
+
+    objective.loss.forward = forward
+    seen = step(torch.randn(20, 1, 28, 28), torch.arange(20) % 10, 1.0, 0.1)
+    unchanged = [x.equal(y) for x, y in zip(before, network.parameters(), strict=True)]
+    if bad or math.isnan(loss):
+        assert seen.isnan()
+        assert all(unchanged)
+    else:
+        assert seen == pytest.approx((own[0].item() + loss) / 2)
+        assert not any(unchanged)
+
+
 def blown_up(loss):
     """The same value with a gradient that is not finite."""
     return loss + ((loss - loss.detach()).sqrt())
@@ -567,8 +681,6 @@ BAD_STEP = (
 
 
 def test_a_bad_batch_is_named_with_its_samples_and_the_last_good_checkpoint(tmp_path, monkeypatch):
-    from hypercontrast.objective import Objective
-
     folder = tmp_path / "run"
     real, calls = Objective.__call__, []
 
@@ -612,6 +724,51 @@ def test_shares_make_the_average_over_ranks_the_average_over_samples():
     total = sum(CELoss()(logits[part], labels[part]) * len(part) * 3 / 11 for part in parts) / 3
     (actual,) = torch.autograd.grad(total, logits)
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("loss", ["ce", "etf-dr", "nonl", "ntce", "normface", "scl"])
+def test_a_share_weighs_the_losses_that_do_not_span_the_ranks(loss):
+    config = configure(loss=loss, cpu_ranks=1)
+    objective = Objective(build_network(config, 1, 28, 10), config, ALONE, 20, torch.full((10,), 2))
+    features, labels = torch.randn(20, 128), torch.arange(20) % 10
+    whole, half = (objective(features, labels, share).item() for share in (1.0, 0.5))
+    assert half == pytest.approx(whole / 2 if loss in ("ce", "etf-dr") else whole)
+
+
+def test_a_learned_temperature_is_put_back_into_its_range():
+    config = configure(temperature_rule="learned", final_temperature=0.05, cpu_ranks=1)
+    network = build_network(config, 1, 28, 10)
+    objective = Objective(network, config, ALONE, 20, torch.full((10,), 2))
+    for learned, kept in ((-9.0, 0.05), (-1.0, math.exp(-1)), (0.5, 1.0)):
+        with torch.no_grad():
+            network.log_temperature.fill_(learned)
+        objective.remember()
+        assert objective.temperature.item() == pytest.approx(kept)
+
+
+def test_a_rank_goes_on_with_its_own_queue_unless_there_are_other_ranks():
+    """Of the prototype losses each rank keeps its part, rounded up."""
+
+    def made(rank, world):
+        return Objective(network, config, Ranks(rank, world, torch.device("cpu")), 4, torch.full((10,), 2))
+
+    config = configure(queue=5, cpu_ranks=2)
+    network = build_network(config, 1, 28, 10)
+    queues = []
+    for rank in range(2):
+        objective = made(rank, 2)
+        objective.queue.push(torch.randn(2, 128), torch.tensor([rank, rank]))
+        queues.append(objective.queue.state_dict())
+    assert [len(queue["labels"]) for queue in queues] == [3, 3]
+    for rank in range(2):
+        objective = made(rank, 2)
+        objective.load_state(queues)
+        assert objective.queue.queued()[1].equal(queues[rank]["labels"])
+    for world in (1, 3):
+        objective = made(0, world)
+        with pytest.warns(RuntimeWarning, match=f"starts empty: it was kept by 2 ranks, now there are {world}"):
+            objective.load_state(queues)
+        assert (objective.queue.queued()[1] == NegativeBuffer.ABSENT).all()
 
 
 # Resuming
@@ -810,6 +967,28 @@ def test_a_killed_process_resumes(finished, tmp_path):
 # Ranks
 
 
+def share_everything(rank, world):
+    of_all = Ranks(rank, world, torch.device("cpu"))
+    assert of_all.sum(torch.tensor(rank + 1.0)) == 3
+    assert of_all.gathered(f"rank {rank}") == ["rank 0", "rank 1"]
+    assert of_all.agree(lambda: f"said by {rank}") == "said by 0"
+    with pytest.raises(UsageError, match="decided by 0"):
+        of_all.agree(partial(refuse, rank))
+    norm = torch.nn.BatchNorm1d(3)
+    norm(torch.full((2, 3), 1.0 + rank))
+    of_all.share_buffers(norm)
+    assert norm.running_mean.tolist() == pytest.approx([0.1] * 3)
+    return norm.running_mean
+
+
+def refuse(rank):
+    raise UsageError(f"decided by {rank}")
+
+
+def test_ranks_share_sums_decisions_values_and_buffers(tmp_path):
+    ranks.spawn(share_everything, 2, tmp_path)
+
+
 def test_two_ranks_train_together(tmp_path, capfd):
     flags = [
         "--limit",
@@ -832,6 +1011,11 @@ def test_two_ranks_train_together(tmp_path, capfd):
     assert [line[:9] for line in out[:2]] == ["epoch 1/2", "epoch 2/2"]
     assert out[2].startswith(str(tmp_path / "run"))
     assert len(out) == 3
+    # Every rank had measured the network that was saved, batch-norm statistics included.
+    options = Options(str(tmp_path / "run"), methods=("prototypes",), cpu_ranks=1, quiet=True)
+    (result,) = evaluate(options)["results"]
+    assert result["accuracy"] == lines[1]["prototype_accuracy"]
+    assert result["nc"]["nc1"] == pytest.approx(lines[1]["nc1"], rel=1e-4)
 
 
 def test_ranks_of_two_machines_train_together(tmp_path):
