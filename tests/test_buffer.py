@@ -60,6 +60,14 @@ def test_gather_alone(dtype, given):
     assert got.labels.tolist() == [*labels.tolist(), ABSENT, ABSENT]
 
 
+@in_both
+def test_a_row_of_the_least_length_is_zero_and_a_longer_one_a_unit_vector():
+    longer = torch.nextafter(torch.tensor(1e-12, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
+    b = hc.NegativeBuffer(2, 3, dtype=torch.float64, group=None)
+    features = torch.tensor([[0, 1e-12], [-1e-12, 0], [0, longer]], dtype=torch.float64)
+    assert b.gather(features, torch.arange(3)).features.tolist() == [[0, 0], [0, 0], [0, 1]]
+
+
 def test_rows_begin_on_16_bytes():
     for dim, dtype in itertools.product((1, 3, 8, 127, 128), DTYPES):
         features = hc.NegativeBuffer(dim, 3, 2, dtype, group=None).queued()[0]

@@ -10,6 +10,7 @@ from oracle import LOSSES
 
 import hypercontrast as hc
 from hypercontrast import functional
+from hypercontrast.distributed import all_sum
 
 K, D = 6, 5
 # Uneven on purpose; a rank holds nothing in one case. Rank r's labels favour class r.
@@ -69,8 +70,10 @@ def run_supcon(case, features, labels, upstream, past, group, world):
 
 
 def relative_error(got, want):
-    """Largest difference, in units of the largest value (at least 1)."""
-    return ((got - want).abs().max() / want.abs().max().clamp(min=1)).item() if want.numel() else 0.0
+    """Largest difference, in units of the largest value (at least 1); infinite for NaN, which `max` would pass over."""
+    if not want.numel():
+        return 0.0
+    return ((got - want).abs().max() / want.abs().max().clamp(min=1)).nan_to_num(nan=torch.inf).item()
 
 
 def errors_over_ranks(rank, world, dtype):
@@ -123,6 +126,54 @@ def test_ranks_equal_one_process(dtype, worlds, tmp_path, figure):
         f"{name}: {within} of {len(errors)} losses over {of} ranks within {target:g} of one process, gradients too;"
         f" worst {errors[worst]:.1e} ({worst[1][0]}, temperature {worst[1][-1]})",
     )
+
+
+def errors_over_a_pair(rank, world):
+    """Of ranks 1 and 2 of three, which have other numbers in their group: worst error against one process."""
+    pair, errors = dist.new_group([1, 2]), {}
+    summed = torch.ones(2)
+    if rank:
+        assert all_sum(summed, pair).tolist() == [2, 2]
+        assert summed.tolist() == [1, 1]
+        features, labels, upstream, start = make_batch((9, 4))
+        mine = slice(0, 9) if rank == 1 else slice(9, 13)
+        past = (torch.randn(7, D, generator=torch.Generator().manual_seed(2)).double(), labels[:1].repeat(7))
+        # By plain sums, and by sums in units of the largest term; of one class, which has no negatives, no terms at all.
+        cases = [
+            (run_case, (name, reduction, tau), y, start)
+            for name, reduction in (("nonl", "mean"), ("nonl", "none"), ("nonl-both", "mean"))
+            for tau in (0.1, 1e-4)
+            for y in (labels, torch.full_like(labels, 2))
+        ]
+        cases += [(run_supcon, (form, "out", "mean", 0.1), labels, past) for form in ("rows", "buffer")]
+        for run, case, y, other in cases:
+            _, want = run(case, features, y, upstream, other, None, 1)
+            _, grads = run(case, features[mine], y[mine], upstream[mine], other, pair, 2)
+            for grad in grads:
+                dist.all_reduce(grad, group=pair)
+            error = max(relative_error(grad / 2, b) for grad, b in zip(grads, want, strict=True))
+            errors[case, len(y.unique())] = error
+        # Rows of another dtype than the features are rounded once.
+        z = features[mine].clone().requires_grad_()
+        rounded = hc.supcon_loss(
+            z, labels[mine], queue=hc.NegativeBuffer(D, 16, dtype=torch.float32, group=pair), group=pair
+        )
+        exact = hc.supcon_loss(features, labels, group=None)
+        assert rounded.dtype == torch.float64
+        assert 0 < (rounded - exact).abs() < 1e-5
+        (gradient,) = torch.autograd.grad(rounded, z)
+        assert gradient.dtype == torch.float64
+    # Buffers that only the pair has made set nobody apart.
+    assert hc.NegativeBuffer(D, 2).gather(torch.ones(1, D), torch.tensor([rank])).labels[::2].tolist() == [0, 1, 2]
+    return errors
+
+
+def test_a_group_whose_ranks_have_other_numbers(tmp_path):
+    errors = ranks.spawn(errors_over_a_pair, 3, tmp_path)
+    assert [len(of_rank) for of_rank in errors] == [0, 14, 14]
+    for of_rank in errors:
+        for (case, classes), error in of_rank.items():
+            assert error <= (1e-12 if case[-1] == 0.1 else 1e-9), f"{case}, {classes} classes: off by {error:.3g}"
 
 
 def class_means(rank, world):
@@ -191,5 +242,6 @@ def test_default_group_of_one_is_no_group(tmp_path):
         features, labels, _, start = make_batch((5,))
         alone = hc.nonl_loss(features, start, labels, group=None)
         assert torch.equal(hc.nonl_loss(features, start, labels), alone)
+        hc.nonl_loss(features, start, labels, backend="reference")  # which takes no group
     finally:
         dist.destroy_process_group()

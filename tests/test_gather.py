@@ -67,6 +67,13 @@ def check_half_precision_sums(rank, world):
     assert grad.tolist() == [256 + world - 1] * 2
 
 
+def check_once_differentiable(rank, world):
+    x = torch.ones(1 + rank, requires_grad=True)
+    (grad,) = torch.autograd.grad(gather_with_grad(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def disagreement(x):
     try:
         gather_with_grad(x)
@@ -115,7 +122,7 @@ def check_subgroup(rank, world):
 
 CHECKS = {
     1: [check_rows_and_gradients],
-    2: [check_rows_and_gradients, check_layouts, check_disagreements],
+    2: [check_rows_and_gradients, check_layouts, check_once_differentiable, check_disagreements],
     3: [check_rows_and_gradients, check_half_precision_sums, check_disagreements, check_subgroup],
     4: [check_rows_and_gradients],
 }
