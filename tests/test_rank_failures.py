@@ -191,6 +191,20 @@ def dcl_of_frozen_features(rank):
     hc.dcl_loss(z, temperature=torch.ones((), requires_grad=True)).backward()
 
 
+LONG = "x" * 150 + "ö" * 400  # more bytes than ranks tell each other, cut inside of a letter
+
+
+def backward_of_another(rank, one, another):
+    """Rank 0 asks for the gradient of one call, the others for that of another."""
+    z, w, y = batch()
+    losses = {
+        "gather": hc.gather_with_grad(z).sum(),
+        "supcon": hc.supcon_loss(z, y),
+        "nonl": hc.nonl_loss(z, w, y, reduction="none").sum(),
+    }
+    losses[another if rank else one].backward()
+
+
 UNSEEN = {  # what the ranks say, from the first on; two of three make calls over the pair
     "unit columns": ["queue must be a NegativeBuffer with normalize=False for normalize=False, got normalize=True"] * 3,
     "other columns": ["queue must be a NegativeBuffer over the loss's ranks [0, 1], got one over [0, 1, 2]"] * 2,
@@ -201,6 +215,10 @@ UNSEEN = {  # what the ranks say, from the first on; two of three make calls ove
     "frozen features": ["every rank must make the same call, got dcl_loss"] * 3,
     "no device": ["device must be one that torch knows, got 'bogus'"] * 3,
     "outside": ["", "", "group must have this rank as a member"],
+    "a long word": [f"variant must be one of 'out', 'in', got '{LONG[:200]}"] * 3,
+    "gather, supcon": ["got backward of gather_with_grad on rank 0 and backward of supcon_loss on rank 1"] * 3,
+    "supcon, nonl": ["got backward of supcon_loss on rank 0 and backward of a prototype loss on rank 1"] * 3,
+    "nonl, gather": ["got backward of a prototype loss on rank 0 and backward of gather_with_grad on rank 1"] * 3,
 }
 
 
@@ -218,7 +236,10 @@ def unseen(rank, world):
         "frozen features": lambda: dcl_of_frozen_features(rank),
         "no device": lambda: hc.NegativeBuffer(D, 8, device="cpu" if rank else "bogus"),
         "outside": lambda: prototype_loss("ntce_loss", options={"group": pair}),
+        "a long word": lambda: supcon(options={"variant": "out" if rank else LONG}),
     }
+    for pairing in ("gather, supcon", "supcon, nonl", "nonl, gather"):
+        calls[pairing] = partial(backward_of_another, rank, *pairing.split(", "))
     said = {}
     for name in UNSEEN:
         said[name] = ""
@@ -356,6 +377,25 @@ def test_a_rank_lost_after_the_agreement(name, tmp_path):
     with ranks.Ranks(leave_once_agreed, 2, tmp_path, name, timeout=5) as started:
         assert started.join(20)
         assert started.result(0).startswith("LostRankError: rank 0 of 2 lost the connection to another rank")
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection reset by peer"),
+            "lost the connection to another rank",
+        ),
+        (RuntimeError("[gloo/x.cc:1] Timed out waiting 2500ms for recv"), "had no answer from another rank for 2.5 s"),
+        (RuntimeError("Application timeout caused pair closure"), "had no answer from another rank"),
+        (dist.DistBackendError("NCCL: Timeout(ms)=4000 of a collective"), "had no answer from another rank for 4 s"),
+        (dist.DistNetworkError("recv failed"), "lost the connection to another rank"),
+        (LostRankError("rank 1 of 2 had no answer"), "rank 1 of 2 had no answer"),
+    ],
+)
+def test_what_a_backend_says_of_a_lost_rank_is_one_sentence(error, what):
+    with pytest.raises(LostRankError, match=f"^step 3: .*{re.escape(what)}( at its call|$)"), connected("step 3"):
+        raise error
 
 
 def test_an_error_of_another_kind_stays_itself():
