@@ -2,20 +2,24 @@
 
 import math
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 import hypercontrast as hc
-from hypercontrast.ddp_check import _compare, _Round, check_ddp
+from hypercontrast import ddp_check
+from hypercontrast.ddp_check import _compare, _Problem, _Round, check_ddp
 from hypercontrast.distributed import gather_with_grad
 
 D, K = 8, 4
@@ -217,6 +221,7 @@ def test_failing_on_unequal_batches_alone():
     [
         ([3.0, 4.0], "exact", 1),
         ([3.0, 4.0 + 1e-7], "exact", 1),  # float32's rounding
+        ([3.0003, 4.0004], "scaled", 1.0001),
         ([6.0, 8.0], "scaled", 2),
         ([-3.0, -4.0], "wrong", -1),
         ([3.0, 4.1], "wrong", 1.016),
@@ -229,6 +234,94 @@ def test_kinds(gradient, kind, scale):
     assert verdict.kind == kind
     assert verdict.scale == pytest.approx(scale, rel=1e-6, nan_ok=True)
     assert str(verdict).startswith(kind)
+
+
+def test_every_rank_must_say_the_loss_of_the_whole_batch():
+    for losses, agrees in (((1.0, 1.0), True), ((1.0, 1.1), False), ((1.1, 1.0), False)):
+        verdict = _compare(_Round(1.0, [3.0]), [_Round(loss, [3.0]) for loss in losses])
+        assert verdict.loss_agrees == agrees
+        assert verdict
+
+
+GOOD, LONG, BAD = [3.0, 4.0], [6.0, 8.0], [4.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("equal", "unequal", "kind", "note"),
+    [
+        (GOOD, GOOD, "exact", ""),
+        (GOOD, BAD, "wrong", "on equal batches it is exact"),
+        (LONG, BAD, "wrong", "on equal batches it is scaled"),
+        (BAD, LONG, "wrong", "on unequal batches it is scaled"),
+        (LONG, GOOD, "scaled", "on unequal batches it is exact"),
+        (BAD, BAD, "wrong", ""),
+        (LONG, None, "scaled", "on unequal batches it fails: rank 1: ValueError: no"),
+    ],
+)
+def test_the_verdict_is_that_of_the_worse_round(equal, unequal, kind, note, monkeypatch):
+    def run(problem):
+        of_a_rank = [_Round(1.0, gradient) for gradient in (equal, unequal) if gradient]
+        return [[_Round(1.0, GOOD)] * 2, of_a_rank, of_a_rank], "" if unequal else "rank 1: ValueError: no"
+
+    monkeypatch.setattr(ddp_check, "_run", run)
+    verdict = check_ddp(local_supcon)
+    assert (verdict.kind, verdict.note) == (kind, note)
+
+
+def test_rounds_are_of_equal_and_of_unequal_parts_with_other_classes():
+    problem = _Problem(b"", 3, D, K, 1.0)
+    equal, unequal = problem.batch_sizes()
+    assert len(set(equal)) == 1
+    assert len(set(unequal)) == 3
+    for sizes in (equal, unequal):
+        features, labels = problem.batch(sizes)
+        assert (features.shape, features.dtype) == ((sum(sizes), D), torch.float64)
+        assert features.equal(problem.batch(sizes)[0])
+        assert labels[::2].equal(labels[1::2])
+        assert [part[0].item() for part in labels.split(sizes)] == [0, 1, 2]
+        assert labels.unique().tolist() == [0, 1, 2, 3]
+
+
+class Drawing(nn.Module):
+    """Draws as many numbers as it has samples, and counts its calls."""
+
+    calls = 0
+
+    def forward(self, features, labels):
+        self.calls += 1
+        return self.calls * (features.square().sum() + 0 * torch.rand(len(labels)).sum())
+
+
+def test_every_round_starts_afresh(monkeypatch, tmp_path):
+    """With the same layer, whatever the round before has drawn, and with a loss that was not called yet."""
+    reports = []
+    problem = _Problem(pickle.dumps(Drawing()), 2, D, K, 1.0)
+    monkeypatch.setattr(os, "dup2", lambda *descriptors: None)
+    ddp_check._rank_main(types.SimpleNamespace(send=reports.append), 0, 1, "", str(tmp_path / "stderr"), problem)
+    assert reports == [ddp_check._round(Drawing(), *problem.batch(sizes)) for sizes in problem.batch_sizes()]
+
+
+class Parted(nn.Module):
+    """Rank 1's samples leave one of its parameters unused."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_class = nn.ParameterList(torch.ones(D) for _ in range(2))
+
+    def forward(self, features, labels):
+        return sum((features[labels == c] @ self.of_class[c]).sum() for c in labels.unique().tolist())
+
+
+def round_of_a_rank(rank, world):
+    features, labels = torch.ones(4, D, dtype=torch.float64), torch.tensor([0, 1, 0, 0])
+    mine = slice(0, 2) if rank == 0 else slice(2, 4)
+    return ddp_check._round(Parted(), features[mine], labels[mine])
+
+
+def test_a_parameter_may_be_unused_on_some_rank(tmp_path):
+    whole = ddp_check._round(Parted(), torch.ones(4, D, dtype=torch.float64), torch.tensor([0, 1, 0, 0]))
+    for mine in ranks.spawn(round_of_a_rank, 2, tmp_path):
+        assert [2 * g for g in mine.gradient] == pytest.approx(whole.gradient)
 
 
 def test_a_loss_without_gradient_has_no_verdict():
