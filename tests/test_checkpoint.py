@@ -138,6 +138,42 @@ def test_a_disk_that_is_full_at_any_step_of_a_save_is_an_error_that_loses_nothin
     assert full_at == 8
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="finds out in /proc what was forced to disk")
+def test_a_save_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Each file whole, and the folder that lists them; then the name. Otherwise a power cut could leave a checkpoint
+    under its final name with nothing in it.
+    """
+    done = []
+
+    def fsync(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        done.append((os.path.basename(path), os.path.isdir(path) or os.path.getsize(path)))
+
+    def renaming(rename):
+        return lambda old, new: (done.append("renamed"), rename(old, new))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, renaming(getattr(os, name)))
+    folder = save_checkpoint(tmp_path, made(1))
+    sizes = [(name, (folder / name).stat().st_size) for name in ("checkpoint.safetensors", "state.pt", "SHA256SUMS")]
+    assert done == [*sizes, (f".unfinished-{os.getpid()}", True), "renamed", ("checkpoints", True)]
+    done.clear()
+    checkpoint.write_atomic(tmp_path / "config.yaml", b"new")
+    assert done == [(".config.yaml.unfinished", 3), "renamed", (tmp_path.name, True)]
+
+
+def test_folders_with_other_names_are_no_checkpoints(tmp_path):
+    save_checkpoint(tmp_path, made(1))
+    for name in ("epoch-0002-backup", "old-epoch-0002", "epoch-0002-step-"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert load_checkpoint(tmp_path).epoch == 1
+    save_checkpoint(tmp_path, made(2), kept=1)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "epoch-0002", "epoch-0002-backup", "old-epoch-0002", "epoch-0002-step-",
+    }  # fmt: skip
+
+
 def test_the_best_and_the_newest_few_are_kept(tmp_path):
     def save(epoch, step=0, kept=2, best=0):
         save_checkpoint(tmp_path, dataclasses.replace(made(epoch), step=step), kept=kept, best=best)
@@ -211,8 +247,10 @@ def test_truncated_or_missing_files_are_noticed(tmp_path):
     (folder / "state.pt").unlink()
     with pytest.warns(RuntimeWarning, match="incomplete"):
         assert load_checkpoint(tmp_path).epoch == 1
+    assert last_good(tmp_path) == f"the last good checkpoint is {tmp_path}/checkpoints/epoch-0001"
     for path in (tmp_path / "checkpoints" / "epoch-0001").iterdir():
         path.write_bytes(b"")
+    assert last_good(tmp_path) == "no checkpoint has been saved yet"
     with (
         pytest.warns(RuntimeWarning),
         pytest.raises(CheckpointError, match="must hold an intact checkpoint, got 2 damaged"),
