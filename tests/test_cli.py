@@ -486,7 +486,9 @@ def test_completion_in_bash():
     assert completed("hypercontrast", "train", "--no-s") == ["--no-sync-bn"]
     assert completed("hypercontrast", "evaluate", "--lin") == ["--linear-probe"]
     assert completed("hypercontrast", "completion", "z") == ["zsh"]
-    assert "docs" in [folder.rstrip("/") for folder in completed("hypercontrast", "report", "doc")]
+    for words in (["report"], ["evaluate"], ["train", "--run-dir"], ["train", "--data-root"], ["train", "--resume"]):
+        assert "docs" in [folder.rstrip("/") for folder in completed("hypercontrast", *words, "doc")]
+    assert completed("hypercontrast", "report", "--output", "READ") == ["README.md"]
 
 
 @pytest.mark.usefixtures("shtab")

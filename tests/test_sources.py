@@ -13,7 +13,7 @@ from pictures import encoded, make_folder, picture, write_parquet
 from hypercontrast import data
 from hypercontrast.config import UsageError
 from hypercontrast.data import parquet
-from hypercontrast.data.encoded import FORMATS, decoded, opened, square
+from hypercontrast.data.encoded import FORMATS, decoded, first_form, opened, square
 from hypercontrast.data.sources import wordnet_ids
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -87,6 +87,24 @@ def test_a_grey_picture_does_not_take_the_others_colours(tmp_path):
     pixels = data.load(f"folder:{root}").train.pixels
     assert pixels[1:].equal(colourful[1:])
     assert pixels[0, 0].equal(pixels[0, 2])
+
+
+@pytest.mark.parametrize(
+    ("modes", "expected"),
+    [({}, "L"), ({0: "1"}, "L"), ({499: "RGB"}, "L"), ({495: "RGB"}, "RGB"), ({495: "P"}, "RGB")],
+)
+def test_colours_are_looked_for_in_a_hundred_pictures_from_first_to_last(modes, expected):
+    """Of 500 every fifth, since a folder may well begin with its grey ones."""
+    Image = pytest.importorskip("PIL.Image")
+
+    class Mixed:
+        def __len__(self):
+            return 500
+
+        def opened(self, n):
+            return Image.new(modes.get(n, "L"), (9, 8))
+
+    assert first_form(Mixed()) == (8, expected)
 
 
 def test_folder_mistakes(tmp_path):
@@ -200,6 +218,8 @@ def test_a_small_file_that_claims_to_be_huge_is_refused(tmp_path):
     assert (root / "train" / "ant" / "0.png").stat().st_size < 100_000
     with pytest.raises(UsageError, match=r"0\.png must have at most 67108864 pixels"):
         data.load(f"folder:{root}")
+    Image.new("1", (side - 1, side - 1)).save(tmp_path / "largest.png")
+    assert opened(tmp_path / "largest.png", "the largest").size == (side - 1, side - 1)
 
 
 @pytest.mark.slow
@@ -448,6 +468,8 @@ def test_what_would_go_wrong_is_refused(tmp_path):
     Image.new("L", (129, 2)).save(path)
     with pytest.raises(UsageError, match=r"0\.png must be at most 64 times as long as wide, got \(129, 2\)"):
         data.load(f"folder:{root}")
+    Image.new("L", (128, 2)).save(path)
+    assert opened(path, "the longest").size == (128, 2)
     Image.fromarray(np.full((32, 32), 60000, np.uint16)).save(path)
     with pytest.raises(UsageError, match=r"0\.png must have 8 bits a channel, got mode I;16"):
         data.load(f"folder:{root}")

@@ -81,7 +81,7 @@ def test_plain_pictures_are_those_on_the_device(folder, monkeypatch):
     assert train.damaged == ()
 
 
-@pytest.mark.parametrize(("side", "scaled"), [(24, 24), (96, 109), (224, 256)])
+@pytest.mark.parametrize(("side", "scaled"), [(24, 24), (64, 64), (96, 109), (224, 256)])
 def test_plain_pictures_are_resized_and_cut_as_torchvision_does(folder, side, scaled):
     """The shorter side to 256/224 of the size above 64 pixels, and the middle of it."""
     transforms = pytest.importorskip("torchvision.transforms.v2")
@@ -125,6 +125,20 @@ def test_views_are_those_on_the_device(tmp_path, name):
         difference = (ours.pixels - theirs.pixels).abs()
         assert difference.mean() < 0.5
         assert difference.max() < (1.05 if name == "crop_flip" else 1.05 * 1.4 * 1.8**2)
+
+
+def test_a_view_is_a_box_of_the_whole_picture(folder):
+    """Also where it is wide or tall: cut from all of it by the numbers of (seed, place), the rest by those after them."""
+    from PIL import Image
+
+    paths, augment = files(folder)[: 2 * len(SIZES)], AUGMENTATIONS["crop_flip"]
+    places = torch.arange(len(paths)) + 5
+    [batch] = streamed(paths).views([Share(places - 5, places, len(paths))], augment, [9])
+    for path, place, ours in zip(paths, places, batch.pixels, strict=True):
+        image, draws = Image.open(path), data.Draws(9, place[None])
+        [box] = random_boxes(draws, (image.height, image.width)).int().tolist()
+        cut = torch.from_numpy(np.array(resized_box(image, box, 24))).permute(2, 0, 1)
+        assert ours.equal(augment.finished(cut[None].float(), draws)[0])
 
 
 @pytest.mark.parametrize("seeds", [[], [5, 6]])
@@ -246,6 +260,8 @@ def test_more_than_a_hundredth_damaged_is_an_error(tmp_path):
     with pytest.raises(UsageError) as error:
         list(pictures.plain([torch.arange(100)]))
     assert str(error.value) == f"at most 1% of the pictures may be damaged, got 2 of 100: {first}, {second}"
+    with pytest.raises(UsageError, match="got 1 of 50"):  # counted in what was selected, not in what it came from
+        list(streamed(paths).select(torch.arange(50)).plain([torch.arange(50)]))
 
 
 def test_the_first_picture_may_be_the_damaged_one(tmp_path, monkeypatch):
