@@ -150,6 +150,18 @@ def test_damaged_pictures_are_named_and_left_out(tmp_path):
     np.testing.assert_array_equal(batch.pixels, np.stack(expected).transpose(0, 3, 1, 2))
 
 
+def test_a_grey_picture_has_three_equal_channels(tmp_path):
+    """ImageNet has some, and JPEG keeps them in one: they are not damaged."""
+    folder = imagenet_c(tmp_path, ["fog"], [3], 1) / "imagenet-c/fog/3"
+    grey = picture(3)[:, :, 0]
+    Image.fromarray(grey).save(folder / CLASSES[1] / "0.JPEG", "JPEG", quality=100)
+    assert Image.open(folder / CLASSES[1] / "0.JPEG").mode == "L"
+    (batch,) = opened(tmp_path).batches("fog", 3)
+    assert batch.damaged == ()
+    assert (batch.pixels[1] == batch.pixels[1, 0]).all()
+    np.testing.assert_allclose(batch.pixels[1, 0].astype(int), grey, atol=2)
+
+
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(
         UsageError, match=r"expected .*imagenet-c/fog/3/nXXXXXXXX/\*.JPEG \(https://zenodo.org/records/2235448\)"

@@ -104,6 +104,11 @@ def test_the_strength_that_does_best_on_the_held_out_part_is_chosen():
     assert chosen_strength(features + 30 * F.one_hot(labels, 40), labels, 3, accuracy)[0] == STRENGTHS[0]
 
 
+def test_the_strengths_are_half_powers_of_ten_from_the_strongest_on():
+    grid = [10, 3.1623, 1, 0.31623, 0.1, 0.031623, 1e-2, 3.1623e-3, 1e-3, 3.1623e-4, 1e-4, 3.1623e-5, 1e-5, 3.1623e-6]
+    assert list(STRENGTHS) == pytest.approx([*grid, 1e-6], rel=1e-4)
+
+
 def test_a_fifth_of_every_class_is_held_out():
     """And of all classes where a sample can be of several, whatever the order of the samples."""
     labels = torch.cat([torch.zeros(50), torch.ones(10), torch.full((5,), 2)]).long()[torch.randperm(65)]
@@ -249,11 +254,22 @@ def test_the_value_is_that_of_a_probe_of_all_training_pictures(run, monkeypatch)
 
     def fit(probe, features, *arguments, ridge):
         fits.append((len(features), ridge))
+        if len(features) == 90:  # centred, and of one scale
+            torch.testing.assert_close(features.mean(0), torch.zeros(features.shape[1]), rtol=0, atol=1e-5)
+            assert features.square().mean() == pytest.approx(1, rel=1e-4)
         fit_features(probe, features, *arguments, ridge=ridge)
 
     monkeypatch.setattr("hypercontrast.transfer.fit_features", fit)
     result = evaluated("cifar10", FakeSet(stripes(90), stripes(60)), restored_network(str(run), ALONE.device))
     assert fits == [*((72, strength) for strength in STRENGTHS), (90, result["l2"])]
+
+
+def test_a_test_picture_is_judged_by_itself(run):
+    """Centred as the training set is, not by the others of its set: here all of one class."""
+    frozen, pictures = restored_network(str(run), ALONE.device), stripes(60)
+    for label in range(3):
+        alone = pictures.select((pictures.labels == label).nonzero()[:, 0])
+        assert evaluated("cifar10", FakeSet(stripes(90), alone), frozen)["value"] > 0.8
 
 
 def test_damaged_pictures_are_left_out_with_their_targets(run):
