@@ -26,6 +26,10 @@ from hypercontrast.distributed import GatherWithGrad, GroupLike, global_lse, res
 
 __all__ = ["arcface_loss", "cosface_loss", "dcl_loss", "ldam_margins", "logit_adjusted_loss", "proxy_anchor_loss"]
 
+# What features have in the dimension of a bias: a power of two, so that nothing is rounded, and long, so that a bias
+# which takes a class out, such as -1e38, is no prototype with a square beyond float32.
+BIAS_LENGTH = 2.0**62
+
 
 def cosface_loss(
     features: Tensor,
@@ -169,7 +173,7 @@ def logit_adjusted_loss(
     With b_c = log n_c, n_c the training samples of class c, it is balanced softmax, logit adjustment of strength 1;
     times a factor, of that strength. At test time the logits go without the bias.
 
-    The bias is one more dimension of the vectors: [u, 1]·[ŵ, τb]/τ = s + b. So features and prototypes are copied, as
+    The bias is one more dimension of the vectors: [u, g]·[ŵ, τb/g]/τ = s + b. So features and prototypes are copied, as
     unit vectors in float32 (float64), 4 numbers wider so that rows of aligned features stay aligned. Products run in
     that dtype, those of half-precision features too, which would lose the bias's digits and the gradient's direction.
 
@@ -197,8 +201,8 @@ def _logit_adjusted_loss(
     features, prototypes = features.to(wide), prototypes.to(wide)
     if options.normalize:
         features, prototypes = reference.unit_rows(features), reference.unit_rows(prototypes)
-    scaled = bias.to(wide) * options.temperature
-    features = torch.cat([features, features.new_ones(features.shape[0], 4)], 1)
+    scaled = bias.to(wide) * options.temperature / BIAS_LENGTH
+    features = torch.cat([features, features.new_full((features.shape[0], 4), BIAS_LENGTH)], 1)
     prototypes = torch.cat([prototypes, F.pad(scaled[:, None], (0, 3))], 1)
     rule = Rule(rows=False, cols=True, exclude_own=False)
     return _autograd.prototype_loss(features, prototypes, labels, replace(options, normalize=False), rule)

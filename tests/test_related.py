@@ -189,6 +189,16 @@ def test_a_bias_is_learned():
     assert_equal(got, want)
 
 
+@pytest.mark.parametrize("least", [-1e9, -1e30, torch.finfo(torch.float32).min])
+def test_a_bias_may_take_a_class_out(least):
+    """As masks do: a finite bias, whatever its square."""
+    z, w, y = leaf(9, 4, dtype=torch.float32), leaf(4, 4, dtype=torch.float32), torch.arange(9) % 3
+    bias = torch.tensor([0.5, -1.0, 2.0, least])
+    want = results(hc.logit_adjusted_loss(z, w[:3], y, bias[:3]), (z, w))
+    for got, wanted in zip(results(hc.logit_adjusted_loss(z, w, y, bias), (z, w)), want, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_balanced_softmax_is_exact_for_rare_classes():
     """A posterior times prior: probabilities are those of Bayes' rule, for a prior of six orders of magnitude."""
     z, w, counts = torch.randn(9, 4), torch.randn(3, 4), torch.tensor([1_000_000.0, 1000.0, 1.0])
