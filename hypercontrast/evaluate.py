@@ -94,6 +94,8 @@ class Options:
         for name in ("epochs", "lr"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
+            if self.cached and getattr(self, name):
+                raise UsageError(f"{name} must be 0 with cached, whose solver has none, got {getattr(self, name)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -370,7 +372,9 @@ def parser() -> Parser:
         parser.add_argument(f"--{name}", dest="methods", action="append_const", const=name, help=f"the {title}")
     parser.add_argument("--nc", action="store_true", help="neural-collapse metrics with each classifier's weights")
     parser.add_argument(
-        "--cached", action="store_true", help="fit the probes by L-BFGS on features computed once: faster than SGD"
+        "--cached",
+        action="store_true",
+        help="fit the probes by L-BFGS on features computed once: faster than SGD, without --epochs and --lr",
     )
     parser.add_argument(
         "--epochs",

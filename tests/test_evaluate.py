@@ -435,6 +435,8 @@ def empty(folder, tmp_path):
         (empty, ["--epochs", "-1"], "epochs must be at least 0 and finite, got -1"),
         (empty, ["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (empty, ["--lr", "nan"], "lr must be at least 0 and finite, got nan"),
+        (empty, ["--cached", "--epochs", "5"], "epochs must be 0 with cached, whose solver has none, got 5"),
+        (empty, ["--cached", "--lr", "0.5"], "lr must be 0 with cached, whose solver has none, got 0.5"),
         (without_checkpoint, ["--gpus", "99"], "gpus must be at most"),
         (without_checkpoint, ["--gpus", "1", "--cpu-ranks", "1"], "gpus must be 0 with cpu_ranks=1, got 1"),
     ],
