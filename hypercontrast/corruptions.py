@@ -44,7 +44,7 @@ from hypercontrast.data.dataset import Dataset, Pictures, limited_order
 from hypercontrast.launch import Ranks, device_of
 from hypercontrast.output import say
 from hypercontrast.progress import Parser, Progress, command, fail, to_json, working
-from hypercontrast.records import read_record, write_record
+from hypercontrast.records import check_writable, read_record, write_record
 from hypercontrast.workspace import Workspace, restored, runnable_config
 
 # AlexNet's top-1 errors on ImageNet-C, averaged over the severities, as the benchmark's authors
@@ -136,6 +136,7 @@ def measure(options: Options) -> dict[str, Any]:
     BrokenProcessPool if a process that corrupts pictures is killed.
     """
     config = runnable_config(options.run, options.data_root)
+    check_writable(Path(options.run, RESULT))
     other = _measured(Path(options.reference)) if options.reference else None
     if options.reference and other is None:
         path = Path(options.reference, RESULT)

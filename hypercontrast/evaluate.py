@@ -44,7 +44,7 @@ from hypercontrast.output import say
 from hypercontrast.probes import CosineProbe, Probe, ProbeSettings, fit_probe, train_probe
 from hypercontrast.progress import Parser, Progress, aligned, command, fail, to_json, working
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
-from hypercontrast.records import read_record, write_record
+from hypercontrast.records import check_writable, read_record, write_record
 from hypercontrast.workspace import Embedded, Workspace, restored, runnable_config
 
 METHODS = {
@@ -135,6 +135,8 @@ def evaluate(options: Options) -> dict[str, Any]:
     """
     config = runnable_config(options.run, options.data_root, options.gpus, options.cpu_ranks)
     methods = _methods(options, config)
+    if is_main():
+        check_writable(Path(options.run, RESULT))
     read_record(Path(options.run, RESULT), _by_method)  # before hours go into what could not be added to it
     if config.ranks > 1 and not is_rank():
         start_ranks(config.ranks, _evaluate_rank, options)

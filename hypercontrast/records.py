@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,12 @@ T = TypeVar("T")
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Raises CheckpointError if it cannot be written."""
     write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def check_writable(path: Path) -> None:
+    """Raise UsageError where a record could not be written, before hours go into it."""
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{path} cannot be written: no permission, or a read-only file system")
 
 
 def read_record(

@@ -48,7 +48,7 @@ from hypercontrast.objective import TrainingError
 from hypercontrast.output import say
 from hypercontrast.probes import fit_features
 from hypercontrast.progress import Parser, Progress, command, fail, to_json
-from hypercontrast.records import read_record, write_record
+from hypercontrast.records import check_writable, read_record, write_record
 from hypercontrast.workspace import EVALUATION_BATCH
 
 STRENGTHS = tuple(10 ** (power / 2) for power in range(2, -13, -1))
@@ -113,6 +113,7 @@ def transfer(options: Options) -> dict[str, Any]:
     """
     config = run_config(options.run)
     loaders, missing = _located(options, options.data_root or config.data_root)
+    check_writable(Path(options.run, RESULT))
     frozen = restored_network(options.run, device_of(dataclasses.replace(config, gpus=0, cpu_ranks=0)))
     record: dict[str, Any] = {"epoch": frozen.epoch, "results": _earlier(options.run, frozen.epoch)}
     shape = {"size": frozen.image_size, "channels": frozen.channels}

@@ -452,6 +452,15 @@ def test_a_mistake_gives_one_line_and_code_2(runs, prepare, flags, says, tmp_pat
     assert not (tmp_path / "run" / "evaluation.json").exists()
 
 
+def test_a_folder_that_cannot_be_written_to_costs_no_probe(runs, monkeypatch, capsys):
+    """As one on a read-only file system: it was found out once everything was measured, and nothing was printed."""
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.setattr("hypercontrast.evaluate.restored", lambda *_: pytest.fail("something was measured"))
+    assert main([str(runs["ce"])]) == 2
+    says = f"error: {runs['ce']}/evaluation.json cannot be written: no permission, or a read-only file system\n"
+    assert capsys.readouterr().err == says
+
+
 def test_a_probe_that_diverges_says_so(runs, capsys):
     assert main([str(runs["ce"]), "--linear-probe", "--lr", "1e38", "--cpu-ranks", "1"]) == 1
     err = capsys.readouterr().err
