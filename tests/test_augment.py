@@ -16,6 +16,7 @@ from hypercontrast.data.augment import (
     AUGMENTATIONS,
     JITTER,
     Augmentation,
+    _compiled,
     colour_jitter,
     gaussian_blur,
     random_blur,
@@ -426,6 +427,24 @@ def test_views_are_one_graph_for_all_seeds(augment):
             images, ours, expected = pictures(n), draws(n, seed), draws(n, seed)
             assert captured(images, ours).equal(augment(images, expected))
             assert ours.uniform().equal(expected.uniform())
+
+
+def test_compiled_views_are_the_same_up_to_code_generation(augment, monkeypatch):
+    """Lowered as for inductor, to its operators, which are then run: no C++ compiler is needed, and no half minute."""
+    asked, really = [], torch.compile
+
+    def lowered(function, **options):
+        asked.append(options)
+        return really(function, backend="aot_eager_decomp_partition", **options)
+
+    torch.compiler.reset()
+    _compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", lowered)
+    compiled, images = replace(augment, compile=True), pictures(6, size=(24, 20))
+    for seed in (3, 2**62 + 5):
+        torch.testing.assert_close(compiled(images, draws(6, seed)), augment(images, draws(6, seed)), rtol=0, atol=1e-2)
+    _compiled.cache_clear()
+    assert asked == [{"dynamic": False}]  # once: what was compiled is kept
 
 
 @pytest.mark.slow

@@ -159,6 +159,34 @@ def test_averaged_prototypes_follow_the_public_code(runs):
         torch.testing.assert_close(of_ranks[0].norm(dim=1), torch.ones(10))
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "world", "taken"),
+    [
+        (50, 1, [(0, 50), (50, 50), (100, 50), (150, 50)]),
+        (50, 2, [(0, 50), (100, 50)]),
+        (150, 1, [(0, 150)]),
+        (150, 2, [(0, 150)]),
+        (10_000, 2, [(0, 200)]),
+    ],
+)
+def test_averaged_prototypes_are_of_the_full_batches_of_the_first_rank(runs, monkeypatch, batch_size, world, taken):
+    """The ranks take batches in turn; what is left at the end fills no batch."""
+    config = dataclasses.replace(read_config(runs["ce"] / "config.yaml"), batch_size=batch_size)
+    workspace, seen = Workspace(config, Ranks(0, 1, torch.device("cpu"))), []
+    views = type(workspace.dataset.train).views
+
+    def seeing(pictures, shares, augment, seeds):
+        seen.extend((int(share.places[0]), len(share.places)) for share in shares)
+        return views(pictures, shares, augment, seeds)
+
+    monkeypatch.setattr(type(workspace.dataset.train), "views", seeing)
+    for rank in range(world):
+        seen.clear()
+        workspace.ranks = Ranks(rank, world, torch.device("cpu"))
+        averaged_means(workspace, config)
+        assert seen == taken
+
+
 def test_probes_see_the_backbone_and_prototypes_the_head(runs):
     config = read_config(runs["scl"] / "config.yaml")
     workspace = Workspace(config, Ranks(0, 1, torch.device("cpu")))

@@ -27,7 +27,7 @@ from hypercontrast import NegativeBuffer, data, ntce_loss
 from hypercontrast.checkpoint import load_checkpoint
 from hypercontrast.config import Config, UsageError, configure, parse, read_config, read_recipe, to_yaml
 from hypercontrast.evaluate import Options, evaluate
-from hypercontrast.launch import Ranks
+from hypercontrast.launch import RankError, Ranks, fail_for
 from hypercontrast.losses import CELoss
 from hypercontrast.metrics import DESCRIPTIONS
 from hypercontrast.objective import Objective, inverse_weights
@@ -987,6 +987,18 @@ def refuse(rank):
 
 def test_ranks_share_sums_decisions_values_and_buffers(tmp_path):
     ranks.spawn(share_everything, 2, tmp_path)
+
+
+def test_the_error_of_a_rank_ends_the_command_as_its_own_would(capsys):
+    """A traceback comes with what nobody foresaw; a rank that was killed has none."""
+    codes = {"UsageError": 2}
+    for kind, trace, code, says in (
+        ("UsageError", "Traceback: ...", 2, ["error: rank 1: no"]),
+        ("KeyError", "Traceback: ...", 1, ["Traceback: ...", "error: rank 1: no"]),
+        ("", "", 1, ["error: rank 1: no"]),
+    ):
+        assert fail_for(RankError("rank 1: no", kind, trace), codes) == code
+        assert capsys.readouterr().err.splitlines() == says
 
 
 def test_two_ranks_train_together(tmp_path, capfd):
