@@ -19,7 +19,6 @@ from bench.record import Case
 
 EPS = 2**-23  # of float32
 TF32_EPS = 2**-10
-TINY = 2**-126  # float32's smallest normal number
 ERROR_LOGITS = 1 << 22  # that a float64 truth is computed of
 ERROR_SAMPLES = (1024, 4096)  # of a prototype loss, whose specification may be N x N: at least, at most
 
@@ -139,6 +138,11 @@ def _size(x: Tensor, like: Tensor) -> Tensor:
     return x.norm(dim=1) if like.ndim else x.norm()
 
 
+def _at_least_usual(rows: Tensor) -> Tensor:
+    """What is allowed to a row follows its size; to one whose terms cancel, that of a row on average (RMS)."""
+    return rows.clamp(min=rows.square().mean().sqrt())
+
+
 def _times(a: Tensor, b: Tensor, floor: Tensor) -> float:
     """How many times its floor the part, or the worst row of those that have one, is off."""
     return torch.where(floor > 0, _size(a - b, floor) / floor, 0.0).max().item()
@@ -149,8 +153,12 @@ def _units(case: Case, leaves: Sequence[Tensor], y: Tensor) -> list[Tensor]:
     scale = torch.tensor(1 / case.temperature, dtype=torch.float64)
     lengths = [x.detach().double().norm(dim=1) for x in leaves]
     shares = [torch.full_like(lengths[0], 2 if case.op == "supcon" else 1), torch.bincount(y, minlength=case.k)]
-    rows = [share / length * scale / case.n for share, length in zip(shares, lengths, strict=False)]
-    positive = [x.norm() for x in rows]
+    positive = [(share / length).norm() * scale / case.n for share, length in zip(shares, lengths, strict=False)]
+    # A class without positives still has its probabilities: on average those of N/K samples.
+    rows = [
+        _at_least_usual(share.clamp(min=case.n / len(share)) / length * scale / case.n)
+        for share, length in zip(shares, lengths, strict=False)
+    ]
     return [scale, *positive, *positive, *rows, *rows]
 
 
@@ -160,20 +168,19 @@ def _rounding(case: Case, leaves: Sequence[Tensor], y: Tensor, want: Sequence[Te
     A logit of size 1/τ is rounded in float32, hence so are the loss and every exponential: by a unit in the last place,
     five times what all forms do on random features. A probability near 1 less its positive's 1 leaves roundings of one
     positive's gradient, up to 8, which is all that counts near collapse. Results are rounded to their dtype and to its
-    smallest numbers. Of thousands of rows the worst one's logit may be off by two units, and a row may be made of
-    exponentials too small for float32.
+    smallest numbers. In the worst of thousands of rows the first two may be four times as much.
     """
     info = torch.finfo(forms.DTYPES[case.dtype])
     found = []
     for i, (part, unit) in enumerate(zip(want, _units(case, leaves, y), strict=True)):
-        size, units, numbers = _size(part, unit), 2 if unit.ndim else 1, part.shape[1] if unit.ndim else part.numel()
-        floor = EPS * (size * (1 + units / case.temperature) + (8 if i else 1) * unit)
+        size, times, numbers = part.norm(), 1, part.numel()
+        if unit.ndim:
+            size, times, numbers = _at_least_usual(part.norm(dim=1)), 4, part.shape[1]
+        floor = EPS * (size * (1 + times / case.temperature) + (8 if i else 1) * times * unit)
         if case.dtype == "tf32":
             floor += TF32_EPS * (size + unit)
         elif i:
             floor += info.eps * (size + info.smallest_normal * math.sqrt(numbers))
-        if unit.ndim:
-            floor += TINY / case.temperature / leaves[(i - 1) % len(leaves)].detach().double().norm(dim=1)
         found.append(floor)
     return found
 

@@ -306,6 +306,14 @@ def test_rounding_near_collapse_is_no_mistake(op, labels, tau):
     assert rows_of(case, peers.candidates(case, "cpu", []))[OURS].status == "ok"
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 1), (1, 1, 1), (3, 40, 2), (5, 9, 1)])
+@pytest.mark.parametrize("op", forms.PROTOTYPE_LOSSES)
+def test_a_row_whose_terms_cancel_is_no_mistake(op, shape):
+    """As of a class without samples: in one dimension nothing of its gradient is left but rounding."""
+    case = Case(op, *shape)
+    assert rows_of(case, peers.candidates(case, "cpu", []))[OURS].status == "ok"
+
+
 @pytest.mark.parametrize(
     ("case", "size"),
     [
