@@ -1,7 +1,7 @@
 """What could be pinned in each cell of the tables of kernels/_launch.py, and what the compiler makes of it.
 
 No GPU is needed. The evidence is of the kernel's hardest flags, so it bounds what a usual launch takes; what is pinned
-in the end is compiled with all flags by tests/test_compile.py. The tables of pair_fixed.py are not among the cells yet.
+in the end is compiled with all flags by tests/test_aot.py. The tables of pair_fixed.py are not among the cells yet.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class Evidence:
 
 @functools.cache
 def _template(cell: Cell) -> Any:
-    """The cell's kernel with the flags that cost most, as tests/test_compile.py chooses them."""
+    """The cell's kernel with the flags that cost most, as tests/test_aot.py chooses them."""
     # Not at the top: the process that compiles imports Triton without its interpreter.
     from hypercontrast.kernels.aot import aot_configurations
 

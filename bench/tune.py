@@ -8,7 +8,7 @@ crossover is measured: narrow against wide kernels of half types, by width.
 
 Cells come in order of importance, and each result is in tune.csv as soon as it is there, so a run may be stopped at any
 time; runs with the same --output add to it. Nothing is pinned by itself: paste pins.txt into _launch.py and let
-tests/test_compile.py compile it with all flags. Evidence ranks and does not predict: only times pin.
+tests/test_aot.py compile it with all flags. Evidence ranks and does not predict: only times pin.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def lse(
         options = _options(counts, temperature, inv_temperature, ignore_index, rows, cols, exclude_own, normalize)
         if backend == "triton":
             return _kernels().launch_fwd(features, prototypes, labels, **options, keep_bytes=keep_bytes)
-        return blockwise.lse_forward(features, prototypes, labels, **options, keep_bytes=keep_bytes)
+        return blockwise.launch_fwd(features, prototypes, labels, **options, keep_bytes=keep_bytes)
 
 
 @lse.register_fake
@@ -194,7 +194,7 @@ def lse_backward(
             *grads, radial = _kernels().launch_bwd(*statistics, positives, *rest, **options, wanted=wanted)
             logit_grad_sum = radial.sum() * inv_temperature if temperature is None else radial.sum() / temperature
             return *grads, logit_grad_sum.to(radial.dtype).reshape(())
-        return blockwise.lse_backward(*statistics, *rest, **options, wanted=wanted)
+        return blockwise.launch_bwd(*statistics, *rest, **options, wanted=wanted)
 
 
 @lse_backward.register_fake

@@ -231,7 +231,7 @@ def _tile(memory: Tensor, start: int, rows: int, cols: int) -> Tensor:
     return memory[start : start + rows * cols].view(rows, cols)
 
 
-def lse_forward(features, prototypes, labels, *, keep_bytes, **options):
+def launch_fwd(features, prototypes, labels, *, keep_bytes, **options):
     """See `hypercontrast._ops.lse`."""
     dtype = _checks.accumulator(features)
     n_all, k_all = len(features), len(prototypes)
@@ -284,7 +284,7 @@ def spread(x: Tensor, index: Tensor | None, length: int, fill: float) -> Tensor:
     return x.new_full((length, *x.shape[1:]), fill).index_copy_(0, index, x)
 
 
-def lse_backward(
+def launch_bwd(
     features, prototypes, labels, row_lse, col_lse, inv_features, inv_prototypes, kept, grad_row, grad_col, grad_pos, *,
     wanted, **options,
 ):  # fmt: skip

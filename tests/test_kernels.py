@@ -633,7 +633,7 @@ def compiled_ahead_of_time() -> set:
 
 
 def test_every_launch_is_a_configuration_compiled_ahead_of_time(monkeypatch):
-    """What the launchers ask for is what tests/test_compile.py compiles."""
+    """What the launchers ask for is what tests/test_aot.py compiles."""
     monkeypatch.setattr(_launch, "COMPACT_FLOP", 0)
     with record_launches(monkeypatch) as launched:
         for seed in range(150):

@@ -404,10 +404,8 @@ def test_the_environment_sets_the_first_budget(text, budget, monkeypatch):
 
 def test_nothing_is_kept_without_a_gradient(monkeypatch):
     seen = []
-    original = _ops.blockwise.lse_forward
-    monkeypatch.setattr(
-        _ops.blockwise, "lse_forward", lambda *a, **o: seen.append(o["keep_bytes"]) or original(*a, **o)
-    )
+    original = _ops.blockwise.launch_fwd
+    monkeypatch.setattr(_ops.blockwise, "launch_fwd", lambda *a, **o: seen.append(o["keep_bytes"]) or original(*a, **o))
     features, prototypes, labels = torch.randn(9, 4, requires_grad=True), torch.randn(3, 4), torch.randint(0, 3, (9,))
     hc.ntce_loss(features, prototypes, labels, reduction="none")
     with torch.no_grad():

@@ -608,7 +608,7 @@ def test_columns_of_another_type_are_cast_to_that_of_the_anchors():
 
 
 def test_every_launch_is_a_configuration_compiled_ahead_of_time(monkeypatch):
-    """What the launchers ask for is what tests/test_compile.py compiles."""
+    """What the launchers ask for is what tests/test_aot.py compiles."""
     with record_launches(monkeypatch) as launched:
         for seed in range(150):
             monkeypatch.setattr(_launch, "TARGET_PROGRAMS", 1 + seed % 4)
