@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from bench.peers import OURS
 from bench.record import Case, Row
 from hypercontrast import _extension
 from hypercontrast.buffer import _Twin
+from hypercontrast.distributed import leave_group
 
 CAT, RING, TWIN = "eager all_gather, cat", "eager all_gather, ring", "python twin"
 EAGER = (CAT, RING)
@@ -121,8 +121,7 @@ def _rank(rank: int, case: Case, folder: str, threads: int) -> None:
     dist.barrier()
     if rank == 0:
         torch.save(found, Path(folder) / "found")
-    dist.destroy_process_group()
-    time.sleep(0.1)  # Gloo's threads let go of the last tensors: see hypercontrast/launch.py
+    leave_group()
 
 
 def _samples(case: Case, rank: int, device: str) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,7 @@ from bench.network import Collective
 from hypercontrast._agreement import HEADER
 from hypercontrast.buffer import ALIGNMENT, TAIL
 from hypercontrast.config import UsageError
+from hypercontrast.distributed import leave_group
 
 TEMPERATURE = 0.1
 ROUNDS = 5
@@ -302,8 +303,7 @@ def _rank(rank: int, way: str, case: Case, folder: str) -> None:
         Path(folder, f"report-{rank}").write_text(json.dumps(report))
         dist.barrier()
     finally:
-        dist.destroy_process_group()
-        time.sleep(0.1)  # Gloo's threads let go of the last tensors: see hypercontrast/launch.py
+        leave_group()
 
 
 def _settled() -> int | None:

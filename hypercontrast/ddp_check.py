@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hypercontrast._checks import LONGEST_WAIT, check_integer, check_number
+from hypercontrast.distributed import leave_group
 
 __all__ = ["DDPVerdict", "check_ddp"]
 
@@ -290,7 +291,7 @@ def _rank_main(pipe: connection.Connection, rank: int, world: int, store: str, s
         pipe.send(_Failure(time.monotonic(), f"{type(error).__name__}: {error}"))
     finally:
         if world > 1:
-            dist.destroy_process_group()
+            leave_group()
 
 
 class _Step(nn.Module):

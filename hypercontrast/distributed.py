@@ -1,9 +1,11 @@
 """The few collectives there are: per-class sums and scalars for our prototype losses, rows for losses over pairs.
 
-Every function takes `group=None` for "this rank alone" and is then the identity.
+Every one takes `group=None` for "this rank alone" and is then the identity.
 """
 
 from __future__ import annotations
+
+import time
 
 import torch
 import torch.distributed as dist
@@ -192,3 +194,13 @@ def gather_with_grad(x: Tensor, group: GroupLike = "auto") -> Tensor:
         return x
     agree(described, group, x)
     return GatherWithGrad.apply(x, row_counts(x, group), group)
+
+
+def leave_group() -> None:
+    """End this process's part in the default group."""
+    is_gloo = dist.get_backend() == "gloo"
+    dist.destroy_process_group()
+    if is_gloo:
+        # Its threads let go of the last collective's tensors, for which they take the interpreter's lock: one that
+        # finds the interpreter ended aborts the process (pytorch/pytorch, pull request 179291).
+        time.sleep(0.1)

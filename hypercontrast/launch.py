@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hypercontrast._agreement import LostRankError, connected
 from hypercontrast.config import Config, UsageError
+from hypercontrast.distributed import leave_group
 from hypercontrast.output import warn
 from hypercontrast.progress import fail
 
@@ -166,11 +167,7 @@ def joined(config: Config) -> Iterator[Ranks]:
             os.killpg(0, signal.SIGCONT)
         raise
     finally:
-        dist.destroy_process_group()
-        if backend == "gloo":
-            # Its threads let go of the last collective's tensors, for which they take the interpreter's lock: one that
-            # finds the interpreter ended aborts the process (pytorch/pytorch, pull request 179291).
-            time.sleep(0.1)
+        leave_group()
 
 
 def start_ranks(count: int, run: Callable[[T], object], argument: T) -> None:

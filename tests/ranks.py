@@ -84,4 +84,4 @@ def _rank_main(rank: int, function, world: int, folder: Path, timeout: float, ar
     _result(folder, rank).write_bytes(pickle.dumps(function(rank, world, *arguments)))
     dist.barrier()  # a rank that leaves while another is still in a collective can abort it
     dist.destroy_process_group()
-    time.sleep(0.02)  # Gloo's threads let go of the last tensors: see hypercontrast/launch.py
+    time.sleep(0.02)  # Gloo's threads let go of the last tensors: see hypercontrast.distributed.leave_group
