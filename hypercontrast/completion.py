@@ -1,6 +1,7 @@
 """The shell's completion of `hypercontrast`, its commands and their flags, by shtab.
 
-eval "$(hypercontrast completion bash)"     in ~/.bashrc; zsh and tcsh alike
+eval "$(hypercontrast completion bash)"     in ~/.bashrc; with zsh in ~/.zshrc, after compinit
+hypercontrast completion tcsh > FILE        once, and in ~/.tcshrc: source FILE
 """
 
 from __future__ import annotations
