@@ -151,6 +151,9 @@ class NegativeBuffer:
         """All ranks' samples, from each rank's own: features [n <= batch, D] raw, labels [n] int64.
 
         n may differ between ranks and be zero. Raises ValueError or TypeError for bad samples, here or on any rank.
+
+        Returns (features, labels, offset), views of the buffer's memory that the next gather writes over, without a
+        gradient: features [W·batch, D], zero where absent; labels [W·batch], `ABSENT` there; where this rank's begin.
         """
         return self.gather_async(features, labels).wait()
 

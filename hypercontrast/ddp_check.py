@@ -42,15 +42,24 @@ class DDPVerdict:
     """How DDP's averaged gradient compares with that of one process which has the whole batch.
 
     True if exact, so `assert check_ddp(loss)` reads as it means; `print` it for the figures.
+
+    Attributes:
+        kind: "exact"; "scaled", right direction, wrong length; or "wrong", another direction.
+        scale: component along the true gradient, in units of it: 1 when exact.
+        cosine: of the angle with the true gradient.
+        relative_error: norm of the difference over norm of the true gradient.
+        losses: what each rank's loss says.
+        whole_loss: what one process says.
+        note: what the round that did not decide showed, if it differs.
     """
 
-    kind: str  # "exact"; "scaled": right direction, wrong length; "wrong": another direction
-    scale: float  # component along the true gradient, in units of it: 1 when exact
-    cosine: float  # of the angle with the true gradient
-    relative_error: float  # norm of the difference over norm of the true gradient
-    losses: tuple[float, ...]  # what each rank's loss says
-    whole_loss: float  # what one process says
-    note: str = ""  # what the round that did not decide showed, if it differs
+    kind: str
+    scale: float
+    cosine: float
+    relative_error: float
+    losses: tuple[float, ...]
+    whole_loss: float
+    note: str = ""
 
     def __bool__(self) -> bool:
         return self.kind == "exact"
