@@ -32,7 +32,8 @@ What holds for every loss here
   about 1,000 of each other. A batch with nothing to average has a loss of zero.
 - Several ranks compare their calls before data moves. Where they differ in shape, dtype or options, in the order of
   calls, or one of them has bad input, every rank raises (over NCCL a rank may notice at its next call); LostRankError
-  if a rank ended or does not answer. Options are compared by value; those that are tensors on a GPU by shape.
+  if a rank ended or does not answer. Options are compared by value; those that are tensors on a GPU by shape. Inside a
+  graph of torch.compile calls are not compared.
 - Errors. ValueError or TypeError naming argument, rule and value. Label range and finite norms are read on the CPU
   (a length above 1.8e19 has squares beyond float32); on a GPU an out-of-range label counts as ignored and is reported
   by a later call (from a captured CUDA graph by none), and a norm that is not finite gives a loss that is not.
