@@ -32,7 +32,10 @@ class _Loss(nn.Module):
 
 
 class NormFaceLoss(_Loss):
-    """`functional.normface_loss` with its options held."""
+    """`functional.normface_loss` with its options held.
+
+    Called with (features, prototypes, labels, class_means=None).
+    """
 
     def __init__(
         self,
@@ -57,7 +60,10 @@ class NormFaceLoss(_Loss):
 
 
 class NTCELoss(_Loss):
-    """`functional.ntce_loss` with its options held."""
+    """`functional.ntce_loss` with its options held.
+
+    Called with (features, prototypes, labels, class_means=None).
+    """
 
     def __init__(
         self,
@@ -83,7 +89,10 @@ class NTCELoss(_Loss):
 
 
 class NONLLoss(_Loss):
-    """`functional.nonl_loss` with its options held."""
+    """`functional.nonl_loss` with its options held.
+
+    Called with (features, prototypes, labels, class_means=None).
+    """
 
     def __init__(
         self,
@@ -111,7 +120,10 @@ class NONLLoss(_Loss):
 
 
 class SupConLoss(_Loss):
-    """`functional.supcon_loss` with its options held."""
+    """`functional.supcon_loss` with its options held.
+
+    Called with (features, labels=None, mask=None, ref_features=None, ref_labels=None).
+    """
 
     def __init__(
         self,
@@ -145,7 +157,7 @@ class SupConLoss(_Loss):
 
 
 class CosFaceLoss(_Loss):
-    """`related.cosface_loss` with its options held."""
+    """`related.cosface_loss` with its options held. Called with (features, prototypes, labels)."""
 
     def __init__(
         self,
@@ -169,7 +181,7 @@ class CosFaceLoss(_Loss):
 
 
 class ArcFaceLoss(_Loss):
-    """`related.arcface_loss` with its options held."""
+    """`related.arcface_loss` with its options held. Called with (features, prototypes, labels)."""
 
     def __init__(
         self,
@@ -192,7 +204,7 @@ class ArcFaceLoss(_Loss):
 
 
 class LogitAdjustedLoss(_Loss):
-    """`related.logit_adjusted_loss` with its options held."""
+    """`related.logit_adjusted_loss` with its options held. Called with (features, prototypes, labels)."""
 
     def __init__(
         self,
@@ -216,7 +228,7 @@ class LogitAdjustedLoss(_Loss):
 
 
 class ProxyAnchorLoss(_Loss):
-    """`related.proxy_anchor_loss` with its options held."""
+    """`related.proxy_anchor_loss` with its options held. Called with (features, prototypes, labels)."""
 
     def __init__(
         self,
@@ -238,7 +250,7 @@ class ProxyAnchorLoss(_Loss):
 
 
 class DCLLoss(_Loss):
-    """`related.dcl_loss` with its options held."""
+    """`related.dcl_loss` with its options held. Called with (features)."""
 
     def __init__(
         self,
@@ -266,6 +278,7 @@ def _check_all_labels(labels: Tensor, x: Tensor, num_classes: int) -> None:
 
 class CELoss(nn.Module):
     """Cross-entropy of ordinary logits [N, K], the baseline: `F.cross_entropy` in float32, averaged over the samples.
+    Called with (logits, labels).
 
     weight: of every class [K], meant to average 1 over the samples: the sum is divided by N, not by the weights' sum,
     so that averages over ranks stay exact.
@@ -287,7 +300,10 @@ class CELoss(nn.Module):
 
 
 class ETFDRLoss(nn.Module):
-    """Dot regression to fixed prototypes, mean_i (w_{y_i}·u_i - 1)²/2 (Yang et al. 2022), the ETF+DR baseline."""
+    """Dot regression to fixed prototypes, mean_i (ŵ_{y_i}·u_i - 1)²/2 (Yang et al. 2022), the ETF+DR baseline.
+
+    Called with (features, prototypes, labels). Over several ranks it and `CELoss` average over a rank's own samples.
+    """
 
     def forward(self, features: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
         _checks.check_matrix("features", features, "[N, D]")

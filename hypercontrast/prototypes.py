@@ -192,6 +192,7 @@ class ClassMeans(nn.Module):
         return unit_rows(self.sums).float()
 
     def reset(self) -> None:
+        """Forget everything seen."""
         for buffer in self.buffers():
             buffer.zero_()
 
