@@ -347,9 +347,10 @@ class _Run:
             record = {"loss": losses.mean(), "lr": self._schedule(epoch, self.steps - 1)}
         except NotFinite as bad:
             ids = self._shares(epoch)[bad.step - 1].indices.tolist()
+            larger = "" if self.objective.temperature is None else " or a larger --temperature"
             raise self._failure(
                 f"before the update of epoch {epoch}, step {bad.step}: loss and gradient must be finite, got"
-                f" {bad.value}, try a smaller --lr or a larger --temperature",
+                f" {bad.value}, try a smaller --lr{larger}",
                 f"; the batch's samples are {', '.join(map(str, ids))}",
             ) from None
         if config.temperature_rule != "fixed":

@@ -568,6 +568,7 @@ def test_a_loss_that_blows_up_stops_the_run(loss, flags, tmp_path, capsys):
     assert main(flags) == 1
     err = capsys.readouterr().err
     assert "epoch 1, step " in err
+    assert ("try a smaller --lr or a larger --temperature; " in err) == (loss != "ce")  # which has none
     assert err.count("\n") == 1
     assert load_checkpoint(tmp_path / "run") is None
 
