@@ -414,6 +414,33 @@ def test_no_operation_makes_a_gpu_wait(augment):
         assert "lift_fresh" not in operations.names
 
 
+class _Indices(TorchDispatchMode):
+    """What torch.compile may take for an index: ranges, parts of them, and their sums and products with numbers."""
+
+    KEEPERS = ("detach", "add", "sub", "mul", "neg", "slice", "select", "view", "unsqueeze", "expand")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result, name = function(*args, **(kwargs or {})), function.overloadpacket.__name__
+        operands = [x for x in args if isinstance(x, torch.Tensor)]
+        known = bool(operands) and all(any(x is index for index in self.found) for x in operands)
+        if name == "arange" or (known and name in self.KEEPERS):
+            self.found.append(result)
+        return result
+
+
+def test_indices_fit_32_bits(augment):
+    """On a GPU torch.compile works them out in as many, with constants of its own: those of a sum times a number."""
+    with _Indices() as indices:
+        augment(pictures(6, size=(24, 20)), draws(6))
+    assert indices.found
+    for index in indices.found:
+        assert index.is_floating_point() or index.abs().max() < 2**31
+
+
 def test_views_are_one_graph_for_all_seeds(augment):
     """Captured whole, once for each shape; the draws go on afterwards as they do without."""
     torch.compiler.reset()

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
-# Steps through 32-bit numbers as evenly as any odd constant. Signed, since torch.compile works out multiples of it in
-# the 32 bits of an index, where they may wrap but the constant has to fit.
-GOLDEN = 0x9E3779B9 - 2**32
+GOLDEN = 0x9E3779B9  # steps through 32-bit numbers as evenly as any odd constant
 
 T = TypeVar("T", int, Tensor)
 
@@ -50,8 +48,11 @@ class Draws:
         places = torch.arange(self._count + 1, self._count + count + 1, device=self.device)
         self._count += count
         keys = self._keys[:, None]
+        # Masked first, though they are small: of a range that is only added to and multiplied torch.compile makes an
+        # index, whose constants, (count + 1) * GOLDEN here, have to fit 32 bits on a GPU.
+        steps = (places & MASK) * GOLDEN & MASK
         # The key enters twice, so that the sequences of two pictures are not one sequence from two starting points.
-        bits = _mixed(_mixed(keys ^ (places * GOLDEN & MASK)) + keys & MASK)
+        bits = _mixed(_mixed(keys ^ steps) + keys & MASK)
         low, high = between
         return ((bits >> 8).float() * 2**-24 * (high - low) + low).view(len(self), *shape)
 
