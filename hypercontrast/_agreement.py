@@ -157,7 +157,7 @@ class HeaderWatch:
             return
         copy = torch.empty(headers.shape, dtype=headers.dtype, pin_memory=True).copy_(headers, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(headers.device))  # which need not be that of the current device
         self._arriving.append((arrived, copy, check))
 
     def check_arrived(self) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from oracle import LOSSES
 
 import hypercontrast as hc
-from hypercontrast import functional
+from hypercontrast import _agreement, functional
 from hypercontrast.distributed import all_sum
 
 K, D = 6, 5
@@ -245,3 +245,25 @@ def test_default_group_of_one_is_no_group(tmp_path):
         hc.nonl_loss(features, start, labels, backend="reference")  # which takes no group
     finally:
         dist.destroy_process_group()
+
+
+def test_headers_on_a_gpu_are_awaited_on_its_own_stream(monkeypatch):
+    """Whatever device is the current one: on an idle one they would be read before they have arrived."""
+    empty, watched = torch.empty, []
+
+    class Event:
+        def record(self, stream=None):
+            watched.append(stream)
+
+        def query(self):
+            return True
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **options: empty(*size, **options))
+    watch, read = _agreement.HeaderWatch(), []
+    watch.send(torch.tensor([1, 2]), read.append)
+    watch.check_arrived()
+    assert [x.tolist() for x in read] == [[1, 2]]
+    assert watched == ["stream of cpu"]
