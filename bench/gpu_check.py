@@ -2,13 +2,15 @@
 
 correctness   120 s  the tests of kernels and losses with their quick fuzz: every loss against float64 at float32,
                      bfloat16 and float16, odd shapes, near collapse, no host sync, CUDA graphs, a hundred steps
-extension      80 s  the negative buffer's extension is built and tested: its kernel, streams, NCCL, ranks that share a
+extension      65 s  the negative buffer's extension is built and tested: its kernel, streams, NCCL, ranks that share a
                      GPU
 indices        50 s  loss and gradients of inputs, one or both, and of exponentials kept, past 2^31 elements, against
                      float64
-matrix        110 s  the standard cases of `python -m bench` with all peers there are, what matters most first; what
+matrix        105 s  the standard cases of `python -m bench` with all peers there are, what matters most first; what
                      would begin late is named and left out
-determinism    65 s  1,000 repeats of forward and backward of every loss, on each way through the kernels: the same bits
+determinism    50 s  1,000 repeats of forward and backward of every loss, on each way through the kernels: the same bits
+driver         40 s  a run of nonl and one of scl on pictures of noise, with what follows an epoch (metrics, checkpoint,
+                     report), and their evaluation; left out without PyYAML, torchvision and safetensors
 training       80 s  seconds per epoch of the CIFAR-10 recipes, compiled and not, no step of which waits for the device;
                      left out without PyYAML and torchvision
 sanitizer      90 s  compute-sanitizer's memcheck, racecheck and initcheck over every kernel, without the caching
@@ -29,11 +31,14 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
+import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,7 +58,7 @@ from bench.measure import bits, captured
 from bench.peers import OURS
 from bench.record import ROOT, Case, this_device
 from hypercontrast import reference
-from hypercontrast.config import UsageError
+from hypercontrast.config import UsageError, configure
 from hypercontrast.progress import fail
 
 TAU = forms.TAU
@@ -431,6 +436,44 @@ def replayed(run: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tenso
     return again
 
 
+def driver(folder: Path, rehearse: bool) -> bool | str:
+    """Whole runs, though of a few steps: most of the driver comes after them."""
+    from bench import step
+    from hypercontrast.evaluate import Options, evaluate
+    from hypercontrast.train import train
+
+    if missing := step.missing("safetensors"):
+        return missing
+    passed = True
+    with tempfile.TemporaryDirectory() as place:
+        pictures_of_noise(Path(place, "pictures"))
+        shared = {"dataset": f"folder:{place}/pictures", "model": "resnet18", "width": 8 if rehearse else 64}
+        shared |= {"epochs": 1, "warmup_epochs": 0, "batch_size": 32, "compile": "off", "quiet": True}
+        for loss, options in (("nonl", {"temperature_rule": "learned", "queue": 32}), ("scl", {})):
+            run = train(configure(loss=loss, run_dir=f"{place}/{loss}", **shared, **options))
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            results = evaluate(Options(str(run), cached=True, quiet=True))["results"]
+            numbers = [*lines[0].values(), *(result["accuracy"] for result in results)]
+            passed &= all(map(math.isfinite, numbers)) and (run / "report.html").exists()
+            told = ", ".join(f"{result['method']} {result['accuracy']:.0%}" for result in results)
+            print(f"    {loss}: loss {lines[0]['loss']:.3f}, {lines[0]['seconds']:.1f} s; of noise: {told}", flush=True)
+    return passed
+
+
+def pictures_of_noise(root: Path) -> None:
+    """Four classes of 40 pictures to train on and 10 to validate, [32, 32, 3]."""
+    from PIL import Image
+
+    g = torch.Generator().manual_seed(0)
+    for split, pictures in (("train", 40), ("val", 10)):
+        for label in range(4):
+            folder = root / split / str(label)
+            folder.mkdir(parents=True)
+            for i in range(pictures):
+                pixels = torch.randint(0, 256, (32, 32, 3), generator=g, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+
+
 def training(folder: Path, rehearse: bool) -> bool | str:
     """The driver's steps; one that waits for the device raises."""
     from bench import step
@@ -455,10 +498,11 @@ class Stage(NamedTuple):
 
 STAGES = {
     "correctness": Stage(correctness, 120),
-    "extension": Stage(extension, 80),
+    "extension": Stage(extension, 65),
     "indices": Stage(index_range, 50),
-    "matrix": Stage(measured, 110),
-    "determinism": Stage(determinism, 65),
+    "matrix": Stage(measured, 105),
+    "determinism": Stage(determinism, 50),
+    "driver": Stage(driver, 40),
     "training": Stage(training, 80),
     "sanitizer": Stage(sanitizer, 90),
 }

@@ -287,9 +287,9 @@ def _four_digits(x: float) -> float:
     return float(f"{x:.4g}")
 
 
-def missing() -> str:
-    """What the recipes and their networks need that is not installed; nothing when all is there."""
-    needed = {"yaml": "PyYAML", "torchvision": "torchvision"}
+def missing(*others: str) -> str:
+    """What the recipes and their networks, or `others`, need that is not installed; nothing when all is there."""
+    needed = {"yaml": "PyYAML", "torchvision": "torchvision"} | {other: other for other in others}
     absent = [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
     return f"needs {' and '.join(absent)}" if absent else ""
 

@@ -1,5 +1,6 @@
 """What `make gpu-check` promises and can be seen without a GPU: the sanitizer meets every kernel, time limits, failures."""
 
+import re
 import subprocess
 import sys
 import time
@@ -113,6 +114,22 @@ def test_training_is_left_out_without_what_it_needs(absent, reason, monkeypatch,
     for module in absent:
         monkeypatch.setitem(sys.modules, module, None)
     assert gpu_check.training(tmp_path, rehearse=False) == reason
+
+
+def test_the_driver_is_left_out_without_safetensors(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert gpu_check.driver(tmp_path, rehearse=True) == "needs safetensors"
+
+
+@pytest.mark.parametrize("fault", ["", "accuracy", "report"])
+def test_the_driver_runs_whole(fault, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("torchvision")
+    if fault == "accuracy":
+        monkeypatch.setattr("hypercontrast.evaluate._accuracy", lambda *_: float("nan"))
+    elif fault == "report":
+        monkeypatch.setattr("hypercontrast.train.write_report", lambda *_: None)
+    assert gpu_check.driver(tmp_path, rehearse=True) == (not fault)
+    assert re.findall(r"(\w+): loss \d\.\d+, .* linear-probe ", capsys.readouterr().out) == ["nonl", "scl"]
 
 
 def test_a_training_row_is_kept_when_the_next_fails(monkeypatch, tmp_path):
