@@ -143,23 +143,36 @@ def test_evidence_without_a_gpu(tmp_path, monkeypatch, capsys):
     assert "nothing was timed" in capsys.readouterr().out
 
 
+def three_and_two(_device):
+    """A clock by which the first that it times takes 3 ms, and the second 2."""
+    seen = []
+
+    def clock(run):
+        run()
+        if run not in seen:
+            seen.append(run)
+        return 3.0 - seen.index(run)
+
+    return clock
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="rehearses on the CPU what a GPU does")
 def test_the_timed_path_is_rehearsed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Cell, "candidates", lambda cell: [Config(128, 64, 16, 8, 3), Config(64, 32, 16, 4, 2)])
     monkeypatch.setattr(tune, "CROSSOVER_WIDTHS", (16,))
     monkeypatch.setattr(tune, "CROSSOVER_KERNELS", ("lse_bwd",))
+    monkeypatch.setattr(tune, "clock", three_and_two)
     assert run("--rehearse", "--kernel", "lse_bwd", "crossover", "--width", 16, "--output", tmp_path) == 0
     lines = read(tmp_path / "tune.csv")
     assert len(lines) == 4  # two candidates of the usual cell, two of the crowded one
     for line in lines:
         assert line["fault"] == ""
-        assert float(line["ms"]) > 0
-        assert float(line["speedup"]) == pytest.approx(float(line["today_ms"]) / float(line["ms"]), rel=0.5)
+        assert [float(line[name]) for name in ("today_ms", "ms", "speedup")] == [3.0, 2.0, 1.5]
         assert 0 < float(line["error"]) < 2e-3
         assert line["device"] == "rehearsal"
     (crossed,) = read(tmp_path / "crossover.csv")
-    assert float(crossed["narrow_ms"]) > 0
-    assert float(crossed["wide_ms"]) > 0
+    assert [float(crossed[name]) for name in ("narrow_ms", "wide_ms")] == [3.0, 2.0]
+    assert float(crossed["wide_over_narrow"]) == pytest.approx(2 / 3)
     assert "| lse_bwd | 16 |" in capsys.readouterr().out
 
 
