@@ -188,7 +188,7 @@ def _rounding(case: Case, leaves: Sequence[Tensor], y: Tensor, want: Sequence[Te
 def _excess(got: Sequence[Tensor], want: Sequence[Tensor], limits: Sequence[Tensor]) -> str:
     kinds, leaves = ("gradient", "tangential gradient"), len(want) // 4
     names = ["loss", *[f"{kind} {i}" for kind in kinds for i in range(leaves)] * 2]
-    for name, a, b, limit in zip(names, got, want, limits, strict=False):
+    for name, a, b, limit in zip(names, got, want, limits, strict=True):
         off, size = _size(a - b, limit), _size(b, limit)
         if not (off <= limit).all():  # so that NaN is wrong too
             if limit.ndim:

@@ -78,13 +78,14 @@ from hypercontrast.plan import learning_rate, plan
 from hypercontrast.progress import Progress, command, fail, to_json, working
 from hypercontrast.prototypes import ClassMeans, PrototypeClassifier
 from hypercontrast.report import write_report
+from hypercontrast.results import RESULT_FILES
 from hypercontrast.step import Step, compiles
 from hypercontrast.workspace import Workspace, check_batches, check_runnable, load_network
 
 EMBEDDINGS_LIMIT = 1000
 THUMBNAIL = 48  # pixels a side that pictures are reduced to, for the report
 # What a run writes after its config.yaml; another one in its folder would take it for its own.
-LATER = ("checkpoints", "embeddings.safetensors", "evaluation.json", "transfer.json", "corruptions.json")
+LATER = ("checkpoints", "embeddings.safetensors", *RESULT_FILES)
 # Exit codes of errors that need no traceback.
 FORESEEN = {"UsageError": 2, "TrainingError": 1, "CheckpointError": 1, "LostRankError": 1}
 

@@ -395,37 +395,29 @@ def test_a_form_that_is_wrong_at_full_size_alone_is_told(op, dtype, monkeypatch)
     assert rows_of(case, {OURS: late})[OURS].status == "ok"  # with nothing to compare it with
 
 
-@pytest.mark.parametrize(("dtype", "off"), [("float32", 1e-3), ("bfloat16", 1.0)])
-def test_a_gradient_that_is_wrong_at_full_size_alone_is_told(dtype, off, monkeypatch):
-    monkeypatch.setattr(verdict, "ERROR_SAMPLES", (64, 64))
-    case, right = Case("ntce", 512, 40, 16, dtype), forms.ours("ntce")
+@pytest.mark.parametrize(
+    ("rows", "judged", "n", "dtype", "off", "told"),
+    [
+        (64, 64, 512, "float32", 1e-3, "gradient 0"),
+        (64, 64, 512, "bfloat16", 1.0, "gradient 0"),
+        (1, 256, 4096, "float32", 3e-4, "row 4095 of gradient 0"),
+        (1, 256, 4096, "bfloat16", 1.0, "row 4095 of gradient 0"),
+    ],
+)
+def test_what_is_wrong_of_a_gradient_at_full_size_alone_is_told(rows, judged, n, dtype, off, told, monkeypatch):
+    monkeypatch.setattr(verdict, "ERROR_SAMPLES", (judged, judged))
+    case, right = Case("ntce", n, 40, 16, dtype), forms.ours("ntce")
 
     def late(z, w, y):
-        """The right value; of many samples the gradient of the last ones is too long by a share."""
-        if len(z) > 64:
-            z = torch.cat([z[:-64], z[-64:] + off * (z[-64:] - z[-64:].detach())])
+        """The right value; of more samples than are judged the gradient of the last rows is too long by a share."""
+        if len(z) > judged:
+            z = torch.cat([z[:-rows], z[-rows:] + off * (z[-rows:] - z[-rows:].detach())])
         return right(z, w, y)
 
-    rows = rows_of(case, {**peers.candidates(case, "cpu", []), OURS: late})
-    assert rows[OURS].status == "wrong"
-    assert rows[OURS].reason.startswith("at full size, beside eager K x M, gradient 0 is off by")
-
-
-@pytest.mark.parametrize(("dtype", "off"), [("float32", 3e-4), ("bfloat16", 1.0)])
-def test_a_row_that_is_wrong_at_full_size_alone_is_told(dtype, off, monkeypatch):
-    monkeypatch.setattr(verdict, "ERROR_SAMPLES", (256, 256))
-    case, right = Case("ntce", 4096, 40, 16, dtype), forms.ours("ntce")
-
-    def late(z, w, y):
-        """The right value; of many samples the gradient of the last one is too long by a share."""
-        if len(z) > 256:
-            z = torch.cat([z[:-1], z[-1:] + off * (z[-1:] - z[-1:].detach())])
-        return right(z, w, y)
-
-    rows = rows_of(case, {**peers.candidates(case, "cpu", []), OURS: late, "right": right})
-    assert rows["right"].status == "ok"
-    assert rows[OURS].status == "wrong"
-    assert rows[OURS].reason.startswith("at full size, beside eager K x M, row 4095 of gradient 0 is off by")
+    found = rows_of(case, {**peers.candidates(case, "cpu", []), OURS: late, "right": right})
+    assert found["right"].status == "ok"
+    assert found[OURS].status == "wrong"
+    assert found[OURS].reason.startswith(f"at full size, beside eager K x M, {told} is off by")
 
 
 def test_a_wrong_form_fails_the_run(monkeypatch, tmp_path, capsys):
